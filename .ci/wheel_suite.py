@@ -1,0 +1,43 @@
+"""Check the installed wheel and lay out the test suite in the working directory, away from the source of the package.
+
+Usage: python wheel_suite.py CHECKOUT
+"""
+
+import shutil
+import sys
+import sysconfig
+from importlib.metadata import distribution
+from pathlib import Path
+
+FOLDERS = ("tests", "examples")
+FILES = ("pyproject.toml", "README.md")
+
+
+def check_wheel() -> None:
+    """Exit with a message unless ucm_middleware is imported from site-packages, is typed, and came alone."""
+    import ucm_middleware
+
+    site_packages = Path(sysconfig.get_path("purelib")).resolve()
+    package = Path(ucm_middleware.__file__).resolve().parent
+    if package.parent != site_packages:
+        sys.exit(f"ucm_middleware is imported from {package}, expected it in {site_packages}")
+    if not (package / "py.typed").is_file():
+        sys.exit(f"{package} has no py.typed: type checkers would ignore the annotations")
+    installed = distribution("ucm-middleware")
+    own = {"ucm_middleware", f"ucm_middleware-{installed.version}.dist-info"}
+    strangers = {file.parts[0] for file in installed.files or ()} - own
+    if strangers:
+        sys.exit(f"the wheel installs {sorted(strangers)} beside ucm_middleware, expected nothing else")
+
+
+def copy_suite(checkout: Path) -> None:
+    """Copy the tests, what they read and their configuration into the working directory, over any earlier copy."""
+    for name in FOLDERS:
+        shutil.rmtree(name, ignore_errors=True)
+        shutil.copytree(checkout / name, name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(checkout / name, name)
+
+
+check_wheel()
+copy_suite(Path(sys.argv[1]))
