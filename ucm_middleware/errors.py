@@ -1,0 +1,90 @@
+"""Every error of the package, each with the fields a handler or a log line needs.
+
+One family: ``except UserContextError`` catches them all. A message says which rule was broken, what was found and
+what to do. None carries another user's id, a credential or application data.
+"""
+
+from collections.abc import Sequence
+
+
+class UserContextError(Exception):
+    """The root of the family."""
+
+
+class ConfigurationError(UserContextError, ValueError):
+    """The application is set up in a way that cannot be served: names the setting, what it was, and the remedy."""
+
+
+class InvalidContextError(UserContextError, ValueError):
+    """A value given to a context breaks a rule.
+
+    ``field`` names the value, ``rule`` the rule it breaks. The value itself is not in the message: it may be a secret.
+    """
+
+    def __init__(self, field: str, rule: str, remedy: str) -> None:
+        super().__init__(f"{field}: {rule}; {remedy}")
+        self.field = field
+        self.rule = rule
+        self.remedy = remedy
+
+
+class ContextNotFoundError(UserContextError, KeyError):
+    """There is no context where one was asked for."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which puts quotes around a sentence.
+        return Exception.__str__(self)
+
+
+class ContextExpiredError(ContextNotFoundError):
+    """The context under this key reached its deadline."""
+
+
+class ContextClosedError(UserContextError):
+    """A context was used after its teardown began.
+
+    ``reason`` is why it closed, ``opened_by`` where it was opened, ``request_id`` which one it was.
+    """
+
+    def __init__(self, request_id: str, opened_by: str, reason: str) -> None:
+        super().__init__(
+            f"context {request_id} is closed ({reason}); it was opened by {opened_by}. Whatever still uses it outlived "
+            "its request: finish that work before the handler returns, or open a context of its own for it"
+        )
+        self.request_id = request_id
+        self.opened_by = opened_by
+        self.reason = reason
+
+
+class ContextLimitError(UserContextError, RuntimeError):
+    """A limit on live contexts is reached. ``scope`` is "user", "anonymous", "total", "depth" or "children"."""
+
+    def __init__(self, scope: str, limit: int, remedy: str) -> None:
+        super().__init__(f"the limit of {limit} live contexts ({scope}) is reached; {remedy}")
+        self.scope = scope
+        self.limit = limit
+        self.remedy = remedy
+
+
+class ContextIsolationError(UserContextError):
+    """Something would be, or is, reachable from the contexts of two users. ``findings`` names each by path."""
+
+    def __init__(self, message: str, findings: Sequence[str] = ()) -> None:
+        super().__init__(message if not findings else f"{message}: {'; '.join(findings)}")
+        self.findings = tuple(findings)
+
+
+class CrossUserAccessError(ContextIsolationError):
+    """Code that runs for one user asked for what is not that user's. Foreign and missing look the same, on purpose."""
+
+
+class IdentityConflictError(ContextIsolationError):
+    """A context that already has an identity was given a second, different one."""
+
+
+class UnauthenticatedError(UserContextError):
+    """No identity where one is required, or one whose credentials have expired."""
+
+
+class ManagerDrainingError(UserContextError):
+    """The manager is shutting down and opens no new contexts."""
