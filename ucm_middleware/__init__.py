@@ -1,0 +1,67 @@
+"""Every HTTP request and every WebSocket connection in its own user context, torn down whatever happens."""
+
+from ucm_middleware.ambient import current_context
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.environment import Environment, IsolatedEnvironment
+from ucm_middleware.errors import (
+    ConfigurationError,
+    ContextClosedError,
+    ContextExpiredError,
+    ContextIsolationError,
+    ContextLimitError,
+    ContextNotFoundError,
+    CrossUserAccessError,
+    IdentityConflictError,
+    InvalidContextError,
+    ManagerDrainingError,
+    UnauthenticatedError,
+    UserContextError,
+)
+from ucm_middleware.execution import create_isolated_execution_context, managed_user_context, validate_user_context
+from ucm_middleware.firewall import ContextFirewall
+from ucm_middleware.guard import EVERYONE
+from ucm_middleware.identity import authenticated_user, bearer_token, session_user
+from ucm_middleware.ids import UnifiedIDManager
+from ucm_middleware.isolation import Shared
+from ucm_middleware.logs import UserContextFilter, add_user_context
+from ucm_middleware.manager import IsolationReport, UserContextManager
+from ucm_middleware.middleware import UserContextMiddleware
+from ucm_middleware.principal import Principal
+from ucm_middleware.starlette import authenticated_context, user_context
+
+__all__ = [
+    "EVERYONE",
+    "ConfigurationError",
+    "ContextClosedError",
+    "ContextExpiredError",
+    "ContextFirewall",
+    "ContextIsolationError",
+    "ContextLimitError",
+    "ContextNotFoundError",
+    "CrossUserAccessError",
+    "Environment",
+    "IdentityConflictError",
+    "InvalidContextError",
+    "IsolatedEnvironment",
+    "IsolationReport",
+    "ManagerDrainingError",
+    "Principal",
+    "Shared",
+    "UnauthenticatedError",
+    "UnifiedIDManager",
+    "UserContextError",
+    "UserContextFilter",
+    "UserContextManager",
+    "UserContextMiddleware",
+    "UserExecutionContext",
+    "add_user_context",
+    "authenticated_context",
+    "authenticated_user",
+    "bearer_token",
+    "create_isolated_execution_context",
+    "current_context",
+    "managed_user_context",
+    "session_user",
+    "user_context",
+    "validate_user_context",
+]

@@ -1,0 +1,1 @@
+"""What is written down about contexts, and where: records, and the ledger that keeps them."""

@@ -1,0 +1,87 @@
+"""Where records go: the port, and the bounded ledger in memory that serves unless another is given."""
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.ids import RESERVED_PREFIX
+
+
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """What a ledger knows of one user: the newest opening, and the records in the order they were written."""
+
+    opening: AuditRecord | None
+    records: tuple[AuditRecord, ...]
+    dropped: int
+
+
+class Ledger(Protocol):
+    """Keeps records. Called from any thread, on the request's path: it must not block."""
+
+    def append(self, record: AuditRecord) -> None:
+        """Keep a record."""
+        ...
+
+    def trail(self, user_id: str) -> Trail | None:
+        """The trail of one user; None for a user never seen."""
+        ...
+
+
+class _Kept:
+    __slots__ = ("dropped", "opening", "records")
+
+    def __init__(self) -> None:
+        self.opening: AuditRecord | None = None
+        self.records: deque[AuditRecord] = deque()
+        self.dropped = 0
+
+
+class MemoryLedger:
+    """The newest records of the users seen last, each user bounded apart, so that no user's flood drops another's
+    records.
+
+    Anonymous users, of whom there may be any number, share one bound of their own and cannot push out the named ones.
+    """
+
+    def __init__(self, *, records_per_user: int = 128, users: int = 4096, anonymous_users: int = 256) -> None:
+        self.records_per_user = records_per_user
+        self._bounds = {False: users, True: anonymous_users}
+        self._kept: dict[bool, dict[str, _Kept]] = {False: {}, True: {}}
+        self._system = _Kept()
+        self._lock = threading.Lock()
+
+    def append(self, record: AuditRecord) -> None:
+        """Keep a record, dropping that user's oldest when there are too many."""
+        with self._lock:
+            kept = self._system if record.user_id is None else self._kept_of(record.user_id)
+            if record.event == "opened":
+                kept.opening = record
+            if len(kept.records) >= self.records_per_user:
+                kept.records.popleft()
+                kept.dropped += 1
+            kept.records.append(record)
+
+    def trail(self, user_id: str) -> Trail | None:
+        """The trail of one user, a copy; None for a user never seen, or seen so long ago that others took the place."""
+        with self._lock:
+            kept = self._kept[user_id.startswith(RESERVED_PREFIX)].get(user_id)
+            return None if kept is None else Trail(kept.opening, tuple(kept.records), kept.dropped)
+
+    def system_trail(self) -> Trail:
+        """The records that stand in no user's trail: what trusted code was granted or refused."""
+        with self._lock:
+            return Trail(None, tuple(self._system.records), self._system.dropped)
+
+    def _kept_of(self, user_id: str) -> _Kept:
+        anonymous = user_id.startswith(RESERVED_PREFIX)
+        users = self._kept[anonymous]
+        kept = users.pop(user_id, None)
+        if kept is None:
+            kept = _Kept()
+            if len(users) >= self._bounds[anonymous]:
+                del users[next(iter(users))]
+        users[user_id] = kept  # at the end: the users seen last stay longest
+        return kept

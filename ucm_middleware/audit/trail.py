@@ -1,0 +1,130 @@
+"""Writes what happens to contexts into a ledger, and reads one user's trail back."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.records import COMPLIANCE_VERSION, AuditRecord, Event, Outcome, iso
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.isolation import copy_data
+
+_ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
+
+
+class AuditTrail:
+    """One method for each thing worth a record."""
+
+    __slots__ = ("_ledger",)
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def opened(self, context: UserExecutionContext, source: str, metadata: Mapping[str, object]) -> None:
+        """A context began to live, or was put under another key. ``metadata`` is a copy of the application's."""
+        self._ledger.append(
+            AuditRecord(
+                "opened",
+                time.time(),
+                context.user_id,
+                context.request_id,
+                context.thread_id,
+                context.run_id,
+                data=_opening(source, metadata),
+            )
+        )
+
+    def bound(self, context: UserExecutionContext, anonymous_id: str, metadata: Mapping[str, object]) -> None:
+        """An anonymous context learned its user; stands in the trails of both."""
+        self._about(context, "opened", data=_opening("bind", metadata))
+        self._about(context, "bound", data={"anonymous_id": anonymous_id})
+        self._ledger.append(
+            AuditRecord("bound", time.time(), anonymous_id, context.request_id, data={"user_id": context.user_id})
+        )
+
+    def closed(self, context: UserExecutionContext) -> None:
+        """A context's teardown is through."""
+        lifetime = context.lifetime
+        failures = [str(failure) for failure in lifetime.failures]
+        ended_well = not failures and lifetime.reason in _ENDED_WELL
+        data: dict[str, object] = {"seconds": round(time.time() - context.created_at.timestamp(), 6)}
+        if failures:
+            data["unreleased"] = failures
+        self._about(context, "closed", "ok" if ended_well else "failed", lifetime.reason, data)
+
+    def denied(self, actor: UserExecutionContext | None, action: str, asked_for: str) -> None:
+        """Someone asked for what is not theirs; stands in the trail of the one who asked."""
+        data = {"action": action, "asked_for": asked_for}
+        if actor is None:
+            self._ledger.append(AuditRecord("denied", time.time(), None, outcome="denied", data=data))
+        else:
+            self._about(actor, "denied", "denied", data=data)
+
+    def refused(self, user_id: str | None, reason: str) -> None:
+        """No context was opened: a limit, a bad id, no identity, or the server is draining."""
+        self._ledger.append(AuditRecord("refused", time.time(), user_id, outcome="denied", reason=reason))
+
+    def privileged(self, actor: UserExecutionContext | None, reason: str, users: Sequence[str] | None) -> None:
+        """Someone was granted access to others' contexts, or to everyone's.
+
+        The actor's trail says to whose. The trails of those say why, and neither by whom nor who else was named.
+        """
+        actor_id = None if actor is None else actor.user_id
+        data = {"users": "everyone" if users is None else list(users)}
+        self._ledger.append(AuditRecord("privileged", time.time(), actor_id, reason=reason, data=data))
+        for user_id in users or ():
+            if user_id != actor_id:
+                self._ledger.append(AuditRecord("privileged", time.time(), user_id, reason=reason))
+
+    def isolation_violated(self, findings: Sequence[str]) -> None:
+        """Two users' contexts were found to share something."""
+        self._ledger.append(
+            AuditRecord("isolation_violated", time.time(), None, outcome="failed", data={"findings": list(findings)})
+        )
+
+    def of(self, user_id: str) -> dict[str, Any] | None:
+        """One user's trail, a copy; None for a user never seen. Fixed fields win over metadata of the same name."""
+        trail = self._ledger.trail(user_id)
+        if trail is None:
+            return None
+        opening = trail.opening
+        about: Mapping[str, Any] = (opening and opening.data) or {}
+        return {
+            **copy_data(about.get("audit_metadata"), "audit_metadata"),
+            "user_id": user_id,
+            "context_set_at": None if opening is None else iso(opening.at),
+            "context_source": about.get("source"),
+            "isolation_verified": about.get("isolation_verified", False),
+            "compliance_version": COMPLIANCE_VERSION,
+            "events": [record.to_dict() for record in trail.records],
+            "events_dropped": trail.dropped,
+        }
+
+    def _about(
+        self,
+        context: UserExecutionContext,
+        event: Event,
+        outcome: Outcome = "ok",
+        reason: str | None = None,
+        data: Mapping[str, object] | None = None,
+    ) -> None:
+        self._ledger.append(
+            AuditRecord(
+                event,
+                time.time(),
+                context.user_id,
+                context.request_id,
+                context.thread_id,
+                context.run_id,
+                outcome,
+                reason,
+                data,
+            )
+        )
+
+
+def _opening(source: str, metadata: Mapping[str, object]) -> dict[str, object]:
+    opening: dict[str, object] = {"source": source, "isolation_verified": True}
+    if metadata:
+        opening["audit_metadata"] = metadata
+    return opening

@@ -1,0 +1,122 @@
+"""The module functions: a context by hand, a check of one, and running code in one."""
+
+import asyncio
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from ucm_middleware.ambient import Ambient, ambient_context, ambient_grant, enter, leave
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, InvalidContextError
+from ucm_middleware.ids import UnifiedIDManager
+from ucm_middleware.lifetime import CloseReason
+
+
+def create_isolated_execution_context(
+    user_id: str,
+    request_id: str | None = None,
+    *,
+    thread_id: str | None = None,
+    run_id: str | None = None,
+    db_session: Any = None,
+    websocket_client_id: str | None = None,
+    agent_context: Mapping[str, Any] | None = None,
+    audit_metadata: Mapping[str, Any] | None = None,
+) -> UserExecutionContext:
+    """A context under no manager, with ids made for those not given. Raises InvalidContextError."""
+    ids = UnifiedIDManager()
+    thread_id = ids.generate_thread_id() if thread_id is None else thread_id
+    return UserExecutionContext(
+        user_id=user_id,
+        thread_id=thread_id,
+        run_id=ids.generate_run_id(thread_id) if run_id is None else run_id,
+        request_id=request_id,
+        db_session=db_session,
+        websocket_client_id=websocket_client_id,
+        agent_context=agent_context,
+        audit_metadata=audit_metadata,
+    )
+
+
+def validate_user_context(context: object) -> UserExecutionContext:
+    """The same object, when it is a live context. Raises InvalidContextError and ContextClosedError when it is not."""
+    if not isinstance(context, UserExecutionContext):
+        raise InvalidContextError(
+            "context",
+            f"is a {type(context).__name__}, not a UserExecutionContext",
+            "give one, such as current_context()",
+        )
+    lifetime = context.lifetime
+    if not lifetime.is_open or lifetime.is_expired:
+        raise ContextClosedError(context.request_id, lifetime.where(), lifetime.reason or "expired")
+    return context
+
+
+class managed_user_context:  # noqa: N801 - used like the functions of contextlib
+    """``async with managed_user_context(context):`` or ``with``: runs the block in the context, and closes it after.
+
+    When the block ends well and a resource does not, raises an ExceptionGroup of what the resources raised; an error of
+    the block itself goes first, with a note. Entering another user's context from inside a user's context raises
+    CrossUserAccessError outside of a ``privileged`` block.
+    """
+
+    __slots__ = ("_context", "_token")
+
+    def __init__(self, context: UserExecutionContext) -> None:
+        self._context = validate_user_context(context)
+        self._token: Ambient | None = None
+
+    def __enter__(self) -> UserExecutionContext:
+        _require_entry(self._context)
+        self._token = enter(self._context)
+        return self._context
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+        self._context.close(_reason(error), error)
+        self._raise_failures(error)
+
+    async def __aenter__(self) -> UserExecutionContext:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._context.aclose(_reason(error), error)
+        finally:
+            self._leave()
+        self._raise_failures(error)
+
+    def _leave(self) -> None:
+        token, self._token = self._token, None
+        if token is not None:
+            leave(token)
+
+    def _raise_failures(self, error: BaseException | None) -> None:
+        failures = self._context.lifetime.failures
+        if not failures:
+            return
+        text = f"{len(failures)} resources of context {self._context.request_id} were not released"
+        if error is None:
+            raise ExceptionGroup(text, [failure.error for failure in failures])
+        error.add_note(f"{text}: {', '.join(map(str, failures))}")
+
+
+def _reason(error: BaseException | None) -> CloseReason:
+    if error is None:
+        return "finished"
+    return "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
+
+
+def _require_entry(context: UserExecutionContext) -> None:
+    ambient = ambient_context()
+    host = context.host or (None if ambient is None else ambient.host)
+    if host is not None:
+        host.require_owner(context.user_id, "managed_user_context")
+    elif ambient is not None and ambient.user_id != context.user_id:
+        grant = ambient_grant()
+        if grant is None or not grant.covers(context.user_id):
+            raise CrossUserAccessError("managed_user_context: this code runs in another user's context")

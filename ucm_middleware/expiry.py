@@ -1,0 +1,72 @@
+"""Deadlines, ordered without sorting: what is due, and when to look next.
+
+An entry waits in a queue with all others that wait about as long, so each queue is in order by itself: a dict, new
+entries at the end, the next one due at the front. Waits are rounded down to within 1/64, which bounds the number of
+queues; an entry that comes up early for that reason waits once more for the small rest. Adding and discarding cost
+the same whatever the number of entries, and an entry that is discarded leaves nothing behind.
+"""
+
+import math
+from typing import Final
+
+SHORTEST_WAIT: Final = 0.001
+"""Seconds. The resolution of the sweep; whoever looks at a deadline in between sees it exactly."""
+
+
+class Timed:
+    """Something with a deadline, in seconds on the monotonic clock. ``wake`` and ``wait`` belong to the queue."""
+
+    __slots__ = ("deadline", "wait", "wake")
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.wake = 0.0
+        self.wait = 0.0
+
+
+class Deadlines:
+    """The entries that have a deadline. Not thread-safe: its owner holds a lock."""
+
+    __slots__ = ("_queues",)
+
+    def __init__(self) -> None:
+        self._queues: dict[float, dict[Timed, None]] = {}
+
+    def add(self, entry: Timed, now: float) -> float:
+        """Take an entry in. Returns when to look at it next."""
+        entry.wait = wait = _round_down(entry.deadline - now)
+        entry.wake = now + wait
+        queue = self._queues.get(wait)
+        if queue is None:
+            queue = self._queues[wait] = {}
+        queue[entry] = None
+        return entry.wake
+
+    def discard(self, entry: Timed) -> None:
+        """Take an entry out, if it is in."""
+        queue = self._queues.get(entry.wait)
+        if queue is not None:
+            queue.pop(entry, None)
+
+    def pop_due(self, now: float, most: int) -> list[Timed]:
+        """Take out entries whose deadline has come, so many at most: the owner's lock is held meanwhile."""
+        due: list[Timed] = []
+        for queue in list(self._queues.values()):
+            while len(due) < most and queue and (entry := next(iter(queue))).wake <= now:
+                del queue[entry]
+                if entry.deadline <= now:
+                    due.append(entry)
+                else:
+                    self.add(entry, now)
+        return due
+
+    def next_wake(self) -> float | None:
+        """When to look next; None when there is nothing to wait for."""
+        return min((next(iter(queue)).wake for queue in self._queues.values() if queue), default=None)
+
+
+def _round_down(wait: float) -> float:
+    if wait <= SHORTEST_WAIT:
+        return SHORTEST_WAIT
+    mantissa, exponent = math.frexp(wait)
+    return math.ldexp(int(mantissa * 128), exponent - 7)

@@ -1,0 +1,116 @@
+"""The one place that decides who may touch whose contexts."""
+
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Final, Literal
+
+from ucm_middleware.ambient import Grant, ambient_context, ambient_grant, enter, leave
+from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import CrossUserAccessError, InvalidContextError
+from ucm_middleware.ids import validate_id
+
+
+class Everyone(Enum):
+    EVERYONE = "everyone"
+
+
+EVERYONE: Final = Everyone.EVERYONE
+"""Stands for all users in ``manager.privileged(users=EVERYONE)``."""
+
+
+class Guard:
+    """Decides by the context that the asking code runs in.
+
+    Code in a user's context may touch what is that user's. Code in no context is trusted, until the manager serves a
+    middleware: then it must say what it is for, in a ``privileged`` block. A guard made open goes on trusting it.
+    """
+
+    __slots__ = ("_trail", "is_open", "serving")
+
+    def __init__(self, trail: AuditTrail, *, is_open: bool) -> None:
+        self._trail = trail
+        self.is_open = is_open
+        self.serving = False
+
+    def admits(self, user_id: str | None) -> bool:
+        """Whether the asking code may touch this user's contexts; None stands for all users at once.
+
+        Raises ContextClosedError for code that outlived its own context.
+        """
+        grant = ambient_grant()
+        if grant is not None and grant.covers(user_id):
+            return True
+        context = self._acting()
+        return (self.is_open or not self.serving) if context is None else context.user_id == user_id
+
+    def acting_user(self) -> str | None:
+        """The user that the asking code runs for; None for code in no context. Raises ContextClosedError as above."""
+        context = self._acting()
+        return None if context is None else context.user_id
+
+    def _acting(self) -> UserExecutionContext | None:
+        context = ambient_context()
+        if context is None:
+            return None
+        context.require_usable()
+        host = context.host
+        if self.serving and not self.is_open and (host is None or host.guard is not self):
+            return None  # made by hand, or another manager's: it proves nothing here
+        return context
+
+    def require(self, user_id: str, action: str) -> None:
+        """Raise CrossUserAccessError, and record it, unless the asking code may touch this user's contexts."""
+        if not self.admits(user_id):
+            raise self.denied(action, user_id)
+
+    def require_everyone(self, action: str) -> None:
+        """The same for what concerns all users at once."""
+        if not self.admits(None):
+            raise self.denied(action, "everyone")
+
+    def require_someone(self, action: str) -> None:
+        """The same, for what shows each asker their own: refuses code that runs neither in a context nor under a
+        grant.
+        """
+        if ambient_grant() is None and self._acting() is None and not self.admits(None):
+            raise self.denied(action, "everyone")
+
+    def require_unbound(self, context: UserExecutionContext) -> None:
+        """Raise CrossUserAccessError unless the asking code may give this anonymous context its user."""
+        ambient = ambient_context()
+        if ambient is not None and ambient is not context and not self.admits(context.user_id):
+            raise self.denied("bind", context.user_id)
+
+    @contextmanager
+    def privileged(self, reason: str, users: Collection[str] | Literal[Everyone.EVERYONE]) -> Generator[Grant]:
+        """Record, then grant, access to the contexts of the users named, until the block ends."""
+        if not reason.strip():
+            raise InvalidContextError("reason", "is empty", "say what the access is for; it goes into the audit trail")
+        if isinstance(users, str):
+            raise InvalidContextError("users", "is text, not a collection of ids", "give a list, such as ['alice']")
+        named = None if users is EVERYONE else frozenset(validate_id(user, "users") for user in users)
+        context = ambient_context()
+        self._trail.privileged(context, reason, None if named is None else sorted(named))
+        grant = Grant(reason, named, context)
+        token = enter(grant)
+        try:
+            yield grant
+        finally:
+            grant.alive = False
+            leave(token)
+
+    def denied(self, action: str, asked_for: str) -> CrossUserAccessError:
+        """Record a denial. Returns the error to raise, which is the same for what is foreign and what is missing."""
+        actor = self._acting()
+        self._trail.denied(actor, action, asked_for)
+        if actor is None:
+            return CrossUserAccessError(
+                f"{action}: this code runs in no user's context; enter one, or wrap the access in "
+                "manager.privileged(reason=..., users=[...])"
+            )
+        return CrossUserAccessError(
+            f"{action}: what was asked for does not belong to the user that this code runs for; "
+            "if it must cross users, wrap it in manager.privileged(reason=..., users=[...])"
+        )

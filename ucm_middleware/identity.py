@@ -1,0 +1,77 @@
+"""Resolvers: from a connection to the user that it comes from. Nothing in a request is believed but by one of these."""
+
+from collections.abc import Awaitable, Callable
+from inspect import isawaitable
+
+from starlette.requests import HTTPConnection
+
+from ucm_middleware.errors import ConfigurationError, UnauthenticatedError
+from ucm_middleware.principal import Principal
+
+Identified = Principal | str | None
+"""A user, a user's id, or None for nobody."""
+
+Identify = Callable[[HTTPConnection], Identified | Awaitable[Identified]]
+"""What ``UserContextMiddleware(identify=...)`` takes."""
+
+
+def authenticated_user(connection: HTTPConnection) -> str | None:
+    """The user of Starlette's AuthenticationMiddleware, which must be outside of this package's middleware.
+
+    Takes ``user.identity``, and ``user.display_name`` of users that have none, such as SimpleUser.
+    """
+    if "user" not in connection.scope:
+        raise ConfigurationError(
+            "authenticated_user needs Starlette's AuthenticationMiddleware outside of UserContextMiddleware: "
+            "add it after, since the middleware added last is the outermost"
+        )
+    user = connection.user
+    if not user.is_authenticated:
+        return None
+    try:
+        identity = user.identity
+    except NotImplementedError:
+        identity = user.display_name
+    return str(identity)
+
+
+def session_user(key: str = "user_id") -> Callable[[HTTPConnection], str | None]:
+    """The user id under ``key`` in the session of Starlette's SessionMiddleware, which must be outside."""
+
+    def identify(connection: HTTPConnection) -> str | None:
+        if "session" not in connection.scope:
+            raise ConfigurationError(
+                "session_user needs Starlette's SessionMiddleware outside of UserContextMiddleware: add it after, "
+                "since the middleware added last is the outermost"
+            )
+        user_id = connection.session.get(key)
+        return None if user_id is None else str(user_id)
+
+    return identify
+
+
+def bearer_token(
+    verify: Callable[[str], Identified | Awaitable[Identified]],
+) -> Callable[[HTTPConnection], Awaitable[Identified]]:
+    """The user that ``verify`` finds for the token of an ``Authorization: Bearer`` header.
+
+    No header means nobody. A header that is doubled, of another scheme or whose token ``verify`` answers with None is
+    refused with 401, also where anonymous requests are welcome: broken credentials are not the absence of credentials.
+    """
+
+    async def identify(connection: HTTPConnection) -> Identified:
+        headers = connection.headers.getlist("authorization")
+        if not headers:
+            return None
+        scheme, _, token = headers[0].partition(" ")
+        token = token.strip()
+        if len(headers) > 1 or scheme.lower() != "bearer" or not token:
+            raise UnauthenticatedError("one Authorization header with a bearer token is expected")
+        found = verify(token)
+        if isawaitable(found):
+            found = await found
+        if found is None:
+            raise UnauthenticatedError("the bearer token is not valid")
+        return found
+
+    return identify

@@ -1,0 +1,375 @@
+"""How long a context lives and when it lets go of what: the state machine, and the stack of resources.
+
+A lifetime goes one way: unbound or open, then closing, then closed. Whoever moves it to closing owns the teardown;
+everyone else waits for it or goes on. Synchronous releases run where the teardown runs. Each asynchronous release
+runs in a task of its own, so that cancelling the request, by whatever means and however often, cannot interrupt it;
+only its own deadline can.
+"""
+
+import asyncio
+import contextlib
+import enum
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from typing import Any, Final, Literal
+
+import anyio
+
+from ucm_middleware.errors import ConfigurationError
+from ucm_middleware.resources import ReleaseFailure, Resource, awaiting
+
+logger = logging.getLogger(__name__)
+
+CANCEL_GRACE: Final = 1.0
+"""Seconds a release that ran out of time gets to obey its cancellation before it is left behind."""
+
+
+class State(enum.Enum):
+    UNBOUND = "unbound"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+CloseReason = Literal[
+    "finished",
+    "failed",
+    "cancelled",
+    "closed",
+    "cleared",
+    "replaced",
+    "evicted",
+    "expired",
+    "revoked",
+    "shutdown",
+    "disconnected",
+]
+
+INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected"})
+"""The reasons that stop a handler in the middle of its work; after any other it may run on without its context."""
+
+
+class Lifetime:
+    """The state, the deadline and the resources of one context. Every method may be called from any thread."""
+
+    __slots__ = (
+        "_clock",
+        "_resources",
+        "_waiters",
+        "deadline",
+        "failures",
+        "interrupted",
+        "loop",
+        "opened_by",
+        "reason",
+        "state",
+        "task",
+        "variables",
+    )
+
+    # One lock for all: it is held for a few instructions and never across a call into other code, and a lock for each
+    # context would cost every request an allocation that almost none needs.
+    transition = threading.Lock()
+
+    def __init__(self, state: State, opened_by: str | tuple[str, int]) -> None:
+        self.state = state
+        self.opened_by = opened_by
+        self.reason: CloseReason | None = None
+        self.deadline: float | None = None
+        self._clock: Callable[[], float] | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.variables: Context | None = None
+        self.interrupted = False
+        self.failures: tuple[ReleaseFailure, ...] = ()
+        self._resources: list[Resource] | None = None
+        self._waiters: list[asyncio.Future[None]] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self.state is State.OPEN or self.state is State.UNBOUND
+
+    @property
+    def is_expired(self) -> bool:
+        """True from the deadline on, whether or not anything has noticed yet."""
+        return self.deadline is not None and self._clock is not None and self._clock() >= self.deadline
+
+    @property
+    def has_resources(self) -> bool:
+        return bool(self._resources)
+
+    def where(self) -> str:
+        """Where the context was opened, as text for an error."""
+        opened_by = self.opened_by
+        return opened_by if isinstance(opened_by, str) else f"{opened_by[0]}:{opened_by[1]}"
+
+    def expire_at(self, deadline: float | None, clock: Callable[[], float]) -> None:
+        """Set the deadline, a reading of ``clock``; None for none."""
+        self.deadline = deadline
+        self._clock = clock
+
+    def bind(self) -> bool:
+        """Move from unbound to open. False when it was not unbound."""
+        with self.transition:
+            if self.state is not State.UNBOUND:
+                return False
+            self.state = State.OPEN
+            return True
+
+    def begin_closing(self, reason: CloseReason) -> bool:
+        """Move to closing. True for exactly one caller, who then owns the teardown."""
+        with self.transition:
+            if not self.is_open:
+                return False
+            self.state = State.CLOSING
+            self.reason = reason
+            return True
+
+    def finish_closing(self) -> None:
+        """Move to closed, and wake whoever waits for it."""
+        with self.transition:
+            self.state = State.CLOSED
+            waiters, self._waiters = self._waiters, None
+        self.loop = self.variables = None
+        for waiter in waiters or ():
+            with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
+                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+
+    async def wait_closed(self) -> None:
+        """Wait until whoever owns the teardown is through with it. A cancellation is raised after, not instead."""
+        with self.transition:
+            if self.state is State.CLOSED:
+                return
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if self._waiters is None:
+                self._waiters = []
+            self._waiters.append(waiter)
+        await _uncancelled(waiter)
+
+    def interrupt(self) -> None:
+        """Cancel the handler that runs in this context, unless it is the one that asks."""
+        task, loop = self.task, self.loop
+        if task is None or loop is None or not loop_is_live(loop):
+            return
+        if loop is not running_loop() or asyncio.current_task() is not task:
+            loop.call_soon_threadsafe(self._cancel, task)
+
+    def _cancel(self, task: asyncio.Task[Any]) -> None:
+        # On the loop's own thread, so that a handler that has returned meanwhile is left alone: the server may
+        # already run another user's request in the same task.
+        if self.task is task:
+            self.interrupted = True
+            task.cancel()
+
+    def add(self, resource: Resource) -> bool:
+        """Push a resource. False when the teardown has begun: the caller must let go of it at once."""
+        running = running_loop()
+        if resource.is_async and self.loop is not None and running is not None and self.loop is not running:
+            raise ConfigurationError(
+                "the asynchronous resources of one context belong to one event loop, and this context lives on "
+                "another; open a context of its own on this loop"
+            )
+        with self.transition:
+            if not self.is_open:
+                return False
+            if self.loop is None:
+                self.loop = running
+            if self._resources is None:
+                self._resources = []
+            self._resources.append(resource)
+            return True
+
+    def discard(self, resource: Resource) -> None:
+        """Forget a resource whose entering failed."""
+        with self.transition:
+            if self._resources and resource in self._resources:
+                self._resources.remove(resource)
+
+    def holds(self, target: object) -> bool:
+        with self.transition:
+            return any(resource.target is target for resource in self._resources or ())
+
+    def hand_over(self, other: "Lifetime") -> None:
+        """Forget the resources that ``other`` holds too: it is the one that lets go of them."""
+        with self.transition:
+            kept = {id(resource.target) for resource in other._resources or ()}
+            if kept and self._resources:
+                self._resources = [resource for resource in self._resources if id(resource.target) not in kept]
+
+    def release_here(self, error: BaseException | None) -> bool:
+        """Release from the top until an asynchronous resource is met. True when nothing is left."""
+        while (resource := self._pop()) is not None:
+            if resource.is_async:
+                self._put_back(resource)
+                return False
+            outcome = self._call(resource, error)
+            if inspect.isawaitable(outcome):
+                self._put_back(awaiting(resource, outcome))
+                return False
+        return True
+
+    async def release(self, error: BaseException | None) -> None:
+        """Release everything, top first. Completes whatever cancels it; the cancellation is raised at the end."""
+        cancelled: asyncio.CancelledError | None = None
+        # The shield keeps anyio from cancelling again on every turn of the loop; native cancellations arrive all the
+        # same.
+        with anyio.CancelScope(shield=True):
+            while not self.release_here(error):
+                resource = self._pop()
+                if resource is not None:
+                    cancelled = await self._release_async(resource, error) or cancelled
+        if cancelled is not None:
+            raise cancelled
+
+    def abandon(self) -> None:
+        """Report everything that is left as unclosed: there is no event loop to close it on."""
+        while (resource := self._pop()) is not None:
+            if not resource.is_async:
+                outcome = self._call(resource, None)
+                if inspect.isawaitable(outcome):
+                    resource = awaiting(resource, outcome)
+            if resource.is_async:
+                if inspect.iscoroutine(resource.target):
+                    resource.target.close()  # so that nothing complains of a coroutine never awaited
+                error = RuntimeError(
+                    f"{resource.name} was not closed: the event loop that it was opened on is not running"
+                )
+                self._fail(ReleaseFailure(resource.name, "unclosed", error))
+
+    def _pop(self) -> Resource | None:
+        with self.transition:
+            return self._resources.pop() if self._resources else None
+
+    def _put_back(self, resource: Resource) -> None:
+        with self.transition:
+            assert self._resources is not None
+            self._resources.append(resource)
+
+    def _fail(self, failure: ReleaseFailure) -> None:
+        failure.error.add_note(f"while releasing {failure.name}: {failure.outcome}")
+        self.failures += (failure,)
+        logger.error("resource not released: %s", failure, exc_info=failure.error)
+
+    def _call(self, resource: Resource, error: BaseException | None) -> object:
+        """Run a release where we are. Exits that fail are noted; only what stops the interpreter is let through."""
+        try:
+            return resource.release(error)
+        except asyncio.CancelledError as raised:
+            if raised is not error:
+                self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, raised)))
+        except Exception as raised:  # noqa: BLE001 - whatever a resource raises, the ones below it are still released
+            if raised is not error:
+                self._fail(ReleaseFailure(resource.name, "failed", raised))
+        return None
+
+    async def _release_async(self, resource: Resource, error: BaseException | None) -> asyncio.CancelledError | None:
+        """Run one release in a task of its own, under its deadline. Returns the cancellation that arrived meanwhile."""
+        # Made directly, not by the loop's factory: an eager factory would step it inside a Context that is already
+        # entered.
+        task = asyncio.Task(
+            _run(resource, error),
+            loop=asyncio.get_running_loop(),
+            context=self.variables,
+            name=f"release {resource.name}",
+        )
+        cancelled = await _settle(task, resource.timeout)
+        if not task.done():
+            task.cancel()
+            cancelled = await _settle(task, CANCEL_GRACE) or cancelled
+            self._fail(ReleaseFailure(resource.name, "timed out", _timeout(resource, left_running=not task.done())))
+            if not task.done():
+                task.add_done_callback(_retrieve)
+        elif task.cancelled():
+            self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, asyncio.CancelledError())))
+        elif (raised := task.exception()) is not None and raised is not error:
+            self._fail(ReleaseFailure(resource.name, "failed", _as_exception(resource, raised)))
+        return cancelled
+
+
+def let_go(resource: Resource, loop: asyncio.AbstractEventLoop | None) -> None:
+    """Release one resource that came too late for its context's teardown."""
+    late = Lifetime(State.OPEN, "")
+    late.add(resource)
+    if not late.release_here(None):
+        if loop is None:
+            late.abandon()
+        else:
+            in_background(loop, late.release(None))
+
+
+def in_background(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
+    """Run a teardown in a task on ``loop``, whose thread this is."""
+    # Nothing here keeps the task: it waits with a timeout, and the loop holds its timers.
+    asyncio.Task(work, loop=loop, name="context teardown")
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs in this thread, if one does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def loop_is_live(loop: asyncio.AbstractEventLoop) -> bool:
+    """True when a callback given to the loop now will run."""
+    return loop.is_running() and not loop.is_closed()
+
+
+async def _run(resource: Resource, error: BaseException | None) -> None:
+    outcome = resource.release(error)
+    if inspect.isawaitable(outcome):
+        await outcome
+
+
+async def _settle(task: asyncio.Task[None], timeout: float) -> asyncio.CancelledError | None:
+    """Wait for a task, for so many seconds, through any number of cancellations of the one who waits."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done() and (left := deadline - loop.time()) > 0:
+        try:
+            await asyncio.wait((task,), timeout=left)
+        except asyncio.CancelledError as raised:
+            cancelled = raised
+    return cancelled
+
+
+async def _uncancelled(waiter: asyncio.Future[None]) -> None:
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not waiter.done():
+            try:
+                await asyncio.wait((waiter,))
+            except asyncio.CancelledError as raised:
+                cancelled = raised
+    if cancelled is not None:
+        raise cancelled
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Say how a release ended that was left behind, so that asyncio does not complain of an error nobody saw."""
+    if not task.cancelled() and (raised := task.exception()) is not None:
+        logger.error("%s ended late", task.get_name(), exc_info=raised)
+
+
+def _timeout(resource: Resource, *, left_running: bool) -> TimeoutError:
+    ignored = "; it ignored its cancellation and was left running" if left_running else ""
+    return TimeoutError(f"{resource.name} did not let go within {resource.timeout:g} seconds{ignored}")
+
+
+def _as_exception(resource: Resource, raised: BaseException) -> Exception:
+    """What was raised, as something that may stand in an ExceptionGroup: a cancellation may not."""
+    if isinstance(raised, Exception):
+        return raised
+    wrapped = RuntimeError(f"the release of {resource.name} was interrupted by {type(raised).__name__}")
+    wrapped.__cause__ = raised
+    return wrapped

@@ -1,0 +1,479 @@
+"""UserContextManager: opens, finds and closes contexts, for as long as the application lives."""
+
+import asyncio
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, ClassVar, Final, Literal, TypeGuard, cast
+
+from ucm_middleware.ambient import Grant, ambient_grant
+from ucm_middleware.audit.ledger import Ledger, MemoryLedger
+from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.environment import IsolatedEnvironment
+from ucm_middleware.errors import (
+    ConfigurationError,
+    ContextExpiredError,
+    ContextIsolationError,
+    ContextLimitError,
+    ContextNotFoundError,
+    CrossUserAccessError,
+    IdentityConflictError,
+    InvalidContextError,
+    ManagerDrainingError,
+)
+from ucm_middleware.execution import validate_user_context
+from ucm_middleware.guard import Everyone, Guard
+from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
+from ucm_middleware.lifetime import Lifetime, loop_is_live
+from ucm_middleware.principal import Principal
+from ucm_middleware.registry import Displaced, Key, Limits, Registry
+from ucm_middleware.sharing import Finding, find_shared
+from ucm_middleware.sweeper import Sweeper
+
+logger = logging.getLogger(__name__)
+
+LONGEST_TTL: Final = 365 * 24 * 3600.0
+"""Seconds. A context that should live longer than a year is a mistake in the unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class IsolationReport:
+    """What the walk over all live contexts found: each object that two users share, by both paths."""
+
+    contexts: int
+    findings: tuple[Finding, ...]
+
+    def __bool__(self) -> bool:
+        """True when nothing is shared."""
+        return not self.findings
+
+
+class UserContextManager:
+    """The live contexts of one application. Every method may be called from any thread and inside a running loop.
+
+    ``key`` arguments take a user's own id, any other key of theirs, or the pair (user id, request id). Whoever asks
+    from inside a user's context is answered for that user only; see ``privileged``.
+
+    ``ttl`` is the life of a context in seconds when none is given; None for no deadline. ``guard`` "open" trusts code
+    outside of any context even when the manager serves a middleware. ``clock`` is monotonic, in seconds.
+    """
+
+    MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
+    MAX_CONTEXTS: ClassVar[int] = 100_000
+    MAX_ANONYMOUS_CONTEXTS: ClassVar[int] = 10_000
+    MANAGED_TTL: ClassVar[float] = 3600.0
+
+    def __init__(
+        self,
+        *,
+        max_contexts_per_user: int | None = None,
+        max_contexts: int | None = None,
+        max_anonymous_contexts: int | None = None,
+        ttl: float | None = None,
+        environment: IsolatedEnvironment | None = None,
+        ledger: Ledger | None = None,
+        guard: Literal["closed", "open"] = "closed",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        limits = Limits(
+            _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
+            _checked_limit("max_contexts", max_contexts, self.MAX_CONTEXTS),
+            _checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
+        )
+        if guard not in ("closed", "open"):
+            raise ConfigurationError(f"guard must be 'closed' or 'open', not {guard!r}")
+        self.ttl = checked_ttl(ttl)
+        self.environment = IsolatedEnvironment() if environment is None else environment
+        self.ids = UnifiedIDManager()
+        self._clock = clock
+        self._trail = AuditTrail(MemoryLedger() if ledger is None else ledger)
+        self._guard = Guard(self._trail, is_open=guard == "open")
+        self._registry = Registry(limits, clock)
+        self._sweeper = Sweeper(self.sweep, self._registry.next_wake, clock)
+        self._draining = False
+        self._closing: set[UserExecutionContext] = set()
+        self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        weakref.finalize(self, self._sweeper.stop).atexit = False
+
+    @property
+    def guard(self) -> Guard:
+        """Who decides who may touch whose contexts."""
+        return self._guard
+
+    # The keys.
+
+    def get_context(self, user_id: Key) -> UserExecutionContext:
+        """The live context under a key.
+
+        Raises ContextNotFoundError when there is none, ContextExpiredError when its deadline has come, and
+        CrossUserAccessError, whether or not there is one, when it would be another user's.
+        """
+        context = self._find(user_id, "get_context")
+        if context is None:
+            raise ContextNotFoundError(
+                "there is no live context under this key: it was never set, or was cleared or closed"
+            )
+        return context
+
+    def set_context(self, user_id: Key, context: UserExecutionContext, ttl_seconds: float | None = None) -> None:
+        """Put a context under a key, replacing the owner's context that was there, which is closed.
+
+        A key that equals a user id belongs to that user, whatever stood there. Raises InvalidContextError,
+        ContextIsolationError, CrossUserAccessError for another's key or context, ContextLimitError, ContextClosedError.
+        """
+        key = self._own(_checked_key(user_id))
+        ttl = self.ttl if ttl_seconds is None else checked_ttl(ttl_seconds)
+        validate_user_context(context)
+        self._guard.require(context.user_id, "set_context")
+        if context.verify_isolation() is not True:
+            raise ContextIsolationError("the context does not vouch for its isolation")
+        self._register(context, key, ttl, "set_context")
+
+    def clear_context(self, user_id: Key) -> bool:
+        """Close the context under a key. True when there was one.
+
+        Asynchronous resources are released on the loop that they were opened on, after this returns; see
+        ``cleanup_context``. What a resource raises is logged and recorded.
+        """
+        context = self._find(user_id, "clear_context", missing_is_fine=True)
+        if context is None:
+            return False
+        context.close("cleared")
+        return True
+
+    async def cleanup_context(self, user_id: Key) -> bool:
+        """Close the context under a key and wait until its resources are released. True when there was one."""
+        context = self._find(user_id, "cleanup_context", missing_is_fine=True)
+        if context is None:
+            return False
+        await context.aclose("cleared")
+        return True
+
+    # Making contexts.
+
+    def create_isolated_context(
+        self,
+        user_id: str,
+        request_id: str | None = None,
+        *,
+        thread_id: str | None = None,
+        run_id: str | None = None,
+        db_session: Any = None,
+        websocket_client_id: str | None = None,
+        agent_context: Mapping[str, Any] | None = None,
+        audit_metadata: Mapping[str, Any] | None = None,
+        ttl_seconds: float | None = None,
+    ) -> UserExecutionContext:
+        """A new context, live under the pair (user_id, request_id), with ids made for those not given.
+
+        Raises what ``set_context`` raises.
+        """
+        ttl = self.ttl if ttl_seconds is None else checked_ttl(ttl_seconds)
+        user_id = validate_id(user_id, "user_id")
+        self._guard.require(user_id, "create_context")
+        thread_id = self.ids.generate_thread_id() if thread_id is None else thread_id
+        context = UserExecutionContext(
+            user_id=user_id,
+            thread_id=thread_id,
+            run_id=self.ids.generate_run_id(thread_id) if run_id is None else run_id,
+            request_id=self.ids.generate_request_id() if request_id is None else request_id,
+            db_session=db_session,
+            websocket_client_id=websocket_client_id,
+            agent_context=agent_context,
+            audit_metadata=audit_metadata,
+        )
+        self._register(context, (context.user_id, context.request_id), ttl, "create_context")
+        return context
+
+    def create_managed_context(
+        self, user_id: str, request_id: str | None = None, *, ttl_seconds: float | None = None, **given: Any
+    ) -> UserExecutionContext:
+        """The same, with a deadline in any case: an hour when neither this call nor the manager names one."""
+        ttl = ttl_seconds if ttl_seconds is not None else self.ttl or self.MANAGED_TTL
+        return self.create_isolated_context(user_id, request_id, ttl_seconds=ttl, **given)
+
+    def create_context_with_unified_ids(self, user_id: str) -> UserExecutionContext:
+        """The same, with all ids made by ``UnifiedIDManager``: its run id names its thread id."""
+        return self.create_isolated_context(user_id)
+
+    def open_for_connection(
+        self, user_id: str | None, lifetime: Lifetime, ttl: float | None, websocket: bool
+    ) -> UserExecutionContext:
+        """A context for a request or connection; anonymous without a user. For the middleware, which has checked
+        the id.
+        """
+        core = self.ids.generate_core()
+        context = UserExecutionContext.open(
+            self,
+            self.ids.generate_anonymous_id() if user_id is None else user_id,
+            f"request_{core}",
+            core,
+            lifetime,
+            f"websocket_{core}" if websocket else None,
+        )
+        self._register(context, (context.user_id, context.request_id), ttl, "connection")
+        return context
+
+    # What is there.
+
+    def get_active_contexts(self) -> dict[Key, dict[str, Any]]:
+        """Each live context by a key of its own, as plain values without secrets. From inside a context, that
+        user's only."""
+        shown = self._registry.live()
+        if not self._guard.admits(None):
+            self._guard.require_someone("get_active_contexts")
+            shown = [(key, context) for key, context in shown if self._guard.admits(context.user_id)]
+        return {key: self._describe(context) for key, context in shown if not context.lifetime.is_expired}
+
+    def validate_isolation(self) -> bool:
+        """True when no two users' live contexts share a mutable object. What they share, ``isolation_report`` names."""
+        return bool(self.isolation_report())
+
+    def isolation_report(self) -> IsolationReport:
+        """Walk the containers, attributes and sessions of all live contexts, and name what two users share, by path."""
+        self._guard.require_everyone("validate_isolation")
+        contexts = [context for _, context in self._registry.live()]
+        findings = tuple(find_shared(root for context in contexts for root in context.isolation_roots()))
+        if findings:
+            self._trail.isolation_violated([str(finding) for finding in findings])
+        return IsolationReport(len(contexts), findings)
+
+    def get_audit_trail(self, user_id: str) -> dict[str, Any] | None:
+        """What is on record for one user, before and after their contexts closed; None for a user never seen."""
+        user_id = user_id if _is_anonymous(user_id) else validate_id(user_id, "user_id")
+        self._guard.require(user_id, "get_audit_trail")
+        return self._trail.of(user_id)
+
+    def is_healthy(self) -> bool:
+        """True while new contexts are opened."""
+        return not self._draining
+
+    def privileged(
+        self, *, reason: str, users: Collection[str] | Literal[Everyone.EVERYONE]
+    ) -> AbstractContextManager[Grant]:
+        """``with manager.privileged(reason=..., users=[...]):`` may touch those users' contexts. Recorded at its
+        start.
+        """
+        return self._guard.privileged(reason, users)
+
+    # The end.
+
+    def cleanup_all_contexts(self) -> int:
+        """Close every live context. Returns how many there were."""
+        self._guard.require_everyone("cleanup_all_contexts")
+        contexts = [context for _, context in self._registry.live()]
+        for context in contexts:
+            context.close("cleared")
+        return len(contexts)
+
+    def serve(self) -> None:
+        """Open contexts, from now on for a middleware: code outside of any context is no longer trusted."""
+        self._guard.serving = True
+        self._draining = False
+
+    async def drain(self, timeout: float) -> int:
+        """Open no more contexts, give the live ones so many seconds to end, then close them. Returns how many were
+        closed.
+        """
+        self._draining = True
+        idle = asyncio.Event()
+        self._drained.append((asyncio.get_running_loop(), idle))
+        self._note_idle()
+        try:
+            await asyncio.wait_for(idle.wait(), timeout)
+        except TimeoutError:
+            logger.warning(
+                "%d contexts are still open after %g seconds of draining: closing them", len(self._registry), timeout
+            )
+        contexts = [context for _, context in self._registry.live()]
+        await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
+        return len(contexts)
+
+    def sweep(self) -> int:
+        """Close the contexts whose deadline has come. Returns how many. Called by the manager's own thread."""
+        closed = 0
+        while due := self._registry.take_due():
+            for context in due:
+                closed += 1
+                self._expire(context)
+        return closed
+
+    def record_refusal(self, reason: str) -> None:
+        """Note that a connection was refused before it had a user."""
+        self._trail.refused(None, reason)
+
+    # Called by contexts.
+
+    def context_opened(self, context: UserExecutionContext, source: str) -> None:
+        self._trail.opened(context, source, context.metadata_given())
+
+    def context_closing(self, context: UserExecutionContext) -> None:
+        if context.lifetime.has_resources:
+            self._closing.add(context)
+        self._registry.remove(context)
+
+    def context_closed(self, context: UserExecutionContext) -> None:
+        self._closing.discard(context)
+        self._trail.closed(context)
+        if self._draining:
+            self._note_idle()
+
+    def bind_context(self, context: UserExecutionContext, principal: Principal) -> None:
+        self._guard.require_unbound(context)
+        anonymous_id, user_id, left = context.user_id, principal.user_id, principal.seconds_left()
+        metadata = context.metadata_given()  # first: what cannot be copied must fail before anything changes
+        displaced = self._registry.rebind(context, user_id, lambda: context.become(user_id))
+        if context.user_id != user_id:
+            raise IdentityConflictError(
+                "the context closed, or got another identity, at the same moment; open a new one"
+            )
+        self._close_displaced(displaced)
+        if left is not None:
+            self._plan(self._registry.shorten(context, left))
+        self._trail.bound(context, anonymous_id, metadata)
+
+    def require_owner(self, user_id: str, action: str) -> None:
+        self._guard.require(user_id, action)
+
+    def new_environment(self) -> IsolatedEnvironment:
+        return self.environment.overlay()
+
+    # Inside.
+
+    def _find(self, key: Key, action: str, *, missing_is_fine: bool = False) -> UserExecutionContext | None:
+        """The live context under a key, None when there is none. Foreign and missing take the same way out."""
+        asked = _checked_key(key)
+        key = self._own(asked)
+        context = self._registry.lookup(key)
+        if context is not None and self._guard.admits(context.user_id):
+            if not context.lifetime.is_expired:
+                return context
+            self._expire(context)
+            if missing_is_fine:
+                return None
+            raise ContextExpiredError("the context under this key reached its deadline")
+        owner = key if isinstance(key, str) else key[0]
+        if asked is not key:  # a key in the asker's own name that is not there: it could have been meant for anybody
+            raise self._guard.denied(action, str(asked))
+        self._guard.require(owner, action)
+        return None
+
+    def _own(self, key: Key) -> Key:
+        """In a user's context a text key other than the own id means the pair (own id, text).
+
+        So it can neither collide with another user's key, nor occupy it, nor tell whether it is there.
+        """
+        user_id = self._guard.acting_user()
+        if user_id is None or not isinstance(key, str) or key == user_id:
+            return key
+        own = (user_id, key)
+        return own if ambient_grant() is None or self._registry.lookup(own) is not None else key
+
+    def _register(self, context: UserExecutionContext, key: Key, ttl: float | None, source: str) -> None:
+        if self._draining:
+            raise ManagerDrainingError("the server is shutting down")
+        metadata = context.metadata_given()  # first: what cannot be copied must fail before anything changes
+        if not context.attach(self):
+            raise ConfigurationError("the context lives under another manager")
+        try:
+            displaced = self._registry.insert(context, key, ttl)
+        except CrossUserAccessError:
+            raise self._guard.denied(source, str(key)) from None
+        except ContextLimitError as error:
+            self._trail.refused(context.user_id, str(error))
+            raise
+        if displaced:
+            self._close_displaced(displaced, context)
+        if ttl is not None:
+            self._plan(context.lifetime.deadline)
+        self._trail.opened(context, source, metadata)
+
+    def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
+        for context, reason in displaced.items():
+            if successor is not None:
+                context.lifetime.hand_over(successor.lifetime)
+            context.close(reason)
+
+    def _plan(self, deadline: float | None) -> None:
+        if deadline is not None:
+            self._sweeper.plan(deadline)
+
+    def _expire(self, context: UserExecutionContext) -> None:
+        lifetime = context.lifetime
+        if lifetime.has_resources and (lifetime.loop is None or not loop_is_live(lifetime.loop)):
+            # Synchronous releases without a loop to run them on: in a thread, so that a slow one delays no other
+            # expiry.
+            threading.Thread(target=context.close, args=("expired",), name="ucm-middleware expiry", daemon=True).start()
+        else:
+            context.close("expired")
+
+    def _note_idle(self) -> None:
+        if len(self._registry) or self._closing:
+            return
+        for loop, event in self._drained:
+            if loop_is_live(loop):
+                loop.call_soon_threadsafe(event.set)
+        self._drained.clear()
+
+    def _describe(self, context: UserExecutionContext) -> dict[str, Any]:
+        deadline = context.lifetime.deadline
+        return {
+            "user_id": context.user_id,
+            "thread_id": context.thread_id,
+            "run_id": context.run_id,
+            "request_id": context.request_id,
+            "websocket_client_id": context.websocket_client_id,
+            "created_at": context.created_at.isoformat(),
+            "age_seconds": (datetime.now(UTC) - context.created_at).total_seconds(),
+            "expires_in_seconds": None if deadline is None else deadline - self._clock(),
+            "is_anonymous": context.is_anonymous,
+        }
+
+
+def _checked_key(key: object) -> Key:
+    if isinstance(key, tuple):
+        pair = cast("tuple[object, ...]", key)
+        if len(pair) != 2:
+            raise InvalidContextError("key", "is a tuple of another length than two", "give (user_id, request_id)")
+        user_id = pair[0]
+        return (
+            user_id if _is_anonymous(user_id) else validate_id(user_id, "user_id"),
+            validate_id(pair[1], "request_id"),
+        )
+    return key if _is_anonymous(key) else validate_id(key, "key")
+
+
+def _is_anonymous(value: object) -> TypeGuard[str]:
+    """Whether this is the id of an anonymous context: only the product makes those, and ``validate_id`` refuses
+    them.
+    """
+    return (
+        isinstance(value, str) and value.startswith(RESERVED_PREFIX) and UnifiedIDManager().validate(value, "anonymous")
+    )
+
+
+def checked_ttl(ttl: object) -> float | None:
+    """A life in seconds as a float; None for no end. Raises InvalidContextError for what is no sensible one."""
+    if ttl is None:
+        return None
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        raise InvalidContextError("ttl_seconds", f"is a {type(ttl).__name__}, not a number", "give seconds as a number")
+    if not 0 < ttl <= LONGEST_TTL:  # NaN is in no range
+        raise InvalidContextError(
+            "ttl_seconds", f"is {ttl:g}, not above 0 and at most a year ({LONGEST_TTL:g})", "give seconds"
+        )
+    return float(ttl)
+
+
+def _checked_limit(name: str, limit: object, default: int) -> int:
+    if limit is None:
+        return default
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ConfigurationError(f"{name} must be a whole number of at least 1, not {limit!r}")
+    return limit

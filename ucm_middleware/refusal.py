@@ -1,0 +1,115 @@
+"""What a client is told: one table from errors to answers, and the sending of them."""
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+from ucm_middleware.errors import (
+    ContextClosedError,
+    ContextLimitError,
+    CrossUserAccessError,
+    IdentityConflictError,
+    InvalidContextError,
+    ManagerDrainingError,
+    UnauthenticatedError,
+    UserContextError,
+)
+from ucm_middleware.types import Scope, Send
+
+logger = logging.getLogger(__name__)
+
+POLICY_VIOLATION: Final = 1008
+TRY_AGAIN_LATER: Final = 1013
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An answer: the HTTP status, the WebSocket close code after accept, the text, and more headers."""
+
+    status: int
+    close_code: int
+    detail: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+_RETRY: Final = ((b"retry-after", b"1"),)
+_CHALLENGE: Final = ((b"www-authenticate", b"Bearer"),)
+
+_DRAINING: Final = Refusal(503, TRY_AGAIN_LATER, "The server is shutting down.", _RETRY)
+_UNAUTHENTICATED: Final = Refusal(401, POLICY_VIOLATION, "Valid credentials are required.", _CHALLENGE)
+
+_BY_ERROR: Final[tuple[tuple[type[UserContextError], Refusal], ...]] = (
+    (UnauthenticatedError, _UNAUTHENTICATED),
+    (IdentityConflictError, Refusal(409, POLICY_VIOLATION, "The request already has another identity.")),
+    (CrossUserAccessError, Refusal(403, POLICY_VIOLATION, "Not allowed.")),
+    (ContextLimitError, Refusal(429, TRY_AGAIN_LATER, "Too many open requests and connections.", _RETRY)),
+    (ManagerDrainingError, _DRAINING),
+)
+
+_BY_REASON: Final = {
+    "expired": Refusal(504, POLICY_VIOLATION, "The time for this request has run out."),
+    "revoked": _UNAUTHENTICATED,
+    "shutdown": _DRAINING,
+}
+
+
+def refusal_for(error: BaseException) -> Refusal | None:
+    """The answer to an error; None for those that are the application's own fault, which it must see as they are."""
+    if isinstance(error, InvalidContextError):
+        return Refusal(400, POLICY_VIOLATION, str(error))
+    if isinstance(error, ContextClosedError):
+        return _BY_REASON.get(error.reason)
+    return next((refusal for kind, refusal in _BY_ERROR if isinstance(error, kind)), None)
+
+
+def refusal_for_reason(reason: str | None) -> Refusal | None:
+    """The answer to a request whose context was closed under it."""
+    return None if reason is None else _BY_REASON.get(reason)
+
+
+async def send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: str | None) -> bool:
+    """Answer, if the state of the exchange still allows it. ``last_sent`` is the type of the message sent last.
+
+    Returns whether an answer was sent.
+    """
+    try:
+        return await _send_refusal(refusal, scope, send, last_sent)
+    except (OSError, RuntimeError) as error:  # what servers raise when the client has gone, each in its own way
+        logger.debug("a refusal with %d could not be sent: %s", refusal.status, error)
+        return False
+
+
+async def _send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: str | None) -> bool:
+    if scope["type"] == "http":
+        if last_sent is not None:
+            return False
+        await _respond(refusal, "http.response", send)
+    elif last_sent is None:
+        if "websocket.http.response" in scope.get("extensions", {}):
+            await _respond(refusal, "websocket.http.response", send)
+        else:
+            await _close(refusal, send)
+    elif last_sent in ("websocket.accept", "websocket.send"):
+        await _close(refusal, send)
+    else:
+        return False
+    return True
+
+
+async def _close(refusal: Refusal, send: Send) -> None:
+    # A close frame has room for 123 bytes of text (RFC 6455, section 5.5); what is cut must still be UTF-8.
+    reason = refusal.detail.encode()[:123].decode(errors="ignore")
+    await send({"type": "websocket.close", "code": refusal.close_code, "reason": reason})
+
+
+async def _respond(refusal: Refusal, kind: str, send: Send) -> None:
+    body = json.dumps({"detail": refusal.detail}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"cache-control", b"no-store"),
+        *refusal.headers,
+    ]
+    await send({"type": f"{kind}.start", "status": refusal.status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})

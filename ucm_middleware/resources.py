@@ -1,0 +1,145 @@
+"""What a context can hold: one resource of each kind, and how it is let go of."""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Literal, TypeVar, cast
+
+from ucm_middleware.errors import ConfigurationError
+
+T = TypeVar("T")
+
+DEFAULT_RELEASE_TIMEOUT: Final = 10.0
+"""Seconds one asynchronous resource may take to let go, unless it was entered with a timeout of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseFailure:
+    """A resource that was entered and not cleanly exited.
+
+    ``outcome`` is "failed" (it raised), "timed out", "cancelled" (the event loop itself was torn down) or "unclosed"
+    (there was no live event loop to close it on).
+    """
+
+    name: str
+    outcome: Literal["failed", "timed out", "cancelled", "unclosed"]
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.outcome} ({type(self.error).__name__})"
+
+
+@dataclass(slots=True, eq=False)
+class Resource:
+    """One thing to let go of. ``target`` is the object by which a replacing context can take it over."""
+
+    name: str
+    target: object
+    release: Callable[[BaseException | None], object]
+    timeout: float
+    is_async: bool
+
+
+def sync_resource(cm: AbstractContextManager[Any], name: str | None) -> Resource:
+    """The exit of an entered synchronous context manager."""
+    return Resource(name or _name(cm), cm, lambda error: cm.__exit__(*_exc_info(error)), DEFAULT_RELEASE_TIMEOUT, False)
+
+
+def async_resource(cm: AbstractAsyncContextManager[Any], name: str | None, timeout: float) -> Resource:
+    """The exit of an entered asynchronous context manager."""
+    return Resource(name or _name(cm), cm, lambda error: cm.__aexit__(*_exc_info(error)), timeout, True)
+
+
+def callback_resource(function: Callable[[], object], target: object, name: str | None, timeout: float) -> Resource:
+    """A function to call at teardown; awaited when it is, or returns, an awaitable."""
+    return Resource(
+        name or _name(target), target, lambda error: function(), timeout, inspect.iscoroutinefunction(target)
+    )
+
+
+def closing_resource(target: object, name: str | None, timeout: float) -> Resource:
+    """An object with ``aclose`` or ``close``; the first of the two that it has is called."""
+    aclose = getattr(target, "aclose", None)
+    close = aclose if callable(aclose) else getattr(target, "close", None)
+    if not callable(close):
+        raise ConfigurationError(
+            f"{_name(target)} has neither close() nor aclose(); register a callback that releases it instead"
+        )
+    function = cast("Callable[[], object]", close)
+    is_async = close is aclose or inspect.iscoroutinefunction(close)
+    return Resource(name or _name(target), target, lambda error: function(), timeout, is_async)
+
+
+class OwnerTask(Generic[T]):
+    """Enters and exits one asynchronous context manager in one task, for those that must not change tasks.
+
+    anyio task groups and cancel scopes, MCP sessions and generators that reset ContextVar tokens are such.
+    """
+
+    __slots__ = ("_cm", "_entered", "_error", "_leave", "_task")
+
+    def __init__(self, cm: AbstractAsyncContextManager[T]) -> None:
+        self._cm = cm
+        loop = asyncio.get_running_loop()
+        self._entered: asyncio.Future[T] = loop.create_future()
+        self._leave = asyncio.Event()
+        self._error: BaseException | None = None
+        self._task = asyncio.Task(self._own(), loop=loop, name=f"owner of {_name(cm)}")
+
+    async def entered(self) -> T:
+        """The value of the context manager, once its entering is through."""
+        await asyncio.wait((self._task, self._entered), return_when=asyncio.FIRST_COMPLETED)
+        if not self._entered.done():
+            await self._task  # raises what the entering raised
+        return self._entered.result()
+
+    async def exit(self, error: BaseException | None) -> None:
+        """Ask the owner to leave, and wait until it has. An entering that is still under way is cancelled."""
+        self._error = error
+        self._leave.set()
+        if not self._entered.done():
+            self._task.cancel()
+        try:
+            await asyncio.wait((self._task,))
+        except asyncio.CancelledError:
+            self._task.cancel()
+            await asyncio.wait((self._task,))
+            raise
+        if not self._task.cancelled() and (raised := self._task.exception()) is not None and raised is not error:
+            raise raised
+
+    async def _own(self) -> None:
+        value = await self._cm.__aenter__()
+        self._entered.set_result(value)
+        del value
+        try:
+            await self._leave.wait()
+        except asyncio.CancelledError as cancelled:  # the event loop itself is being torn down
+            await self._cm.__aexit__(*_exc_info(cancelled))
+            raise
+        await self._cm.__aexit__(*_exc_info(self._error))
+
+    def cancel(self) -> None:
+        """Stop an entering that nobody waits for any more."""
+        self._task.cancel()
+
+
+def owner_resource(owner: OwnerTask[Any], cm: object, name: str | None, timeout: float) -> Resource:
+    """The exit of a context manager that has a task of its own."""
+    return Resource(name or _name(cm), cm, owner.exit, timeout, True)
+
+
+def awaiting(resource: Resource, awaitable: Awaitable[object]) -> Resource:
+    """The rest of a release that turned out to be asynchronous when it was called."""
+    return Resource(resource.name, awaitable, lambda error: awaitable, resource.timeout, True)
+
+
+def _exc_info(error: BaseException | None) -> tuple[Any, Any, Any]:
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
+
+
+def _name(target: object) -> str:
+    named = getattr(target, "__qualname__", None)
+    return named if isinstance(named, str) else type(target).__qualname__
