@@ -1,0 +1,1 @@
+"""Runnable examples of ucm-middleware; README.md in this folder says what each one shows."""
