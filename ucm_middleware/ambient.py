@@ -1,8 +1,9 @@
-"""The context that the running code belongs to: the package's one ContextVar."""
+"""The context that the running code belongs to, and the grants it may hold."""
 
-from contextvars import ContextVar, Token
+from contextlib import suppress
+from contextvars import Token
 
-from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.context import Inside, UserExecutionContext, ambient, ambient_context
 from ucm_middleware.errors import ContextNotFoundError
 
 
@@ -12,21 +13,31 @@ class Grant:
     Tasks started inside the block inherit the object, and it dies for them too when the block ends.
     """
 
-    __slots__ = ("_covers", "alive", "context", "reason")
+    __slots__ = ("_alive", "_covers", "context", "guard", "reason")
 
-    def __init__(self, reason: str, users: frozenset[str] | None, context: UserExecutionContext | None) -> None:
+    def __init__(
+        self, guard: object, reason: str, users: frozenset[str] | None, context: UserExecutionContext | None
+    ) -> None:
+        self.guard = guard
         self.reason = reason
-        self.alive = True
+        self._alive = True
         self.context = context
         self._covers = users
 
+    @property
+    def alive(self) -> bool:
+        return self._alive
+
+    def end(self) -> None:
+        """Take the right away, from whoever holds the object. There is no way back."""
+        self._alive = False
+
     def covers(self, user_id: str | None) -> bool:
         """True when the grant is alive and names the user; None stands for all users at once."""
-        return self.alive and (self._covers is None or user_id in self._covers)
+        return self._alive and (self._covers is None or user_id in self._covers)
 
 
-_ambient: ContextVar[UserExecutionContext | Grant | None] = ContextVar("ucm_middleware_ambient", default=None)
-Ambient = Token[UserExecutionContext | Grant | None]
+Ambient = Token[UserExecutionContext | Inside | None]
 """What ``enter`` gives and ``leave`` takes."""
 
 
@@ -45,23 +56,19 @@ def current_context() -> UserExecutionContext:
     return context
 
 
-def ambient_context() -> UserExecutionContext | None:
-    """The context that this code runs in, open or not; None outside."""
-    value = _ambient.get()
-    return value.context if isinstance(value, Grant) else value
-
-
 def ambient_grant() -> Grant | None:
     """The grant that this code runs under, if it is alive."""
-    value = _ambient.get()
+    value = ambient.get()
     return value if isinstance(value, Grant) and value.alive else None
 
 
 def enter(value: UserExecutionContext | Grant) -> Ambient:
     """Make a context, or a grant, the one that the code from here on runs in."""
-    return _ambient.set(value)
+    return ambient.set(value)
 
 
 def leave(token: Ambient) -> None:
-    """Undo ``enter``, in the same task and Context."""
-    _ambient.reset(token)
+    """Undo ``enter``."""
+    # A generator that was broken off is closed in another Context than the one it entered in: nothing to undo in there.
+    with suppress(ValueError):
+        ambient.reset(token)

@@ -2,9 +2,11 @@
 
 import asyncio
 import inspect
+import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, NoReturn, ParamSpec, Protocol, Self, TypeVar
@@ -15,16 +17,17 @@ from ucm_middleware.errors import (
     ContextIsolationError,
     ContextLimitError,
     IdentityConflictError,
+    InvalidContextError,
 )
-from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
+from ucm_middleware.ids import MAX_LENGTH, RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.isolation import copy_data
 from ucm_middleware.lifetime import (
+    HANDLER_GRACE,
     INTERRUPTING,
     CloseReason,
     Lifetime,
     State,
     in_background,
-    let_go,
     loop_is_live,
     running_loop,
 )
@@ -42,6 +45,8 @@ from ucm_middleware.resources import (
 )
 from ucm_middleware.sharing import Root, find_shared
 
+logger = logging.getLogger(__name__)
+
 MAX_DEPTH: Final = 10
 """How deep children may nest below a root context."""
 
@@ -54,6 +59,23 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
+class Inside(Protocol):
+    """What may stand in the ContextVar in place of a context: something entered inside of one, or of none."""
+
+    @property
+    def context(self) -> "UserExecutionContext | None": ...
+
+
+ambient: ContextVar["UserExecutionContext | Inside | None"] = ContextVar("ucm_middleware_ambient", default=None)
+"""The package's one ContextVar: what the running code belongs to."""
+
+
+def ambient_context() -> "UserExecutionContext | None":
+    """The context that this code runs in, open or not; None outside."""
+    value = ambient.get()
+    return value if value is None or isinstance(value, UserExecutionContext) else value.context
+
+
 class Connection(Protocol):
     """What is needed of Starlette's HTTPConnection."""
 
@@ -64,21 +86,27 @@ class Connection(Protocol):
 class ContextHost(Protocol):
     """What a context tells the manager that it lives under."""
 
-    def context_opened(self, context: "UserExecutionContext", source: str) -> None:
-        """A child was opened."""
+    def child_opened(self, child: "UserExecutionContext", operation_name: str) -> None:
+        """A child was opened for a part of the work."""
         ...
 
     def context_closing(self, context: "UserExecutionContext") -> None:
         """The context is no longer live; its resources are about to be released."""
         ...
 
-    def context_closed(self, context: "UserExecutionContext") -> None:
-        """The teardown is through."""
+    def context_closed(self, context: "UserExecutionContext", metadata: Mapping[str, object]) -> None:
+        """The teardown is through. ``metadata`` is what the application had added by then."""
         ...
 
-    def bind_context(self, context: "UserExecutionContext", principal: Principal) -> None:
+    def bind_context(self, context: "UserExecutionContext", user_id: str) -> None:
         """An anonymous context learned its user."""
         ...
+
+    def end_within(self, context: "UserExecutionContext", seconds: float) -> None:
+        """The credentials behind a context hold no longer than that."""
+        ...
+
+    ids: UnifiedIDManager
 
     @property
     def guard(self) -> object:
@@ -335,11 +363,13 @@ class UserExecutionContext:
         """
         self.require_usable()
         principal = user if isinstance(user, Principal) else Principal(user)
+        seconds_left = principal.seconds_left()
         if self._lifetime.state is not State.UNBOUND:
             if principal.user_id != self._user_id:
                 raise IdentityConflictError(
                     "this context already has an identity, and it is another one; open a new context"
                 )
+            self._end_within(seconds_left)
             return
         if self._db_session is not None or self.needs_waiting:
             raise IdentityConflictError(
@@ -347,10 +377,10 @@ class UserExecutionContext:
                 "bind the identity first"
             )
         if self._host is not None:
-            self._host.bind_context(self, principal)
+            self._host.bind_context(self, principal.user_id)
         else:
-            principal.seconds_left()
-            self.become(principal.user_id)
+            self._become(principal.user_id)
+        self._end_within(seconds_left)
 
     def create_child_context(
         self,
@@ -366,10 +396,10 @@ class UserExecutionContext:
         depth 10 and at 100 live children, ContextClosedError after teardown.
         """
         self.require_usable()
-        operation_name = validate_id(operation_name, "operation_name")
+        _check_operation_name(operation_name)
         if self._depth >= MAX_DEPTH:
             raise ContextLimitError("depth", MAX_DEPTH, "children nest too deeply: open siblings instead")
-        core = UnifiedIDManager().generate_core()
+        core = (UnifiedIDManager() if self._host is None else self._host.ids).generate_core()
         child = object.__new__(type(self))
         child._start(self._user_id, f"request_{core}", core, Lifetime(State.OPEN, _caller()))
         child._thread_id, child._run_id = self.thread_id, self.run_id
@@ -383,7 +413,7 @@ class UserExecutionContext:
         child._host = self._host
         self._adopt(child)
         if self._host is not None:
-            self._host.context_opened(child, operation_name)
+            self._host.child_opened(child, operation_name)
         return child
 
     def verify_isolation(self) -> bool:
@@ -392,12 +422,12 @@ class UserExecutionContext:
         Raises ContextIsolationError that names what it shares with its parent, and ContextClosedError after teardown.
         """
         self.require_usable()
-        roots = list(self.isolation_roots())
+        roots = self._own_roots()
         if self._parent is not None:
             # As if the parent were another user: a child must not share even with its parent, the session excepted.
             roots += [
                 Root(f"{root.owner} (parent)", root.label, root.value)
-                for root in self._parent.isolation_roots()
+                for root in self._parent._own_roots()
                 if not root.opaque
             ]
         if findings := find_shared(roots):
@@ -407,7 +437,13 @@ class UserExecutionContext:
         return True
 
     def isolation_roots(self) -> list[Root]:
-        """Where the walk over what is reachable from this context begins."""
+        """Where the walk over what is reachable from this context and its children begins."""
+        roots = self._own_roots()
+        for child in tuple(self._children or ()):
+            roots += child.isolation_roots()
+        return roots
+
+    def _own_roots(self) -> list[Root]:
         owner = self._user_id
         roots = [
             Root(owner, f"{owner}.{name.removeprefix('_')}", value)
@@ -417,11 +453,15 @@ class UserExecutionContext:
         roots += [Root(owner, f"{owner}.{name}", value) for name, value in list(self.__dict__.items())]
         if self._db_session is not None:
             roots.append(Root(owner, f"{owner}.db_session", self._db_session, opaque=True))
+        roots += [Root(owner, f"{owner}.{name}", target, opaque=True) for name, target in self._lifetime.targets()]
         return roots
 
     def metadata_given(self) -> dict[str, Any]:
-        """A copy of ``audit_metadata``, for a record; empty when there is none, also after teardown."""
-        return copy_data(self._audit_metadata, "audit_metadata") if self._audit_metadata else {}
+        """A copy of ``audit_metadata``; empty when there is none, also after teardown.
+
+        Never raises, so that no record fails an operation: what cannot be copied is shown as the name of its type.
+        """
+        return {name: _copied(value) for name, value in list((self._audit_metadata or {}).items())}
 
     # Resources.
 
@@ -446,13 +486,14 @@ class UserExecutionContext:
         sessions) wants ``owner_task=True``: one task then does both.
         """
         self.require_usable()
+        self._lifetime.require_loop()
         if not owner_task:
             value = await cm.__aenter__()
-            self._push(async_resource(cm, name, timeout))
+            await self._push_entered(async_resource(cm, name, timeout))
             return value
         owner = OwnerTask(cm)
         resource = owner_resource(owner, cm, name, timeout)
-        self._push(resource)
+        await self._push_entered(resource)
         try:
             return await owner.entered()
         except asyncio.CancelledError:
@@ -463,11 +504,16 @@ class UserExecutionContext:
             raise
 
     def callback(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call ``function`` at teardown; awaited when it is asynchronous."""
-        self._push(callback_resource(partial(function, *args, **kwargs), function, None, DEFAULT_RELEASE_TIMEOUT))
+        """Call ``function`` at teardown; awaited when it is asynchronous. At once, when the context is closed
+        already.
+        """
+        self._push(callback_resource(partial(function, *args, **kwargs), DEFAULT_RELEASE_TIMEOUT))
 
     def closing(self, target: T, *, name: str | None = None, timeout: float = DEFAULT_RELEASE_TIMEOUT) -> T:
-        """Call the object's ``aclose()``, or else ``close()``, at teardown. Returns the object."""
+        """Call the object's ``aclose()``, or else ``close()``, at teardown. Returns the object.
+
+        When the context is closed already, the object is closed at once, and ContextClosedError raised.
+        """
         self._push(closing_resource(target, name, timeout))
         return target
 
@@ -477,18 +523,15 @@ class UserExecutionContext:
         Asynchronous resources are released on the event loop that they were opened on, after this returns.
         ``error`` is what resources see as the reason for their exit; after anything but an ordinary end they see one.
         """
-        if not self._lifetime.begin_closing(reason):
-            return
-        self._announce(reason)
-        home = self._lifetime.loop
-        here = running_loop()
-        if home is not None and home is not here and loop_is_live(home):
-            try:
-                home.call_soon_threadsafe(self._tear_down_here, home, error)
-            except RuntimeError:  # the loop was closed in this very moment
-                self._tear_down_here(None, error)
-        else:
-            self._tear_down_here(here if home is None or home is here else None, error)
+        lifetime = self._lifetime
+        begun = lifetime.begin_closing(reason)
+        if begun:
+            self._announce(reason)
+        if self._waits_for_handler():
+            if begun:
+                self._tear_down_after_handler()
+        elif lifetime.claim_teardown():
+            self._tear_down_at_home(error)
 
     async def aclose(
         self, reason: CloseReason = "closed", error: BaseException | None = None
@@ -499,29 +542,31 @@ class UserExecutionContext:
         waits for that.
         """
         lifetime = self._lifetime
-        if lifetime.loop is not None and lifetime.loop is not asyncio.get_running_loop():
-            self.close(reason, error)
-            await lifetime.wait_closed()
-        elif lifetime.begin_closing(reason):
+        begun = lifetime.begin_closing(reason)
+        if begun:
             self._announce(reason)
+        if self._waits_for_handler():
+            if begun:
+                self._tear_down_after_handler()
+            await lifetime.wait_closed()
+        elif not lifetime.claim_teardown():
+            await lifetime.wait_closed()
+        elif lifetime.loop is None or lifetime.loop is asyncio.get_running_loop():
             await self._tear_down(error)
         else:
+            self._tear_down_at_home(error)
             await lifetime.wait_closed()
         return lifetime.failures
 
     def require_usable(self) -> None:
         """Raise ContextClosedError after teardown, and after the deadline even when nothing has noticed it yet."""
-        lifetime = self._lifetime
-        if lifetime.state is State.CLOSED:
+        if not self._lifetime.permits_use:
             raise self._closed_error()
-        if lifetime.deadline is not None and lifetime.is_open and lifetime.is_expired:
-            raise self._closed_error("expired")
 
     # Views.
 
     def to_dict(self) -> dict[str, Any]:
         """Identity and metadata as plain values, and the names of what ``agent_context`` holds. Never its values."""
-        agent_context, metadata = self._agent_context, self._audit_metadata
         return {
             "user_id": self._user_id,
             "thread_id": self.thread_id,
@@ -534,8 +579,8 @@ class UserExecutionContext:
             "is_anonymous": self.is_anonymous,
             "state": self._lifetime.state.value,
             "has_db_session": self._db_session is not None,
-            "agent_context_keys": sorted(agent_context or ()),
-            "audit_metadata": copy_data(metadata, "audit_metadata"),
+            "agent_context_keys": sorted(map(str, self._agent_context or ())),
+            "audit_metadata": self.metadata_given(),
         }
 
     def get_audit_trail(self) -> dict[str, Any]:
@@ -554,7 +599,7 @@ class UserExecutionContext:
     # For the manager and the middleware.
 
     @classmethod
-    def open(
+    def _open(
         cls,
         host: ContextHost,
         user_id: str,
@@ -580,13 +625,17 @@ class UserExecutionContext:
         """The manager that this context lives under."""
         return self._host
 
-    def attach(self, host: ContextHost) -> bool:
+    def _attach(self, host: ContextHost) -> bool:
         """Put the context under a manager. False when it is under another one."""
         if self._host is None:
             self._host = host
         return self._host is host
 
-    def become(self, user_id: str) -> bool:
+    def _detach(self) -> None:
+        """Undo ``_attach``: the manager refused the context."""
+        self._host = None
+
+    def _become(self, user_id: str) -> bool:
         """The transition from unbound to open. False when it was made already, or the teardown has begun."""
         if not self._lifetime.bind():
             return False
@@ -595,20 +644,34 @@ class UserExecutionContext:
 
     # Inside.
 
+    def _end_within(self, seconds: float | None) -> None:
+        """Let the context outlive no credentials that end."""
+        if seconds is None:
+            return
+        if self._host is not None:
+            self._host.end_within(self, seconds)
+        else:
+            self._lifetime.limit(time.monotonic() + seconds, time.monotonic)
+
     def _adopt(self, child: "UserExecutionContext") -> None:
         """Take a child in; refuses when the teardown has begun, so that no child outlives it."""
         with Lifetime.transition:
-            if self.is_open:
-                if self._children is None:
-                    self._children = []
-                if len(self._children) >= MAX_CHILDREN:
-                    raise ContextLimitError("children", MAX_CHILDREN, "close the children that are done")
-                self._children.append(child)
+            children = self._children
+            if children is None:
+                children = self._children = []
+            full = len(children) >= MAX_CHILDREN
+            if not full:
+                children.append(child)
+            if not full and self.is_open:
                 return
+            self._forget(child)
+        if full:
+            raise ContextLimitError("children", MAX_CHILDREN, "close the children that are done")
         raise self._closed_error()
 
-    def _closed_error(self, reason: str | None = None) -> ContextClosedError:
-        return ContextClosedError(self._request_id, self._lifetime.where(), reason or self._lifetime.reason or "closed")
+    def _closed_error(self) -> ContextClosedError:
+        lifetime = self._lifetime
+        return ContextClosedError(self._request_id, lifetime.where(), lifetime.reason or "expired")
 
     def _take_session(self, session: Any) -> None:
         self._db_session = session
@@ -617,9 +680,17 @@ class UserExecutionContext:
 
     def _push(self, resource: Resource) -> None:
         """Keep a resource that is already open; when the context is not open any more, let go of it and refuse."""
+        if not self._lifetime.permits_use or not self._lifetime.add(resource):
+            error = self._closed_error()
+            self._lifetime.release_late_here(resource, error)
+            raise error
+
+    async def _push_entered(self, resource: Resource) -> None:
+        """The same for what was entered asynchronously, meanwhile."""
         if not self._lifetime.add(resource):
-            let_go(resource, running_loop())
-            raise self._closed_error()
+            error = self._closed_error()
+            await self._lifetime.release_late(resource, error)
+            raise error
 
     def _announce(self, reason: CloseReason) -> None:
         if self._host is not None:
@@ -634,18 +705,70 @@ class UserExecutionContext:
             return self._closed_error()
         return error
 
+    def _waits_for_handler(self) -> bool:
+        """Whether a handler must end first: not when it is the one that closes, in whichever of its tasks and
+        threads.
+        """
+        lifetime = self._lifetime
+        return lifetime.handler_runs_elsewhere and (lifetime.reason in INTERRUPTING or not self._is_ambient())
+
+    def _is_ambient(self) -> bool:
+        context = ambient_context()
+        while context is not None and context is not self:
+            context = context._parent
+        return context is self
+
+    def _tear_down_after_handler(self) -> None:
+        """Leave the teardown to the task that runs the handler, for when it has ended.
+
+        What the handler opened itself stands above the resources here and must be undone first: a connection that went
+        back to its pool now would be another user's while this handler still rolls back on it.
+        """
+        loop = self._lifetime.loop
+        if loop is None or not loop_is_live(loop):
+            self._tear_down_overdue()
+            return
+        try:
+            loop.call_soon_threadsafe(self._wait_for_handler, loop)
+        except RuntimeError:  # the loop was closed in this very moment
+            self._tear_down_overdue()
+
+    def _wait_for_handler(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._lifetime.state is State.CLOSING:
+            # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
+            timer = loop.call_later(HANDLER_GRACE, self._tear_down_overdue, context=Context())
+            self._lifetime.overdue = timer
+
+    def _tear_down_overdue(self) -> None:
+        if self._lifetime.claim_teardown():
+            logger.warning("the handler of %s did not end when its context closed: its resources are released", self)
+            self._tear_down_at_home(None)
+
+    def _tear_down_at_home(self, error: BaseException | None) -> None:
+        """The teardown on the context's event loop, when it is live; else here, as far as it goes."""
+        home = self._lifetime.loop
+        here = running_loop()
+        if home is None or home is here:
+            self._tear_down_here(here, error)
+            return
+        if loop_is_live(home):
+            with suppress(RuntimeError):  # the loop was closed in this very moment
+                home.call_soon_threadsafe(self._tear_down_here, home, error)
+                return
+        self._tear_down_here(None, error)
+
     def _tear_down_here(self, loop: asyncio.AbstractEventLoop | None, error: BaseException | None) -> None:
         """The teardown, as far as it goes without waiting; the rest in a task on ``loop``, or reported without one."""
         error = self._seen_error(error)
-        for child in reversed(tuple(self._children or ())):
+        children = tuple(self._children or ())
+        for child in reversed(children):
             child.close(self._lifetime.reason or "closed", error)
-        if self._lifetime.release_here(error):
-            self._finish()
-        elif loop is not None:
+        waits = any(child.lifetime.state is not State.CLOSED for child in children)
+        if loop is not None and (waits or not self._lifetime.release_here(error)):
             in_background(loop, self._tear_down(error))
-        else:
-            self._lifetime.abandon()
-            self._finish()
+            return
+        self._lifetime.abandon(error)
+        self._finish()
 
     async def _tear_down(self, error: BaseException | None) -> None:
         error = self._seen_error(error)
@@ -671,12 +794,15 @@ class UserExecutionContext:
 
     def _finish(self) -> None:
         """Wipe the data, let go of everything that could keep this context alive, and say so."""
+        metadata = self.metadata_given()
         for data in (self._agent_context, self._audit_metadata):
             if data:
                 data.clear()
         if self._environment is not None:
             self._environment.clear()
-        self.__dict__.clear()
+        for name in list(self.__dict__):
+            if not hasattr(type(self), name):  # what shadows a method is a test's mock, which takes itself away
+                del self.__dict__[name]
         self._db_session = self._environment = self._children = None
         parent, self._parent = self._parent, None
         if parent is not None:
@@ -684,7 +810,23 @@ class UserExecutionContext:
         host, self._host = self._host, None
         self._lifetime.finish_closing()
         if host is not None:
-            host.context_closed(self)
+            host.context_closed(self, metadata)
+        stop, self._lifetime.stop = self._lifetime.stop, None
+        if stop is not None:
+            raise stop
+
+
+def _check_operation_name(name: object) -> None:
+    if not isinstance(name, str) or not name.strip() or len(name) > MAX_LENGTH or not name.isprintable():
+        rule = f"is not text, blank, longer than {MAX_LENGTH} characters or not printable"
+        raise InvalidContextError("operation_name", rule, "name what the child does, such as 'search'")
+
+
+def _copied(value: object) -> object:
+    try:
+        return copy_data({"value": value}, "audit_metadata")["value"]
+    except InvalidContextError:
+        return f"<{type(value).__name__}>"
 
 
 def _caller() -> str | tuple[str, int]:

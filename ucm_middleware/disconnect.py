@@ -28,13 +28,14 @@ class ReadAhead:
         self._messages: deque[Message] = deque()
         self._there = asyncio.Event()
         self._taken = asyncio.Event()
-        self._task = asyncio.Task(self._read(), loop=asyncio.get_running_loop(), name="ucm-middleware read ahead")
+        self._task: asyncio.Task[None] | None = asyncio.Task(
+            self._read(), loop=asyncio.get_running_loop(), name="ucm-middleware read ahead"
+        )
 
     async def receive(self) -> Message:
         """The next message, in the order the server gave them. A disconnect is given again to each further call."""
         while not self._messages:
-            if self._task.done():
-                self._task.result()
+            if self._task is None or self._task.done():
                 return await self._receive()
             self._there.clear()
             await self._there.wait()
@@ -52,7 +53,10 @@ class ReadAhead:
 
     def stop(self) -> None:
         """Read no further."""
-        self._task.cancel()
+        # Without the task: what it was cancelled with holds its frame, which holds this.
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
 
     async def _read(self) -> None:
         try:

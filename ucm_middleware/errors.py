@@ -4,11 +4,17 @@ One family: ``except UserContextError`` catches them all. A message says which r
 what to do. None carries another user's id, a credential or application data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class UserContextError(Exception):
     """The root of the family."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The constructors take fields and make the message of them: a copy, on its way to another process, needs
+        # neither.
+        return (_restore, (type(self), self.args, self.__dict__))
 
 
 class ConfigurationError(UserContextError, ValueError):
@@ -88,3 +94,10 @@ class UnauthenticatedError(UserContextError):
 
 class ManagerDrainingError(UserContextError):
     """The manager is shutting down and opens no new contexts."""
+
+
+def _restore(kind: type[UserContextError], args: tuple[Any, ...], fields: Mapping[str, Any]) -> UserContextError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(fields)
+    return error

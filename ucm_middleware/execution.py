@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from ucm_middleware.ambient import Ambient, ambient_context, ambient_grant, enter, leave
-from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.ambient import Ambient, ambient_grant, enter, leave
+from ucm_middleware.context import UserExecutionContext, ambient_context
 from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, InvalidContextError
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.lifetime import CloseReason
@@ -56,7 +56,8 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     """``async with managed_user_context(context):`` or ``with``: runs the block in the context, and closes it after.
 
     When the block ends well and a resource does not, raises an ExceptionGroup of what the resources raised; an error of
-    the block itself goes first, with a note. Entering another user's context from inside a user's context raises
+    the block itself goes first, with a note. A block of ``async with`` whose context expires is cancelled, and ends in
+    ContextClosedError. Entering another user's context from inside a user's context raises
     CrossUserAccessError outside of a ``privileged`` block.
     """
 
@@ -74,20 +75,28 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave()
-        self._context.close(_reason(error), error)
+        try:
+            self._context.close(_reason(error), error)
+        finally:
+            self._leave()
         self._raise_failures(error)
 
     async def __aenter__(self) -> UserExecutionContext:
-        return self.__enter__()
+        context = self.__enter__()
+        context.lifetime.run_in_current_task()
+        return context
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        lifetime = self._context.lifetime
+        lifetime.task = None
         try:
             await self._context.aclose(_reason(error), error)
         finally:
             self._leave()
+        if lifetime.absorb_interrupt() and isinstance(error, asyncio.CancelledError):
+            raise ContextClosedError(self._context.request_id, lifetime.where(), lifetime.reason or "closed") from error
         self._raise_failures(error)
 
     def _leave(self) -> None:

@@ -9,8 +9,30 @@ the same whatever the number of entries, and an entry that is discarded leaves n
 import math
 from typing import Final
 
+from ucm_middleware.errors import InvalidContextError
+
 SHORTEST_WAIT: Final = 0.001
 """Seconds. The resolution of the sweep; whoever looks at a deadline in between sees it exactly."""
+
+
+LONGEST_TTL: Final = 365 * 24 * 3600.0
+"""Seconds. A context that should live longer than a year is a mistake in the unit."""
+
+
+def checked_ttl(ttl: object) -> float | None:
+    """A life in seconds as a float; None for no end. Raises InvalidContextError for what is no sensible one."""
+    if ttl is None:
+        return None
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        raise InvalidContextError("ttl_seconds", f"is a {type(ttl).__name__}, not a number", "give seconds as a number")
+    try:
+        seconds = float(ttl)
+    except OverflowError:
+        seconds = math.inf
+    if not 0 < seconds <= LONGEST_TTL:  # NaN is in no range
+        rule = f"is {seconds:g}, not above 0 and at most a year ({LONGEST_TTL:g})"
+        raise InvalidContextError("ttl_seconds", rule, "give seconds in that range")
+    return seconds
 
 
 class Timed:
@@ -52,8 +74,8 @@ class Deadlines:
         """Take out entries whose deadline has come, so many at most: the owner's lock is held meanwhile."""
         due: list[Timed] = []
         for queue in list(self._queues.values()):
-            while len(due) < most and queue and (entry := next(iter(queue))).wake <= now:
-                del queue[entry]
+            while len(due) < most and (entry := next(iter(queue), None)) is not None and entry.wake <= now:
+                queue.pop(entry, None)
                 if entry.deadline <= now:
                     due.append(entry)
                 else:
@@ -62,7 +84,8 @@ class Deadlines:
 
     def next_wake(self) -> float | None:
         """When to look next; None when there is nothing to wait for."""
-        return min((next(iter(queue)).wake for queue in self._queues.values() if queue), default=None)
+        fronts = [next(iter(queue), None) for queue in list(self._queues.values())]
+        return min((entry.wake for entry in fronts if entry is not None), default=None)
 
 
 def _round_down(wait: float) -> float:

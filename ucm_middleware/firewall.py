@@ -1,12 +1,13 @@
 """ContextFirewall: each request in a fresh contextvars.Context, so that nothing an earlier one set can be seen."""
 
-from collections.abc import Coroutine, Generator, Sequence
-from contextvars import Context, ContextVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from contextvars import Context, ContextVar, copy_context
 from types import coroutine
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
-from ucm_middleware.types import ASGIApp, Receive, Scope, Send
+from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
+_T = TypeVar("_T")
 _UNSET: Final = object()
 
 BOUNDARY: Final = "ucm_middleware.boundary"
@@ -67,30 +68,52 @@ async def run_enclosed(
         boundary.context = None
 
 
-@coroutine
-def _run_within(
+async def _run_within(
     boundary: Boundary, app: ASGIApp, scope: Scope, receive: Receive, send: Send, keep: tuple[ContextVar[Any], ...]
-) -> Generator[Any, Any, None]:
-    """Step the app in the boundary's Context, in the task that awaits this: no task more, and cancelled as ever."""
+) -> None:
+    """Step the app in the boundary's Context, in the task that awaits this: no task more, and cancelled as ever.
+
+    The server's ``receive`` and ``send`` are stepped outside again: a server may start the next request of the
+    connection from within them, and it, its log and the middlewares around us would then inherit the boundary's
+    Context.
+    """
     context = boundary.context
     assert context is not None
     for variable in keep:
         if (value := variable.get(_UNSET)) is not _UNSET:
             context.run(variable.set, value)
+    # A copy, since a Context cannot be entered twice, and the one we are in is entered.
+    outside = copy_context().run
+
+    def receive_outside() -> Awaitable[Message]:
+        return _step(outside, outside(receive))
+
+    def send_outside(message: Message) -> Awaitable[None]:
+        return _step(outside, outside(send, message))
+
     run = context.run
-    work = cast("Coroutine[Any, Any, None]", run(app, scope, receive, send))
-    step, throw = work.send, work.throw
+    await _step(run, run(app, scope, receive_outside, send_outside))
+
+
+@coroutine
+def _step(run: Callable[..., Any], work: Awaitable[_T]) -> Generator[Any, Any, _T]:
+    """Await ``work``, each of its steps in the Context that ``run`` belongs to."""
+    if not isinstance(work, Coroutine):
+        # A future, such as granian's receive and send return: it has no steps that run anybody's code.
+        return (yield from work.__await__())
+    steps = cast("Coroutine[Any, Any, _T]", work)
+    step, throw = steps.send, steps.throw
     try:
         waiting = run(step, None)
         while True:
             try:
                 value = yield waiting
             except GeneratorExit:
-                run(work.close)
+                run(steps.close)
                 raise
             except BaseException as error:  # noqa: BLE001 - passed on to the app, as any await would
                 waiting = run(throw, error)
             else:
                 waiting = run(step, value)
-    except StopIteration:
-        return
+    except StopIteration as stop:
+        return cast("_T", stop.value)

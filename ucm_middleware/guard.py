@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Final, Literal
 
-from ucm_middleware.ambient import Grant, ambient_context, ambient_grant, enter, leave
+from ucm_middleware.ambient import Grant, ambient_grant, enter, leave
 from ucm_middleware.audit.trail import AuditTrail
-from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.context import UserExecutionContext, ambient_context
 from ucm_middleware.errors import CrossUserAccessError, InvalidContextError
 from ucm_middleware.ids import validate_id
 
@@ -39,11 +39,15 @@ class Guard:
 
         Raises ContextClosedError for code that outlived its own context.
         """
-        grant = ambient_grant()
-        if grant is not None and grant.covers(user_id):
-            return True
         context = self._acting()
+        if self.is_granted(user_id):
+            return True
         return (self.is_open or not self.serving) if context is None else context.user_id == user_id
+
+    def is_granted(self, user_id: str | None) -> bool:
+        """Whether the asking code runs in a ``privileged`` block of this guard that names the user."""
+        grant = ambient_grant()
+        return grant is not None and grant.guard is self and grant.covers(user_id)
 
     def acting_user(self) -> str | None:
         """The user that the asking code runs for; None for code in no context. Raises ContextClosedError as above."""
@@ -93,12 +97,12 @@ class Guard:
         named = None if users is EVERYONE else frozenset(validate_id(user, "users") for user in users)
         context = ambient_context()
         self._trail.privileged(context, reason, None if named is None else sorted(named))
-        grant = Grant(reason, named, context)
+        grant = Grant(self, reason, named, context)
         token = enter(grant)
         try:
             yield grant
         finally:
-            grant.alive = False
+            grant.end()
             leave(token)
 
     def denied(self, action: str, asked_for: str) -> CrossUserAccessError:

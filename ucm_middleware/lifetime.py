@@ -11,6 +11,7 @@ import contextlib
 import enum
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context
@@ -48,6 +49,11 @@ CloseReason = Literal[
     "disconnected",
 ]
 
+HANDLER_GRACE: Final = 5.0
+"""Seconds a handler gets to end after its context was closed under it, before its resources are released all the
+same.
+"""
+
 INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected"})
 """The reasons that stop a handler in the middle of its work; after any other it may run on without its context."""
 
@@ -56,7 +62,11 @@ class Lifetime:
     """The state, the deadline and the resources of one context. Every method may be called from any thread."""
 
     __slots__ = (
+        "_cancelling",
+        "_claimed",
         "_clock",
+        "_latest",
+        "_releasing",
         "_resources",
         "_waiters",
         "deadline",
@@ -64,27 +74,36 @@ class Lifetime:
         "interrupted",
         "loop",
         "opened_by",
+        "overdue",
         "reason",
         "state",
+        "stop",
         "task",
         "variables",
     )
 
-    # One lock for all: it is held for a few instructions and never across a call into other code, and a lock for each
-    # context would cost every request an allocation that almost none needs.
-    transition = threading.Lock()
+    # One lock for all: it is held for a few instructions, and a lock for each context would cost every request an
+    # allocation that almost none needs. Reentrant, because a finalizer or a signal handler may close a context in the
+    # middle of them: so nothing is called between a check and the step that it allows, or the check is made again.
+    transition = threading.RLock()
 
     def __init__(self, state: State, opened_by: str | tuple[str, int]) -> None:
         self.state = state
         self.opened_by = opened_by
         self.reason: CloseReason | None = None
         self.deadline: float | None = None
+        self._latest: float | None = None
         self._clock: Callable[[], float] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.task: asyncio.Task[Any] | None = None
         self.variables: Context | None = None
         self.interrupted = False
+        self.overdue: asyncio.TimerHandle | None = None
+        self._cancelling = 0
+        self._claimed = False
+        self._releasing: int | tuple[asyncio.Task[Any] | None, ...] | None = None
         self.failures: tuple[ReleaseFailure, ...] = ()
+        self.stop: BaseException | None = None
         self._resources: list[Resource] | None = None
         self._waiters: list[asyncio.Future[None]] | None = None
 
@@ -98,6 +117,25 @@ class Lifetime:
         return self.deadline is not None and self._clock is not None and self._clock() >= self.deadline
 
     @property
+    def permits_use(self) -> bool:
+        """Whether the context may be used now, here: until its deadline, and in its own releases."""
+        state = self.state
+        if state is State.OPEN or state is State.UNBOUND:
+            return self.deadline is None or not self.is_expired
+        releasing = self._releasing
+        if state is State.CLOSED or releasing is None:
+            return False
+        if isinstance(releasing, int):
+            return releasing == threading.get_ident()
+        return running_loop() is not None and asyncio.current_task() in releasing
+
+    @property
+    def handler_runs_elsewhere(self) -> bool:
+        """Whether a handler is running in the context, in another task than the one that asks."""
+        task = self.task
+        return task is not None and (running_loop() is None or asyncio.current_task() is not task)
+
+    @property
     def has_resources(self) -> bool:
         return bool(self._resources)
 
@@ -106,10 +144,16 @@ class Lifetime:
         opened_by = self.opened_by
         return opened_by if isinstance(opened_by, str) else f"{opened_by[0]}:{opened_by[1]}"
 
-    def expire_at(self, deadline: float | None, clock: Callable[[], float]) -> None:
-        """Set the deadline, a reading of ``clock``; None for none."""
-        self.deadline = deadline
+    def expire_at(self, deadline: float, clock: Callable[[], float]) -> float:
+        """Set the deadline, a reading of ``clock``; never later than ``limit`` allows. Returns what it is now."""
         self._clock = clock
+        self.deadline = deadline if self._latest is None else min(deadline, self._latest)
+        return self.deadline
+
+    def limit(self, latest: float, clock: Callable[[], float]) -> None:
+        """Set the latest deadline that there may ever be: the credentials end then."""
+        self._latest = latest if self._latest is None else min(latest, self._latest)
+        self.expire_at(latest if self.deadline is None else self.deadline, clock)
 
     def bind(self) -> bool:
         """Move from unbound to open. False when it was not unbound."""
@@ -120,12 +164,22 @@ class Lifetime:
             return True
 
     def begin_closing(self, reason: CloseReason) -> bool:
-        """Move to closing. True for exactly one caller, who then owns the teardown."""
+        """Move to closing. True for exactly one caller."""
+        closing, is_unbound, is_open = State.CLOSING, State.UNBOUND, State.OPEN
         with self.transition:
-            if not self.is_open:
+            state = self.state
+            if state is not is_open and state is not is_unbound:
                 return False
-            self.state = State.CLOSING
+            self.state = closing
             self.reason = reason
+            return True
+
+    def claim_teardown(self) -> bool:
+        """True for exactly one caller, once the lifetime is closing: that one does the teardown."""
+        with self.transition:
+            if self._claimed or self.state is not State.CLOSING:
+                return False
+            self._claimed = True
             return True
 
     def finish_closing(self) -> None:
@@ -133,6 +187,9 @@ class Lifetime:
         with self.transition:
             self.state = State.CLOSED
             waiters, self._waiters = self._waiters, None
+        overdue, self.overdue = self.overdue, None
+        if overdue is not None:
+            overdue.cancel()
         self.loop = self.variables = None
         for waiter in waiters or ():
             with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
@@ -140,14 +197,29 @@ class Lifetime:
 
     async def wait_closed(self) -> None:
         """Wait until whoever owns the teardown is through with it. A cancellation is raised after, not instead."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self.transition:
-            if self.state is State.CLOSED:
+            self._waiters = [*(self._waiters or ()), waiter]
+            if self.state is State.CLOSED:  # looked at last: who closed before found no waiter
                 return
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            if self._waiters is None:
-                self._waiters = []
-            self._waiters.append(waiter)
         await _uncancelled(waiter)
+
+    def run_in_current_task(self) -> None:
+        """Note that the handler runs in this task, on this event loop: it is cancelled when the context is cut off."""
+        self.loop = asyncio.get_running_loop()
+        self.task = asyncio.current_task()
+        self._cancelling = 0 if self.task is None else self.task.cancelling()
+
+    def absorb_interrupt(self) -> bool:
+        """Take back the cancellation of an interrupt, in the task of the handler, after it has ended.
+
+        True when it was the only one; False when there was none, or someone else means the whole task too.
+        """
+        task = asyncio.current_task()
+        if not self.interrupted or task is None:
+            return False
+        self.interrupted = False
+        return task.uncancel() <= self._cancelling
 
     def interrupt(self) -> None:
         """Cancel the handler that runs in this context, unless it is the one that asks."""
@@ -155,7 +227,8 @@ class Lifetime:
         if task is None or loop is None or not loop_is_live(loop):
             return
         if loop is not running_loop() or asyncio.current_task() is not task:
-            loop.call_soon_threadsafe(self._cancel, task)
+            with contextlib.suppress(RuntimeError):  # the loop was closed in this very moment
+                loop.call_soon_threadsafe(self._cancel, task)
 
     def _cancel(self, task: asyncio.Task[Any]) -> None:
         # On the loop's own thread, so that a handler that has returned meanwhile is left alone: the server may
@@ -164,23 +237,33 @@ class Lifetime:
             self.interrupted = True
             task.cancel()
 
-    def add(self, resource: Resource) -> bool:
-        """Push a resource. False when the teardown has begun: the caller must let go of it at once."""
+    def require_loop(self) -> None:
+        """Refuse an asynchronous resource of another event loop than this lifetime's, before it is entered."""
         running = running_loop()
-        if resource.is_async and self.loop is not None and running is not None and self.loop is not running:
+        if self.loop is not None and running is not None and self.loop is not running:
             raise ConfigurationError(
                 "the asynchronous resources of one context belong to one event loop, and this context lives on "
                 "another; open a context of its own on this loop"
             )
+
+    def add(self, resource: Resource) -> bool:
+        """Push a resource. False when the teardown has begun: the caller must let go of it at once."""
+        if resource.is_async:
+            self.require_loop()
+        running = running_loop()
         with self.transition:
             if not self.is_open:
                 return False
             if self.loop is None:
                 self.loop = running
-            if self._resources is None:
-                self._resources = []
-            self._resources.append(resource)
-            return True
+            resources = self._resources
+            if resources is None:
+                resources = self._resources = []
+            resources.append(resource)
+            if self.is_open or resource not in resources:  # kept, or released already by a teardown in between
+                return True
+            resources.remove(resource)
+            return False
 
     def discard(self, resource: Resource) -> None:
         """Forget a resource whose entering failed."""
@@ -224,20 +307,41 @@ class Lifetime:
         if cancelled is not None:
             raise cancelled
 
-    def abandon(self) -> None:
-        """Report everything that is left as unclosed: there is no event loop to close it on."""
+    async def release_late(self, resource: Resource, error: BaseException) -> None:
+        """Release a resource that came after the teardown had begun; it is reported like the others."""
+        with anyio.CancelScope(shield=True):
+            cancelled = await self._release_async(resource, error)
+        if cancelled is not None:
+            raise cancelled
+
+    def release_late_here(self, resource: Resource, error: BaseException) -> None:
+        """The same from synchronous code: in the background where there is an event loop."""
+        loop = running_loop()
+        if not resource.is_async:
+            outcome = self._call(resource, error)
+            if not inspect.isawaitable(outcome):
+                return
+            resource = awaiting(resource, outcome)
+        if loop is None:
+            self._unclosed(resource)
+        else:
+            in_background(loop, self.release_late(resource, error))
+
+    def abandon(self, error: BaseException | None) -> None:
+        """Release what can be released here, and report the rest as unclosed: there is no event loop to close it on."""
         while (resource := self._pop()) is not None:
             if not resource.is_async:
-                outcome = self._call(resource, None)
+                outcome = self._call(resource, error)
                 if inspect.isawaitable(outcome):
                     resource = awaiting(resource, outcome)
             if resource.is_async:
-                if inspect.iscoroutine(resource.target):
-                    resource.target.close()  # so that nothing complains of a coroutine never awaited
-                error = RuntimeError(
-                    f"{resource.name} was not closed: the event loop that it was opened on is not running"
-                )
-                self._fail(ReleaseFailure(resource.name, "unclosed", error))
+                self._unclosed(resource)
+
+    def _unclosed(self, resource: Resource) -> None:
+        if inspect.iscoroutine(resource.target):
+            resource.target.close()  # so that nothing complains of a coroutine never awaited
+        error = RuntimeError(f"{resource.name} was not closed: the event loop that it was opened on is not running")
+        self._fail(ReleaseFailure(resource.name, "unclosed", error))
 
     def _pop(self) -> Resource | None:
         with self.transition:
@@ -248,13 +352,18 @@ class Lifetime:
             assert self._resources is not None
             self._resources.append(resource)
 
+    def targets(self) -> list[tuple[str, object]]:
+        """The resources by name, for the search for what two users share."""
+        return [(resource.name, resource.target) for resource in tuple(self._resources or ())]
+
     def _fail(self, failure: ReleaseFailure) -> None:
         failure.error.add_note(f"while releasing {failure.name}: {failure.outcome}")
         self.failures += (failure,)
         logger.error("resource not released: %s", failure, exc_info=failure.error)
 
     def _call(self, resource: Resource, error: BaseException | None) -> object:
-        """Run a release where we are. Exits that fail are noted; only what stops the interpreter is let through."""
+        """Run a release where we are. What it raises is noted."""
+        self._releasing = threading.get_ident()
         try:
             return resource.release(error)
         except asyncio.CancelledError as raised:
@@ -262,7 +371,11 @@ class Lifetime:
                 self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, raised)))
         except Exception as raised:  # noqa: BLE001 - whatever a resource raises, the ones below it are still released
             if raised is not error:
-                self._fail(ReleaseFailure(resource.name, "failed", raised))
+                self._fail(ReleaseFailure(resource.name, "failed", _without_our_frame(raised)))
+        except BaseException as raised:  # noqa: BLE001 - KeyboardInterrupt or SystemExit: raised again at the end
+            self.stop = raised
+        finally:
+            self._releasing = None
         return None
 
     async def _release_async(self, resource: Resource, error: BaseException | None) -> asyncio.CancelledError | None:
@@ -275,29 +388,19 @@ class Lifetime:
             context=self.variables,
             name=f"release {resource.name}",
         )
+        self._releasing = (task, resource.owner)
         cancelled = await _settle(task, resource.timeout)
         if not task.done():
             task.cancel()
             cancelled = await _settle(task, CANCEL_GRACE) or cancelled
             self._fail(ReleaseFailure(resource.name, "timed out", _timeout(resource, left_running=not task.done())))
-            if not task.done():
-                task.add_done_callback(_retrieve)
+            task.add_done_callback(_retrieve)
         elif task.cancelled():
             self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, asyncio.CancelledError())))
         elif (raised := task.exception()) is not None and raised is not error:
             self._fail(ReleaseFailure(resource.name, "failed", _as_exception(resource, raised)))
+        self._releasing = None
         return cancelled
-
-
-def let_go(resource: Resource, loop: asyncio.AbstractEventLoop | None) -> None:
-    """Release one resource that came too late for its context's teardown."""
-    late = Lifetime(State.OPEN, "")
-    late.add(resource)
-    if not late.release_here(None):
-        if loop is None:
-            late.abandon()
-        else:
-            in_background(loop, late.release(None))
 
 
 def in_background(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
@@ -328,13 +431,16 @@ async def _run(resource: Resource, error: BaseException | None) -> None:
 async def _settle(task: asyncio.Task[None], timeout: float) -> asyncio.CancelledError | None:
     """Wait for a task, for so many seconds, through any number of cancellations of the one who waits."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
+    expired: asyncio.Future[None] = loop.create_future()
+    # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
+    timer = loop.call_later(timeout, _wake, expired, context=Context())
     cancelled: asyncio.CancelledError | None = None
-    while not task.done() and (left := deadline - loop.time()) > 0:
+    while not task.done() and not expired.done():
         try:
-            await asyncio.wait((task,), timeout=left)
+            await asyncio.wait((task, expired), return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError as raised:
             cancelled = raised
+    timer.cancel()
     return cancelled
 
 
@@ -366,10 +472,23 @@ def _timeout(resource: Resource, *, left_running: bool) -> TimeoutError:
     return TimeoutError(f"{resource.name} did not let go within {resource.timeout:g} seconds{ignored}")
 
 
+def _without_our_frame(raised: Exception) -> Exception:
+    """The error without the frame that called the release: it holds the lifetime, which holds the error."""
+    trace = raised.__traceback__
+    return raised.with_traceback(None if trace is None else trace.tb_next)
+
+
 def _as_exception(resource: Resource, raised: BaseException) -> Exception:
     """What was raised, as something that may stand in an ExceptionGroup: a cancellation may not."""
     if isinstance(raised, Exception):
-        return raised
+        return _without_our_frame(raised)
     wrapped = RuntimeError(f"the release of {resource.name} was interrupted by {type(raised).__name__}")
     wrapped.__cause__ = raised
     return wrapped
+
+
+def _renew_transition() -> None:
+    Lifetime.transition = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_transition)

@@ -1,17 +1,20 @@
 """UserContextManager: opens, finds and closes contexts, for as long as the application lives."""
 
+# Contexts, their manager and the middleware open doors to each other that applications are not shown.
+# pyright: reportPrivateUsage=false
+
 import asyncio
 import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Final, Literal, TypeGuard, cast
+from typing import Any, ClassVar, Literal, TypeGuard, cast
 
-from ucm_middleware.ambient import Grant, ambient_grant
+from ucm_middleware.ambient import Grant
 from ucm_middleware.audit.ledger import Ledger, MemoryLedger
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
@@ -26,20 +29,18 @@ from ucm_middleware.errors import (
     IdentityConflictError,
     InvalidContextError,
     ManagerDrainingError,
+    UserContextError,
 )
 from ucm_middleware.execution import validate_user_context
+from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.lifetime import Lifetime, loop_is_live
-from ucm_middleware.principal import Principal
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
 
 logger = logging.getLogger(__name__)
-
-LONGEST_TTL: Final = 365 * 24 * 3600.0
-"""Seconds. A context that should live longer than a year is a mistake in the unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class UserContextManager:
         self._trail = AuditTrail(MemoryLedger() if ledger is None else ledger)
         self._guard = Guard(self._trail, is_open=guard == "open")
         self._registry = Registry(limits, clock)
-        self._sweeper = Sweeper(self.sweep, self._registry.next_wake, clock)
+        self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
         self._draining = False
         self._closing: set[UserExecutionContext] = set()
         self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -128,7 +129,7 @@ class UserContextManager:
         ContextIsolationError, CrossUserAccessError for another's key or context, ContextLimitError, ContextClosedError.
         """
         key = self._own(_checked_key(user_id))
-        ttl = self.ttl if ttl_seconds is None else checked_ttl(ttl_seconds)
+        ttl = checked_ttl(ttl_seconds)
         validate_user_context(context)
         self._guard.require(context.user_id, "set_context")
         if context.verify_isolation() is not True:
@@ -174,7 +175,7 @@ class UserContextManager:
 
         Raises what ``set_context`` raises.
         """
-        ttl = self.ttl if ttl_seconds is None else checked_ttl(ttl_seconds)
+        ttl = checked_ttl(ttl_seconds)
         user_id = validate_id(user_id, "user_id")
         self._guard.require(user_id, "create_context")
         thread_id = self.ids.generate_thread_id() if thread_id is None else thread_id
@@ -188,28 +189,48 @@ class UserContextManager:
             agent_context=agent_context,
             audit_metadata=audit_metadata,
         )
+        context.verify_isolation()
         self._register(context, (context.user_id, context.request_id), ttl, "create_context")
         return context
 
     def create_managed_context(
-        self, user_id: str, request_id: str | None = None, *, ttl_seconds: float | None = None, **given: Any
+        self,
+        user_id: str,
+        request_id: str | None = None,
+        *,
+        thread_id: str | None = None,
+        run_id: str | None = None,
+        db_session: Any = None,
+        websocket_client_id: str | None = None,
+        agent_context: Mapping[str, Any] | None = None,
+        audit_metadata: Mapping[str, Any] | None = None,
+        ttl_seconds: float | None = None,
     ) -> UserExecutionContext:
         """The same, with a deadline in any case: an hour when neither this call nor the manager names one."""
-        ttl = ttl_seconds if ttl_seconds is not None else self.ttl or self.MANAGED_TTL
-        return self.create_isolated_context(user_id, request_id, ttl_seconds=ttl, **given)
+        return self.create_isolated_context(
+            user_id,
+            request_id,
+            thread_id=thread_id,
+            run_id=run_id,
+            db_session=db_session,
+            websocket_client_id=websocket_client_id,
+            agent_context=agent_context,
+            audit_metadata=audit_metadata,
+            ttl_seconds=ttl_seconds if ttl_seconds is not None else self.ttl or self.MANAGED_TTL,
+        )
 
     def create_context_with_unified_ids(self, user_id: str) -> UserExecutionContext:
         """The same, with all ids made by ``UnifiedIDManager``: its run id names its thread id."""
         return self.create_isolated_context(user_id)
 
-    def open_for_connection(
+    def _open_for_connection(
         self, user_id: str | None, lifetime: Lifetime, ttl: float | None, websocket: bool
     ) -> UserExecutionContext:
         """A context for a request or connection; anonymous without a user. For the middleware, which has checked
         the id.
         """
         core = self.ids.generate_core()
-        context = UserExecutionContext.open(
+        context = UserExecutionContext._open(
             self,
             self.ids.generate_anonymous_id() if user_id is None else user_id,
             f"request_{core}",
@@ -250,6 +271,13 @@ class UserContextManager:
         self._guard.require(user_id, "get_audit_trail")
         return self._trail.of(user_id)
 
+    def get_system_trail(self) -> list[dict[str, Any]]:
+        """What stands in no user's trail: connections refused before they had a user, what trusted code was granted or
+        denied, and breaches of isolation.
+        """
+        self._guard.require_everyone("get_system_trail")
+        return self._trail.of_system()
+
     def is_healthy(self) -> bool:
         """True while new contexts are opened."""
         return not self._draining
@@ -278,9 +306,14 @@ class UserContextManager:
         self._draining = False
 
     async def drain(self, timeout: float) -> int:
-        """Open no more contexts, give the live ones so many seconds to end, then close them. Returns how many were
-        closed.
+        """Open no more contexts, give the live ones so many seconds to end, then close them, interrupting their
+        handlers.
+
+        Returns how many were closed. The middleware calls it at the lifespan's shutdown, which uvicorn, hypercorn and
+        granian announce only after the last request has ended or their own graceful timeout has. To refuse new requests
+        with 503 and end the open ones before that, call it from the hook that precedes the server's stop.
         """
+        timeout = checked_drain_timeout(timeout)
         self._draining = True
         idle = asyncio.Event()
         self._drained.append((asyncio.get_running_loop(), idle))
@@ -310,33 +343,37 @@ class UserContextManager:
 
     # Called by contexts.
 
-    def context_opened(self, context: UserExecutionContext, source: str) -> None:
-        self._trail.opened(context, source, context.metadata_given())
+    def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
+        self._trail.child_opened(child, operation_name)
 
     def context_closing(self, context: UserExecutionContext) -> None:
-        if context.lifetime.has_resources:
+        if context.needs_waiting:
             self._closing.add(context)
         self._registry.remove(context)
 
-    def context_closed(self, context: UserExecutionContext) -> None:
+    def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object]) -> None:
         self._closing.discard(context)
-        self._trail.closed(context)
+        try:
+            self._trail.closed(context, metadata)
+        except Exception:
+            # Whatever a ledger raises: the teardown is through, and the next one must not suffer.
+            logger.exception("the end of %r could not be recorded", context)
         if self._draining:
             self._note_idle()
 
-    def bind_context(self, context: UserExecutionContext, principal: Principal) -> None:
+    def bind_context(self, context: UserExecutionContext, user_id: str) -> None:
         self._guard.require_unbound(context)
-        anonymous_id, user_id, left = context.user_id, principal.user_id, principal.seconds_left()
-        metadata = context.metadata_given()  # first: what cannot be copied must fail before anything changes
-        displaced = self._registry.rebind(context, user_id, lambda: context.become(user_id))
+        anonymous_id = context.user_id
+        displaced = self._registry.rebind(context, user_id, lambda: context._become(user_id))
         if context.user_id != user_id:
             raise IdentityConflictError(
                 "the context closed, or got another identity, at the same moment; open a new one"
             )
         self._close_displaced(displaced)
-        if left is not None:
-            self._plan(self._registry.shorten(context, left))
-        self._trail.bound(context, anonymous_id, metadata)
+        self._trail.bound(context, anonymous_id)
+
+    def end_within(self, context: UserExecutionContext, seconds: float) -> None:
+        self._plan(self._registry.limit(context, seconds))
 
     def require_owner(self, user_id: str, action: str) -> None:
         self._guard.require(user_id, action)
@@ -372,27 +409,35 @@ class UserContextManager:
         user_id = self._guard.acting_user()
         if user_id is None or not isinstance(key, str) or key == user_id:
             return key
-        own = (user_id, key)
-        return own if ambient_grant() is None or self._registry.lookup(own) is not None else key
+        return key if self._guard.is_granted(key) else (user_id, key)
 
     def _register(self, context: UserExecutionContext, key: Key, ttl: float | None, source: str) -> None:
         if self._draining:
             raise ManagerDrainingError("the server is shutting down")
-        metadata = context.metadata_given()  # first: what cannot be copied must fail before anything changes
-        if not context.attach(self):
+        was_here = context.host is self
+        if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
         try:
-            displaced = self._registry.insert(context, key, ttl)
-        except CrossUserAccessError:
-            raise self._guard.denied(source, str(key)) from None
-        except ContextLimitError as error:
-            self._trail.refused(context.user_id, str(error))
+            displaced = self._registry.insert(context, key, ttl, self.ttl)
+            if isinstance(key, str) and key != context.user_id:
+                # So that the user too finds it by this text: from inside, it means the pair.
+                displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
+        except UserContextError as error:
+            if not was_here:
+                context._detach()
+            if isinstance(error, CrossUserAccessError):
+                raise self._guard.denied(source, str(key)) from None
+            if isinstance(error, ContextLimitError):
+                self._trail.refused(context.user_id, str(error))
             raise
         if displaced:
             self._close_displaced(displaced, context)
-        if ttl is not None:
+        try:
+            self._trail.opened(context, source)
             self._plan(context.lifetime.deadline)
-        self._trail.opened(context, source, metadata)
+        except BaseException:
+            context.close("failed")  # what is not on record does not live
+            raise
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
         for context, reason in displaced.items():
@@ -400,13 +445,16 @@ class UserContextManager:
                 context.lifetime.hand_over(successor.lifetime)
             context.close(reason)
 
+    def _next_wake(self) -> float | None:
+        return self._registry.next_wake()
+
     def _plan(self, deadline: float | None) -> None:
         if deadline is not None:
             self._sweeper.plan(deadline)
 
     def _expire(self, context: UserExecutionContext) -> None:
         lifetime = context.lifetime
-        if lifetime.has_resources and (lifetime.loop is None or not loop_is_live(lifetime.loop)):
+        if context.needs_waiting and (lifetime.loop is None or not loop_is_live(lifetime.loop)):
             # Synchronous releases without a loop to run them on: in a thread, so that a slow one delays no other
             # expiry.
             threading.Thread(target=context.close, args=("expired",), name="ucm-middleware expiry", daemon=True).start()
@@ -417,7 +465,7 @@ class UserContextManager:
         if len(self._registry) or self._closing:
             return
         for loop, event in self._drained:
-            if loop_is_live(loop):
+            with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone
                 loop.call_soon_threadsafe(event.set)
         self._drained.clear()
 
@@ -458,22 +506,16 @@ def _is_anonymous(value: object) -> TypeGuard[str]:
     )
 
 
-def checked_ttl(ttl: object) -> float | None:
-    """A life in seconds as a float; None for no end. Raises InvalidContextError for what is no sensible one."""
-    if ttl is None:
-        return None
-    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
-        raise InvalidContextError("ttl_seconds", f"is a {type(ttl).__name__}, not a number", "give seconds as a number")
-    if not 0 < ttl <= LONGEST_TTL:  # NaN is in no range
-        raise InvalidContextError(
-            "ttl_seconds", f"is {ttl:g}, not above 0 and at most a year ({LONGEST_TTL:g})", "give seconds"
-        )
-    return float(ttl)
-
-
 def _checked_limit(name: str, limit: object, default: int) -> int:
     if limit is None:
         return default
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ConfigurationError(f"{name} must be a whole number of at least 1, not {limit!r}")
     return limit
+
+
+def checked_drain_timeout(timeout: object) -> float:
+    """Seconds as a float. Raises ConfigurationError for what is no finite number of at least 0."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= LONGEST_TTL:
+        raise ConfigurationError(f"drain_timeout must be a number of seconds of at least 0, not {timeout!r}")
+    return float(timeout)

@@ -1,10 +1,14 @@
 """UserContextMiddleware: a context around each HTTP request and each WebSocket connection."""
 
+# Contexts, their manager and the middleware open doors to each other that applications are not shown.
+# pyright: reportPrivateUsage=false
+
 import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
 from contextvars import ContextVar
 from functools import partial
+from inspect import isawaitable
 from typing import Any, Final
 
 from starlette.exceptions import HTTPException
@@ -14,10 +18,11 @@ from ucm_middleware.ambient import enter, leave
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.disconnect import ReadAhead
 from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
+from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.firewall import BOUNDARY, Boundary, is_enclosed, run_enclosed
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.lifetime import CloseReason, Lifetime, State
-from ucm_middleware.manager import UserContextManager, checked_ttl
+from ucm_middleware.manager import UserContextManager, checked_drain_timeout
 from ucm_middleware.principal import Principal
 from ucm_middleware.refusal import POLICY_VIOLATION, Refusal, refusal_for, refusal_for_reason, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,8 +41,9 @@ class UserContextMiddleware:
     answers None, the context is anonymous until the app binds it, unless ``require_identity`` refuses such requests
     with 401. ``ttl`` is the longest life of a context in seconds; the manager's when None. ``keep`` names the
     ContextVars that outer middlewares set for the request. With ``cancel_on_disconnect``, a request
-    whose client has gone is cancelled; up to 16 messages of its body are read ahead to notice. At shutdown, open
-    requests get ``drain_timeout`` seconds.
+    whose client has gone is cancelled; up to 16 messages of its body are read ahead to notice. When the
+    server announces the shutdown, contexts that are still open get ``drain_timeout`` seconds more; servers announce it
+    after a wait of their own, see ``UserContextManager.drain``.
     """
 
     def __init__(
@@ -61,7 +67,7 @@ class UserContextMiddleware:
         self.ttl = self.manager.ttl if ttl is None else checked_ttl(ttl)
         self.keep = tuple(keep)
         self.cancel_on_disconnect = cancel_on_disconnect
-        self.drain_timeout = drain_timeout
+        self.drain_timeout = checked_drain_timeout(drain_timeout)
         self.manager.serve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,17 +102,15 @@ class UserContextMiddleware:
         await self._run(context, scope, receive, send)
 
     async def _open(self, scope: Scope) -> UserExecutionContext:
-        ttl, user_id = self.ttl, None
+        user_id = seconds_left = None
         if self.identify is not None:
             found = self.identify(HTTPConnection(scope))
-            if found is not None and not isinstance(found, (str, Principal)):
+            if isawaitable(found):
                 found = await found
             principal = _principal(found)
             if principal is not None:
                 user_id = principal.user_id
-                left = principal.seconds_left()
-                if left is not None:
-                    ttl = left if ttl is None else min(ttl, left)
+                seconds_left = principal.seconds_left()
         if user_id is None and self.require_identity:
             raise UnauthenticatedError("a user is required here")
         is_websocket = scope["type"] == "websocket"
@@ -114,10 +118,11 @@ class UserContextMiddleware:
             State.UNBOUND if user_id is None else State.OPEN,
             "a WebSocket connection" if is_websocket else "an HTTP request",
         )
-        lifetime.loop = asyncio.get_running_loop()
         boundary: Boundary = scope[BOUNDARY]
         lifetime.variables = boundary.context
-        context = self.manager.open_for_connection(user_id, lifetime, ttl, is_websocket)
+        context = self.manager._open_for_connection(user_id, lifetime, self.ttl, is_websocket)
+        if seconds_left is not None:
+            self.manager.end_within(context, seconds_left)
         scope[CONTEXT] = context
         scope.setdefault("state", {})["user_context"] = context
         return context
@@ -141,7 +146,7 @@ class UserContextMiddleware:
             return send(message)
 
         lifetime = context.lifetime
-        lifetime.task = task = asyncio.current_task()
+        lifetime.run_in_current_task()
         token = enter(context)
         try:
             await self.app(scope, receive, watched)
@@ -149,23 +154,21 @@ class UserContextMiddleware:
             lifetime.task = None
             cancelled = isinstance(error, asyncio.CancelledError)
             await self._close(context, "cancelled" if cancelled else "failed", error)
-            if lifetime.interrupted:
-                if task is not None and task.uncancel() > 0:
-                    raise  # someone else cancelled too, and means the whole task
-                refusal = refusal_for_reason(lifetime.reason)
-            else:
-                refusal = refusal_for(error)
+            interrupted = lifetime.absorb_interrupt()
+            refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
             answered = refusal is not None and await send_refusal(refusal, scope, send, last_sent)
-            if not answered and not (cancelled and lifetime.interrupted):
+            if not answered and not (cancelled and interrupted):
                 raise
+            if interrupted and not cancelled:
+                logger.warning("a handler that was cut off (%s) ended in an error", lifetime.reason, exc_info=error)
         except BaseException as error:  # the interpreter stops, or the server dropped the coroutine: nothing to await
+            lifetime.task = None
             context.close("cancelled", error)
             raise
         else:
             lifetime.task = None
             await self._close(context, "finished", None)
-            if lifetime.interrupted and task is not None:
-                task.uncancel()
+            lifetime.absorb_interrupt()
         finally:
             leave(token)
 

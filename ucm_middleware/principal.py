@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ucm_middleware.errors import InvalidContextError, UnauthenticatedError
+from ucm_middleware.expiry import LONGEST_TTL
 from ucm_middleware.ids import validate_id
 
 
@@ -26,12 +27,13 @@ class Principal:
             )
 
     def seconds_left(self) -> float | None:
-        """How long the credentials hold from now; None for no end. Raises UnauthenticatedError when they have
-        expired.
+        """How long the credentials hold from now, a year at most; None for no end.
+
+        Raises UnauthenticatedError when they have expired.
         """
         if self.expires_at is None:
             return None
         left = self.expires_at.timestamp() - time.time()
         if left <= 0:
             raise UnauthenticatedError("the credentials have expired")
-        return left
+        return min(left, LONGEST_TTL)

@@ -39,6 +39,8 @@ _CHALLENGE: Final = ((b"www-authenticate", b"Bearer"),)
 _DRAINING: Final = Refusal(503, TRY_AGAIN_LATER, "The server is shutting down.", _RETRY)
 _UNAUTHENTICATED: Final = Refusal(401, POLICY_VIOLATION, "Valid credentials are required.", _CHALLENGE)
 
+_ID_FIELDS: Final = frozenset({"user_id", "thread_id", "run_id", "request_id", "websocket_client_id", "key"})
+
 _BY_ERROR: Final[tuple[tuple[type[UserContextError], Refusal], ...]] = (
     (UnauthenticatedError, _UNAUTHENTICATED),
     (IdentityConflictError, Refusal(409, POLICY_VIOLATION, "The request already has another identity.")),
@@ -57,7 +59,9 @@ _BY_REASON: Final = {
 def refusal_for(error: BaseException) -> Refusal | None:
     """The answer to an error; None for those that are the application's own fault, which it must see as they are."""
     if isinstance(error, InvalidContextError):
-        return Refusal(400, POLICY_VIOLATION, str(error))
+        # Only what a client can have given: data that cannot be copied, say, is the application's own, and so are its
+        # keys.
+        return Refusal(400, POLICY_VIOLATION, f"{error.field}: {error.rule}") if error.field in _ID_FIELDS else None
     if isinstance(error, ContextClosedError):
         return _BY_REASON.get(error.reason)
     return next((refusal for kind, refusal in _BY_ERROR if isinstance(error, kind)), None)

@@ -7,6 +7,7 @@ from typing import Final
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
 from ucm_middleware.expiry import Deadlines, Timed
+from ucm_middleware.forking import after_fork_in_child
 from ucm_middleware.lifetime import CloseReason
 
 Key = str | tuple[str, str]
@@ -43,12 +44,19 @@ class Limits:
 
 
 class Registry:
-    """Thread-safe; its lock is held for single operations whose cost does not grow with the number of contexts."""
+    """Thread-safe. Its lock is held for single operations, whose cost does not grow with the number of contexts."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.limits = limits
         self.clock = clock
-        self._lock = threading.Lock()
+        self._start_empty()
+        after_fork_in_child(self._start_empty)
+
+    def _start_empty(self) -> None:
+        # Also in a forked child: the contexts, and the connections they hold, are the parent's.
+        # The lock is reentrant: a finalizer or a signal handler may close a context in the middle of an operation. So
+        # what is walked is a snapshot, and what was checked before a step is checked again after it.
+        self._lock = threading.RLock()
         self._by_key: dict[Key, Entry] = {}
         self._by_owner: dict[str, dict[UserExecutionContext, Entry]] = {}
         self._deadlines = (Deadlines(), Deadlines())  # of named users, of anonymous ones
@@ -63,8 +71,13 @@ class Registry:
         entry = self._by_key.get(key)
         return None if entry is None else entry.context
 
-    def insert(self, context: UserExecutionContext, key: Key, ttl: float | None) -> Displaced:
+    def insert(
+        self, context: UserExecutionContext, key: Key, ttl: float | None, usual_ttl: float | None = None
+    ) -> Displaced:
         """Put a context under a key. Returns the contexts that must be closed now, and why.
+
+        ``usual_ttl`` is for a context that is new here, when ``ttl`` is None; one that is in already keeps its
+        deadline.
 
         Raises CrossUserAccessError when the key is another user's, ContextLimitError when there are too many contexts.
         """
@@ -72,9 +85,7 @@ class Registry:
         with self._lock:
             now = self.clock()
             if not context.is_open:  # whoever closed it has looked for it here already, or waits for the lock
-                raise ContextClosedError(
-                    context.request_id, context.lifetime.where(), context.lifetime.reason or "closed"
-                )
+                raise _closed(context)
             displaced = self._make_way(context, key)
             mine = self._by_owner.get(owner)
             entry = None if mine is None else mine.get(context)
@@ -83,10 +94,15 @@ class Registry:
                 entry = Entry(context, key)
                 self._by_owner.setdefault(owner, {})[context] = entry
                 self._count(context.is_anonymous, 1)
+                ttl = usual_ttl if ttl is None else ttl
             elif key not in entry.keys:
                 entry.keys += (key,)
             self._by_key[key] = entry
-            self._set_deadline(entry, ttl, now)
+            if ttl is not None:
+                self._set_deadline(entry, now + ttl, now)
+            if not context.is_open:
+                self.remove(context)
+                raise _closed(context)
         return displaced
 
     def remove(self, context: UserExecutionContext) -> bool:
@@ -135,21 +151,22 @@ class Registry:
                 self._by_key[entry.keys[0]] = entry
         return displaced
 
-    def shorten(self, context: UserExecutionContext, ttl: float) -> float | None:
-        """Bring a context's deadline forward to so many seconds from now, never back. Returns the deadline."""
+    def limit(self, context: UserExecutionContext, seconds: float) -> float | None:
+        """Let a context live so many seconds more at most, whatever it is given later. Returns its deadline."""
         with self._lock:
             entry = self._by_owner.get(context.user_id, {}).get(context)
             if entry is None:
                 return None
             now = self.clock()
-            if now + ttl < entry.deadline:
-                self._set_deadline(entry, ttl, now)
+            context.lifetime.limit(now + seconds, self.clock)
+            self._set_deadline(entry, entry.deadline, now)
             return entry.deadline
 
     def live(self) -> list[tuple[Key, UserExecutionContext]]:
         """A snapshot: every live context with the first key it stands under."""
         with self._lock:
-            return [(entry.keys[0], entry.context) for mine in self._by_owner.values() for entry in mine.values()]
+            entries = [entry for mine in list(self._by_owner.values()) for entry in list(mine.values())]
+            return [(entry.keys[0], entry.context) for entry in entries]
 
     def live_of(self, user_id: str) -> list[UserExecutionContext]:
         """A snapshot of one user's live contexts."""
@@ -201,7 +218,7 @@ class Registry:
         limits = self.limits
         mine = self._by_owner.get(owner)
         if not anonymous and mine is not None and len(mine) >= limits.per_user:
-            displaced.update((context, "expired") for context in mine if not self._is_live(context))
+            displaced.update((context, "expired") for context in list(mine) if not self._is_live(context))
             if len(mine) - sum(context in mine for context in displaced) >= limits.per_user:
                 raise ContextLimitError("user", limits.per_user, "finish or close one of this user's contexts first")
         live, limit = (self._anonymous, limits.anonymous) if anonymous else (self._named, limits.total)
@@ -226,15 +243,18 @@ class Registry:
         else:
             self._named += by
 
-    def _set_deadline(self, entry: Entry, ttl: float | None, now: float) -> None:
+    def _set_deadline(self, entry: Entry, deadline: float, now: float) -> None:
         deadlines = self._deadlines[entry.context.is_anonymous]
         if entry.deadline != NO_DEADLINE:
             deadlines.discard(entry)
-        entry.deadline = NO_DEADLINE if ttl is None else now + ttl
-        entry.context.lifetime.expire_at(None if ttl is None else entry.deadline, self.clock)
-        if ttl is not None:
-            deadlines.add(entry, now)
+        entry.deadline = entry.context.lifetime.expire_at(deadline, self.clock)
+        deadlines.add(entry, now)
 
 
 def _foreign_key() -> CrossUserAccessError:
     return CrossUserAccessError("this key is not yours: choose another, or none")
+
+
+def _closed(context: UserExecutionContext) -> ContextClosedError:
+    lifetime = context.lifetime
+    return ContextClosedError(context.request_id, lifetime.where(), lifetime.reason or "closed")

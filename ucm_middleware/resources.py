@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from ucm_middleware.errors import ConfigurationError
@@ -33,13 +34,15 @@ class ReleaseFailure:
 
 @dataclass(slots=True, eq=False)
 class Resource:
-    """One thing to let go of. ``target`` is the object by which a replacing context can take it over."""
+    """One thing to let go of. ``target`` is the object by which a replacing context can take it over,
+    ``owner`` the task that the exit runs in, when it has one of its own."""
 
     name: str
     target: object
     release: Callable[[BaseException | None], object]
     timeout: float
     is_async: bool
+    owner: "asyncio.Task[Any] | None" = None
 
 
 def sync_resource(cm: AbstractContextManager[Any], name: str | None) -> Resource:
@@ -52,11 +55,9 @@ def async_resource(cm: AbstractAsyncContextManager[Any], name: str | None, timeo
     return Resource(name or _name(cm), cm, lambda error: cm.__aexit__(*_exc_info(error)), timeout, True)
 
 
-def callback_resource(function: Callable[[], object], target: object, name: str | None, timeout: float) -> Resource:
-    """A function to call at teardown; awaited when it is, or returns, an awaitable."""
-    return Resource(
-        name or _name(target), target, lambda error: function(), timeout, inspect.iscoroutinefunction(target)
-    )
+def callback_resource(call: partial[object], timeout: float) -> Resource:
+    """A function to call at teardown with its arguments; awaited when it is, or returns, an awaitable."""
+    return Resource(_name(call), call, lambda error: call(), timeout, inspect.iscoroutinefunction(call.func))
 
 
 def closing_resource(target: object, name: str | None, timeout: float) -> Resource:
@@ -75,10 +76,12 @@ def closing_resource(target: object, name: str | None, timeout: float) -> Resour
 class OwnerTask(Generic[T]):
     """Enters and exits one asynchronous context manager in one task, for those that must not change tasks.
 
-    anyio task groups and cancel scopes, MCP sessions and generators that reset ContextVar tokens are such.
+    anyio task groups and cancel scopes, MCP sessions and generators that reset ContextVar tokens are such. A
+    cancellation of the owner, by the resource's own scope or because the event loop ends, makes it exit at once, not
+    in its turn.
     """
 
-    __slots__ = ("_cm", "_entered", "_error", "_leave", "_task")
+    __slots__ = ("_cm", "_entered", "_error", "_leave", "task")
 
     def __init__(self, cm: AbstractAsyncContextManager[T]) -> None:
         self._cm = cm
@@ -86,13 +89,13 @@ class OwnerTask(Generic[T]):
         self._entered: asyncio.Future[T] = loop.create_future()
         self._leave = asyncio.Event()
         self._error: BaseException | None = None
-        self._task = asyncio.Task(self._own(), loop=loop, name=f"owner of {_name(cm)}")
+        self.task = asyncio.Task(self._own(), loop=loop, name=f"owner of {_name(cm)}")
 
     async def entered(self) -> T:
         """The value of the context manager, once its entering is through."""
-        await asyncio.wait((self._task, self._entered), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((self.task, self._entered), return_when=asyncio.FIRST_COMPLETED)
         if not self._entered.done():
-            await self._task  # raises what the entering raised
+            await self.task  # raises what the entering raised
         return self._entered.result()
 
     async def exit(self, error: BaseException | None) -> None:
@@ -100,14 +103,16 @@ class OwnerTask(Generic[T]):
         self._error = error
         self._leave.set()
         if not self._entered.done():
-            self._task.cancel()
+            self.task.cancel()
         try:
-            await asyncio.wait((self._task,))
+            await asyncio.wait((self.task,))
         except asyncio.CancelledError:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
+            self.task.cancel()
+            await asyncio.wait((self.task,))
+            if not self.task.cancelled():
+                self.task.exception()  # seen: the release is on record as out of time
             raise
-        if not self._task.cancelled() and (raised := self._task.exception()) is not None and raised is not error:
+        if not self.task.cancelled() and (raised := self.task.exception()) is not None and raised is not error:
             raise raised
 
     async def _own(self) -> None:
@@ -123,12 +128,12 @@ class OwnerTask(Generic[T]):
 
     def cancel(self) -> None:
         """Stop an entering that nobody waits for any more."""
-        self._task.cancel()
+        self.task.cancel()
 
 
 def owner_resource(owner: OwnerTask[Any], cm: object, name: str | None, timeout: float) -> Resource:
     """The exit of a context manager that has a task of its own."""
-    return Resource(name or _name(cm), cm, owner.exit, timeout, True)
+    return Resource(name or _name(cm), cm, owner.exit, timeout, True, owner.task)
 
 
 def awaiting(resource: Resource, awaitable: Awaitable[object]) -> Resource:
@@ -141,5 +146,6 @@ def _exc_info(error: BaseException | None) -> tuple[Any, Any, Any]:
 
 
 def _name(target: object) -> str:
-    named = getattr(target, "__qualname__", None)
+    # The generator behind @contextmanager and the function behind partial() say more than their wrappers.
+    named = getattr(getattr(target, "func", target), "__qualname__", None)
     return named if isinstance(named, str) else type(target).__qualname__

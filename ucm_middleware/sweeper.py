@@ -1,21 +1,24 @@
 """A thread that sleeps until the next deadline, and then has whatever is due closed."""
 
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Final
 
+from ucm_middleware.forking import after_fork_in_child
+
 logger = logging.getLogger(__name__)
 
 NEVER: Final = float("inf")
+LONGEST_SLEEP: Final = 3600.0
+"""Seconds. Platforms bound how long a thread may wait; a look once an hour costs nothing."""
 
 
 class Sweeper:
     """Starts its thread at the first deadline, and lets go of its owner: the thread ends when that is gone.
 
-    ``sweep`` is a bound method that closes what is due. ``next_wake`` says when to look again, on ``clock``.
+    ``sweep`` and ``next_wake`` are bound methods of the owner: close what is due; say when to look again, on ``clock``.
     """
 
     __slots__ = ("__weakref__", "_clock", "_condition", "_next_wake", "_planned", "_sweep", "_thread")
@@ -24,11 +27,12 @@ class Sweeper:
         self, sweep: Callable[[], object], next_wake: Callable[[], float | None], clock: Callable[[], float]
     ) -> None:
         self._sweep = weakref.WeakMethod(sweep)
-        self._next_wake = next_wake
+        self._next_wake = weakref.WeakMethod(next_wake)
         self._clock = clock
         self._condition = threading.Condition()
         self._planned = NEVER
         self._thread: threading.Thread | None = None
+        after_fork_in_child(self._after_fork)
 
     def plan(self, wake: float) -> None:
         """See to it that the thread is awake at that moment."""
@@ -46,8 +50,6 @@ class Sweeper:
             self._condition.notify()
 
     def _start(self) -> None:
-        reference = weakref.WeakMethod(self._after_fork)
-        os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
         self._thread = threading.Thread(target=self._run, name="ucm-middleware sweeper", daemon=True)
         self._thread.start()
 
@@ -66,7 +68,13 @@ class Sweeper:
                 logger.exception("the sweep of expired contexts failed; it goes on at the next deadline")
             del sweep
             with self._condition:
-                wake = self._next_wake()
-                self._planned = NEVER if wake is None else wake
-                if self._sweep() is not None:
-                    self._condition.wait(None if wake is None else max(0.0, wake - self._clock()))
+                # Before asking: a deadline that comes from now on must find nothing planned, and notify.
+                self._planned = NEVER
+                if (next_wake := self._next_wake()) is None:
+                    return
+                wake = next_wake()
+                del next_wake
+                if wake is not None:
+                    self._planned = min(wake, self._planned)
+                left = self._planned - self._clock()
+                self._condition.wait(None if left == NEVER else min(max(0.0, left), LONGEST_SLEEP))

@@ -1,11 +1,12 @@
 """Where records go: the port, and the bounded ledger in memory that serves unless another is given."""
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Protocol
 
 from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.forking import after_fork_in_child
 from ucm_middleware.ids import RESERVED_PREFIX
 
 
@@ -25,8 +26,8 @@ class Ledger(Protocol):
         """Keep a record."""
         ...
 
-    def trail(self, user_id: str) -> Trail | None:
-        """The trail of one user; None for a user never seen."""
+    def trail(self, user_id: str | None) -> Trail | None:
+        """The trail of one user, None for a user never seen; of ``None``, the records that stand in no user's trail."""
         ...
 
 
@@ -49,14 +50,22 @@ class MemoryLedger:
     def __init__(self, *, records_per_user: int = 128, users: int = 4096, anonymous_users: int = 256) -> None:
         self.records_per_user = records_per_user
         self._bounds = {False: users, True: anonymous_users}
-        self._kept: dict[bool, dict[str, _Kept]] = {False: {}, True: {}}
+        self._kept: dict[bool, OrderedDict[str, _Kept]] = {False: OrderedDict(), True: OrderedDict()}
         self._system = _Kept()
-        self._lock = threading.Lock()
+        self._refused = _Kept()  # apart: strangers must not push out what trusted code did
+        self._new_lock()
+        after_fork_in_child(self._new_lock)
+
+    def _new_lock(self) -> None:
+        self._lock = threading.RLock()  # reentrant: a finalizer or a signal handler may close a context meanwhile
 
     def append(self, record: AuditRecord) -> None:
         """Keep a record, dropping that user's oldest when there are too many."""
         with self._lock:
-            kept = self._system if record.user_id is None else self._kept_of(record.user_id)
+            if record.user_id is not None:
+                kept = self._kept_of(record.user_id)
+            else:
+                kept = self._refused if record.event == "refused" else self._system
             if record.event == "opened":
                 kept.opening = record
             if len(kept.records) >= self.records_per_user:
@@ -64,24 +73,22 @@ class MemoryLedger:
                 kept.dropped += 1
             kept.records.append(record)
 
-    def trail(self, user_id: str) -> Trail | None:
-        """The trail of one user, a copy; None for a user never seen, or seen so long ago that others took the place."""
+    def trail(self, user_id: str | None) -> Trail | None:
+        """As the port says, a copy; None too for a user seen so long ago that others took the place."""
         with self._lock:
+            if user_id is None:
+                records = sorted((*self._system.records, *self._refused.records), key=lambda record: record.at)
+                return Trail(None, tuple(records), self._system.dropped + self._refused.dropped)
             kept = self._kept[user_id.startswith(RESERVED_PREFIX)].get(user_id)
             return None if kept is None else Trail(kept.opening, tuple(kept.records), kept.dropped)
-
-    def system_trail(self) -> Trail:
-        """The records that stand in no user's trail: what trusted code was granted or refused."""
-        with self._lock:
-            return Trail(None, tuple(self._system.records), self._system.dropped)
 
     def _kept_of(self, user_id: str) -> _Kept:
         anonymous = user_id.startswith(RESERVED_PREFIX)
         users = self._kept[anonymous]
-        kept = users.pop(user_id, None)
+        kept = users.get(user_id)
         if kept is None:
-            kept = _Kept()
             if len(users) >= self._bounds[anonymous]:
-                del users[next(iter(users))]
-        users[user_id] = kept  # at the end: the users seen last stay longest
+                users.popitem(last=False)
+            kept = users[user_id] = _Kept()
+        users.move_to_end(user_id)  # the users seen last stay longest
         return kept

@@ -1,6 +1,7 @@
 """One record for each thing that happens to a context."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Literal
@@ -8,7 +9,7 @@ from typing import Final, Literal
 COMPLIANCE_VERSION: Final = "1.0"
 """The version of the trail's shape."""
 
-Event = Literal["opened", "bound", "closed", "denied", "refused", "privileged", "isolation_violated"]
+Event = Literal["opened", "child_opened", "bound", "closed", "denied", "refused", "privileged", "isolation_violated"]
 Outcome = Literal["ok", "denied", "failed"]
 
 
@@ -36,7 +37,7 @@ class AuditRecord:
         for name in ("request_id", "thread_id", "run_id", "reason"):
             if (value := getattr(self, name)) is not None:
                 shown[name] = value
-        shown.update({name: value for name, value in (self.data or {}).items() if name not in shown})
+        shown.update({name: deepcopy(value) for name, value in (self.data or {}).items() if name not in shown})
         return shown
 
 

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from copy import deepcopy
+from typing import Any, Final, cast
 
 from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import COMPLIANCE_VERSION, AuditRecord, Event, Outcome, iso
 from ucm_middleware.context import UserExecutionContext
-from ucm_middleware.isolation import copy_data
 
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 
@@ -20,8 +20,8 @@ class AuditTrail:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def opened(self, context: UserExecutionContext, source: str, metadata: Mapping[str, object]) -> None:
-        """A context began to live, or was put under another key. ``metadata`` is a copy of the application's."""
+    def opened(self, context: UserExecutionContext, source: str) -> None:
+        """A context began to live, or was put under another key."""
         self._ledger.append(
             AuditRecord(
                 "opened",
@@ -30,26 +30,33 @@ class AuditTrail:
                 context.request_id,
                 context.thread_id,
                 context.run_id,
-                data=_opening(source, metadata),
+                data=_opening(source, context),
             )
         )
 
-    def bound(self, context: UserExecutionContext, anonymous_id: str, metadata: Mapping[str, object]) -> None:
+    def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
+        """A part of a context's work began in a context of its own."""
+        data = {"operation": operation_name, "parent_request_id": child.parent_request_id}
+        self._about(child, "child_opened", data=data)
+
+    def bound(self, context: UserExecutionContext, anonymous_id: str) -> None:
         """An anonymous context learned its user; stands in the trails of both."""
-        self._about(context, "opened", data=_opening("bind", metadata))
+        self._about(context, "opened", data=_opening("bind", context))
         self._about(context, "bound", data={"anonymous_id": anonymous_id})
         self._ledger.append(
             AuditRecord("bound", time.time(), anonymous_id, context.request_id, data={"user_id": context.user_id})
         )
 
-    def closed(self, context: UserExecutionContext) -> None:
-        """A context's teardown is through."""
+    def closed(self, context: UserExecutionContext, metadata: Mapping[str, object]) -> None:
+        """A context's teardown is through. ``metadata`` is what the application had added by then."""
         lifetime = context.lifetime
         failures = [str(failure) for failure in lifetime.failures]
         ended_well = not failures and lifetime.reason in _ENDED_WELL
         data: dict[str, object] = {"seconds": round(time.time() - context.created_at.timestamp(), 6)}
         if failures:
             data["unreleased"] = failures
+        if metadata:
+            data["audit_metadata"] = metadata
         self._about(context, "closed", "ok" if ended_well else "failed", lifetime.reason, data)
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: str) -> None:
@@ -73,7 +80,7 @@ class AuditTrail:
         data = {"users": "everyone" if users is None else list(users)}
         self._ledger.append(AuditRecord("privileged", time.time(), actor_id, reason=reason, data=data))
         for user_id in users or ():
-            if user_id != actor_id:
+            if user_id != actor_id and self._ledger.trail(user_id) is not None:  # a typo makes no user
                 self._ledger.append(AuditRecord("privileged", time.time(), user_id, reason=reason))
 
     def isolation_violated(self, findings: Sequence[str]) -> None:
@@ -90,7 +97,7 @@ class AuditTrail:
         opening = trail.opening
         about: Mapping[str, Any] = (opening and opening.data) or {}
         return {
-            **copy_data(about.get("audit_metadata"), "audit_metadata"),
+            **_newest_metadata(trail.records),
             "user_id": user_id,
             "context_set_at": None if opening is None else iso(opening.at),
             "context_source": about.get("source"),
@@ -99,6 +106,11 @@ class AuditTrail:
             "events": [record.to_dict() for record in trail.records],
             "events_dropped": trail.dropped,
         }
+
+    def of_system(self) -> list[dict[str, Any]]:
+        """The records that stand in no user's trail."""
+        trail = self._ledger.trail(None)
+        return [] if trail is None else [record.to_dict() for record in trail.records]
 
     def _about(
         self,
@@ -123,8 +135,14 @@ class AuditTrail:
         )
 
 
-def _opening(source: str, metadata: Mapping[str, object]) -> dict[str, object]:
+def _newest_metadata(records: Sequence[AuditRecord]) -> dict[str, Any]:
+    data = (record.data or {} for record in reversed(records))
+    found = (given["audit_metadata"] for given in data if "audit_metadata" in given)
+    return deepcopy(cast("dict[str, Any]", next(found, {})))
+
+
+def _opening(source: str, context: UserExecutionContext) -> dict[str, object]:
     opening: dict[str, object] = {"source": source, "isolation_verified": True}
-    if metadata:
+    if metadata := context.metadata_given():
         opening["audit_metadata"] = metadata
     return opening
