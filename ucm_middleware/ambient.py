@@ -13,7 +13,7 @@ class Grant:
     Tasks started inside the block inherit the object, and it dies for them too when the block ends.
     """
 
-    __slots__ = ("_alive", "_covers", "context", "guard", "reason")
+    __slots__ = ("_alive", "context", "guard", "outer", "reason", "users")
 
     def __init__(
         self, guard: object, reason: str, users: frozenset[str] | None, context: UserExecutionContext | None
@@ -22,7 +22,8 @@ class Grant:
         self.reason = reason
         self._alive = True
         self.context = context
-        self._covers = users
+        self.users = users
+        self.outer = ambient.get()
 
     @property
     def alive(self) -> bool:
@@ -34,7 +35,7 @@ class Grant:
 
     def covers(self, user_id: str | None) -> bool:
         """True when the grant is alive and names the user; None stands for all users at once."""
-        return self._alive and (self._covers is None or user_id in self._covers)
+        return self._alive and (self.users is None or user_id in self.users)
 
 
 Ambient = Token[UserExecutionContext | Inside | None]

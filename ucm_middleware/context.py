@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
-from contextvars import Context, ContextVar
+from contextvars import Context, ContextVar, Token
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, NoReturn, ParamSpec, Protocol, Self, TypeVar
@@ -74,6 +74,29 @@ def ambient_context() -> "UserExecutionContext | None":
     """The context that this code runs in, open or not; None outside."""
     value = ambient.get()
     return value if value is None or isinstance(value, UserExecutionContext) else value.context
+
+
+class _Release:
+    """Stands in the ContextVar while a resource is released: only that code, and what it starts, may use the
+    context.
+    """
+
+    __slots__ = ("context",)
+
+    def __init__(self, context: "UserExecutionContext") -> None:
+        self.context = context
+
+    def enter(self) -> "Token[UserExecutionContext | Inside | None]":
+        return ambient.set(self)
+
+    def leave(self, token: "Token[UserExecutionContext | Inside | None]") -> None:
+        ambient.reset(token)
+
+    def is_here(self) -> bool:
+        value: object = ambient.get()
+        while value is not None and value is not self:
+            value = getattr(value, "outer", None)  # a grant that was taken inside of the release
+        return value is self
 
 
 class Connection(Protocol):
@@ -695,8 +718,10 @@ class UserExecutionContext:
     def _announce(self, reason: CloseReason) -> None:
         if self._host is not None:
             self._host.context_closing(self)
+        self._lifetime.releasing = _Release(self)
         if reason in INTERRUPTING:
             self._lifetime.interrupt()
+        self._lifetime.offer_teardown()
 
     def _seen_error(self, error: BaseException | None) -> BaseException | None:
         """What resources see: a transaction must not be committed because its request was cut off."""

@@ -11,6 +11,12 @@ MOST_MESSAGES: Final = 16
 """How far the reading runs ahead. A client that sends more than the app reads waits, as it would without this."""
 
 
+LAST_MESSAGES: Final = frozenset(
+    {"http.response.body", "http.response.pathsend", "http.response.zerocopysend", "http.response.trailers"}
+)
+"""What can end a response, unless it says that more is to come."""
+
+
 class ReadAhead:
     """Stands between the server and the app. Calls ``gone`` when the client leaves before it has its whole response.
 
@@ -47,7 +53,7 @@ class ReadAhead:
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on, and note the last one: after it, servers report a disconnect in any case."""
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
+        if message["type"] in LAST_MESSAGES and not (message.get("more_body") or message.get("more_trailers")):
             self._answered = True
         return self._send(message)
 

@@ -91,11 +91,12 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     ) -> None:
         lifetime = self._context.lifetime
         lifetime.task = None
+        interrupted = lifetime.absorb_interrupt()
         try:
             await self._context.aclose(_reason(error), error)
         finally:
             self._leave()
-        if lifetime.absorb_interrupt() and isinstance(error, asyncio.CancelledError):
+        if interrupted and isinstance(error, asyncio.CancelledError):
             raise ContextClosedError(self._context.request_id, lifetime.where(), lifetime.reason or "closed") from error
         self._raise_failures(error)
 

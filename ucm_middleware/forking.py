@@ -3,17 +3,30 @@ parent.
 """
 
 import os
-import weakref
-from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakSet
 
 
-def after_fork_in_child(method: Callable[[], None]) -> None:
-    """Call a bound method in each forked child, as long as its object lives."""
-    reference = weakref.WeakMethod(method)
+class Renewable(Protocol):
+    """Something that a forked child cannot use as it is."""
 
-    def renew() -> None:
-        alive = reference()
-        if alive is not None:
-            alive()
+    def after_fork(self) -> None:
+        """Make it anew, in the child."""
+        ...
 
-    os.register_at_fork(after_in_child=renew)
+
+# Handlers of a fork cannot be unregistered, so there is one, and it asks whoever still lives.
+_renewables: WeakSet[Renewable] = WeakSet()
+
+
+def renewed_after_fork(renewable: Renewable) -> None:
+    """Call ``after_fork`` in each forked child, as long as the object lives."""
+    _renewables.add(renewable)
+
+
+def _renew_all() -> None:
+    for renewable in list(_renewables):
+        renewable.after_fork()
+
+
+os.register_at_fork(after_in_child=_renew_all)

@@ -46,8 +46,12 @@ class Guard:
 
     def is_granted(self, user_id: str | None) -> bool:
         """Whether the asking code runs in a ``privileged`` block of this guard that names the user."""
+        grant = self._grant()
+        return grant is not None and grant.covers(user_id)
+
+    def _grant(self) -> Grant | None:
         grant = ambient_grant()
-        return grant is not None and grant.guard is self and grant.covers(user_id)
+        return grant if grant is not None and grant.guard is self else None
 
     def acting_user(self) -> str | None:
         """The user that the asking code runs for; None for code in no context. Raises ContextClosedError as above."""
@@ -74,12 +78,18 @@ class Guard:
         if not self.admits(None):
             raise self.denied(action, "everyone")
 
-    def require_someone(self, action: str) -> None:
-        """The same, for what shows each asker their own: refuses code that runs neither in a context nor under a
-        grant.
+    def visible_users(self, action: str) -> frozenset[str] | None:
+        """Whose contexts a listing shows to the asking code: its own user's, and those it is granted; None for all.
+
+        Raises CrossUserAccessError, and records it, for code that runs neither in a context nor under a grant.
         """
-        if ambient_grant() is None and self._acting() is None and not self.admits(None):
+        if self.admits(None):
+            return None
+        context, grant = self._acting(), self._grant()
+        if context is None and grant is None:
             raise self.denied(action, "everyone")
+        users = set(() if grant is None else grant.users or ())
+        return frozenset(users if context is None else {*users, context.user_id})
 
     def require_unbound(self, context: UserExecutionContext) -> None:
         """Raise CrossUserAccessError unless the asking code may give this anonymous context its user."""

@@ -16,10 +16,7 @@ Identify = Callable[[HTTPConnection], Identified | Awaitable[Identified]]
 
 
 def authenticated_user(connection: HTTPConnection) -> str | None:
-    """The user of Starlette's AuthenticationMiddleware, which must be outside of this package's middleware.
-
-    Takes ``user.identity``, and ``user.display_name`` of users that have none, such as SimpleUser.
-    """
+    """The ``identity`` of the user of Starlette's AuthenticationMiddleware, which must be outside of this package's."""
     if "user" not in connection.scope:
         raise ConfigurationError(
             "authenticated_user needs Starlette's AuthenticationMiddleware outside of UserContextMiddleware: "
@@ -29,10 +26,12 @@ def authenticated_user(connection: HTTPConnection) -> str | None:
     if not user.is_authenticated:
         return None
     try:
-        identity = user.identity
+        return str(user.identity)
     except NotImplementedError:
-        identity = user.display_name
-    return str(identity)
+        raise ConfigurationError(
+            f"authenticated_user needs {type(user).__name__}.identity: define it, or give identify= a function of your "
+            "own. A display name is no identity: two users may share one"
+        ) from None
 
 
 def session_user(key: str = "user_id") -> Callable[[HTTPConnection], str | None]:

@@ -15,12 +15,12 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 import anyio
 
 from ucm_middleware.errors import ConfigurationError
-from ucm_middleware.resources import ReleaseFailure, Resource, awaiting
+from ucm_middleware.resources import ReleaseFailure, Resource, awaiting, is_only
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,22 @@ INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown
 """The reasons that stop a handler in the middle of its work; after any other it may run on without its context."""
 
 
+class Releasing(Protocol):
+    """What marks the code of a release, and whatever it starts, as the one that may still use the context."""
+
+    def enter(self) -> object:
+        """Begin a release, here. Returns what ``leave`` takes."""
+        ...
+
+    def leave(self, token: Any) -> None:
+        """End a release."""
+        ...
+
+    def is_here(self) -> bool:
+        """Whether the asking code is, or was started by, a release."""
+        ...
+
+
 class Lifetime:
     """The state, the deadline and the resources of one context. Every method may be called from any thread."""
 
@@ -66,7 +82,6 @@ class Lifetime:
         "_claimed",
         "_clock",
         "_latest",
-        "_releasing",
         "_resources",
         "_waiters",
         "deadline",
@@ -76,6 +91,7 @@ class Lifetime:
         "opened_by",
         "overdue",
         "reason",
+        "releasing",
         "state",
         "stop",
         "task",
@@ -101,7 +117,7 @@ class Lifetime:
         self.overdue: asyncio.TimerHandle | None = None
         self._cancelling = 0
         self._claimed = False
-        self._releasing: int | tuple[asyncio.Task[Any] | None, ...] | None = None
+        self.releasing: Releasing | None = None
         self.failures: tuple[ReleaseFailure, ...] = ()
         self.stop: BaseException | None = None
         self._resources: list[Resource] | None = None
@@ -122,12 +138,7 @@ class Lifetime:
         state = self.state
         if state is State.OPEN or state is State.UNBOUND:
             return self.deadline is None or not self.is_expired
-        releasing = self._releasing
-        if state is State.CLOSED or releasing is None:
-            return False
-        if isinstance(releasing, int):
-            return releasing == threading.get_ident()
-        return running_loop() is not None and asyncio.current_task() in releasing
+        return state is State.CLOSING and self.releasing is not None and self.releasing.is_here()
 
     @property
     def handler_runs_elsewhere(self) -> bool:
@@ -172,7 +183,12 @@ class Lifetime:
                 return False
             self.state = closing
             self.reason = reason
+            self._claimed = True
             return True
+
+    def offer_teardown(self) -> None:
+        """Let someone claim the teardown, now that whoever began the closing has said so where it must be known."""
+        self._claimed = False
 
     def claim_teardown(self) -> bool:
         """True for exactly one caller, once the lifetime is closing: that one does the teardown."""
@@ -187,6 +203,7 @@ class Lifetime:
         with self.transition:
             self.state = State.CLOSED
             waiters, self._waiters = self._waiters, None
+        self.releasing = None
         overdue, self.overdue = self.overdue, None
         if overdue is not None:
             overdue.cancel()
@@ -363,32 +380,44 @@ class Lifetime:
 
     def _call(self, resource: Resource, error: BaseException | None) -> object:
         """Run a release where we are. What it raises is noted."""
-        self._releasing = threading.get_ident()
+        releasing = self.releasing
+        token = None if releasing is None else releasing.enter()
         try:
             return resource.release(error)
         except asyncio.CancelledError as raised:
             if raised is not error:
                 self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, raised)))
         except Exception as raised:  # noqa: BLE001 - whatever a resource raises, the ones below it are still released
-            if raised is not error:
+            if not is_only(raised, error):
                 self._fail(ReleaseFailure(resource.name, "failed", _without_our_frame(raised)))
         except BaseException as raised:  # noqa: BLE001 - KeyboardInterrupt or SystemExit: raised again at the end
             self.stop = raised
         finally:
-            self._releasing = None
+            if releasing is not None and token is not None:
+                releasing.leave(token)
         return None
+
+    async def _run(self, resource: Resource, error: BaseException | None) -> None:
+        releasing = self.releasing
+        token = None if releasing is None else releasing.enter()
+        try:
+            outcome = resource.release(error)
+            if inspect.isawaitable(outcome):
+                await outcome
+        finally:
+            if releasing is not None and token is not None:
+                releasing.leave(token)
 
     async def _release_async(self, resource: Resource, error: BaseException | None) -> asyncio.CancelledError | None:
         """Run one release in a task of its own, under its deadline. Returns the cancellation that arrived meanwhile."""
         # Made directly, not by the loop's factory: an eager factory would step it inside a Context that is already
         # entered.
         task = asyncio.Task(
-            _run(resource, error),
+            self._run(resource, error),
             loop=asyncio.get_running_loop(),
             context=self.variables,
             name=f"release {resource.name}",
         )
-        self._releasing = (task, resource.owner)
         cancelled = await _settle(task, resource.timeout)
         if not task.done():
             task.cancel()
@@ -397,9 +426,8 @@ class Lifetime:
             task.add_done_callback(_retrieve)
         elif task.cancelled():
             self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, asyncio.CancelledError())))
-        elif (raised := task.exception()) is not None and raised is not error:
+        elif (raised := task.exception()) is not None and not is_only(raised, error):
             self._fail(ReleaseFailure(resource.name, "failed", _as_exception(resource, raised)))
-        self._releasing = None
         return cancelled
 
 
@@ -420,12 +448,6 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 def loop_is_live(loop: asyncio.AbstractEventLoop) -> bool:
     """True when a callback given to the loop now will run."""
     return loop.is_running() and not loop.is_closed()
-
-
-async def _run(resource: Resource, error: BaseException | None) -> None:
-    outcome = resource.release(error)
-    if inspect.isawaitable(outcome):
-        await outcome
 
 
 async def _settle(task: asyncio.Task[None], timeout: float) -> asyncio.CancelledError | None:

@@ -33,6 +33,7 @@ from ucm_middleware.errors import (
 )
 from ucm_middleware.execution import validate_user_context
 from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
+from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.lifetime import Lifetime, loop_is_live
@@ -97,10 +98,15 @@ class UserContextManager:
         self._guard = Guard(self._trail, is_open=guard == "open")
         self._registry = Registry(limits, clock)
         self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
+        self.after_fork()
+        renewed_after_fork(self)
+        weakref.finalize(self, self._sweeper.stop).atexit = False
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: what is under way in the parent ends there."""
         self._draining = False
         self._closing: set[UserExecutionContext] = set()
         self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-        weakref.finalize(self, self._sweeper.stop).atexit = False
 
     @property
     def guard(self) -> Guard:
@@ -246,10 +252,8 @@ class UserContextManager:
     def get_active_contexts(self) -> dict[Key, dict[str, Any]]:
         """Each live context by a key of its own, as plain values without secrets. From inside a context, that
         user's only."""
-        shown = self._registry.live()
-        if not self._guard.admits(None):
-            self._guard.require_someone("get_active_contexts")
-            shown = [(key, context) for key, context in shown if self._guard.admits(context.user_id)]
+        users = self._guard.visible_users("get_active_contexts")
+        shown = self._registry.live() if users is None else self._registry.live_of(users)
         return {key: self._describe(context) for key, context in shown if not context.lifetime.is_expired}
 
     def validate_isolation(self) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
 
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 
 from ucm_middleware.ambient import enter, leave
@@ -24,7 +24,7 @@ from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.lifetime import CloseReason, Lifetime, State
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
 from ucm_middleware.principal import Principal
-from ucm_middleware.refusal import POLICY_VIOLATION, Refusal, refusal_for, refusal_for_reason, send_refusal
+from ucm_middleware.refusal import refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -92,11 +92,10 @@ class UserContextMiddleware:
         except UserContextError as error:
             await self._refuse(error, scope, send)
             return
-        except (
-            HTTPException
-        ) as error:  # what people raise in a resolver; here no one outside would turn it into an answer
-            headers = tuple((name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items())
-            refusal = Refusal(error.status_code, POLICY_VIOLATION, str(error.detail), headers)
+        except (HTTPException, WebSocketException) as error:
+            # What people raise in a resolver; here nobody outside would turn it into an answer.
+            refusal = refusal_for_starlette(error)
+            self.manager.record_refusal(f"identify raised {type(error).__name__} ({refusal.status})")
             await send_refusal(refusal, scope, send, None)
             return
         await self._run(context, scope, receive, send)
@@ -107,7 +106,7 @@ class UserContextMiddleware:
             found = self.identify(HTTPConnection(scope))
             if isawaitable(found):
                 found = await found
-            principal = _principal(found)
+            principal = self._principal(found)
             if principal is not None:
                 user_id = principal.user_id
                 seconds_left = principal.seconds_left()
@@ -126,6 +125,16 @@ class UserContextMiddleware:
         scope[CONTEXT] = context
         scope.setdefault("state", {})["user_context"] = context
         return context
+
+    def _principal(self, found: Identified) -> Principal | None:
+        if found is None or isinstance(found, Principal):
+            return found
+        if not isinstance(found, str):
+            raise ConfigurationError(
+                f"{getattr(self.identify, '__qualname__', self.identify)} answered with a {type(found).__name__}; "
+                "a resolver answers with a Principal, a user id as text, or None"
+            )
+        return Principal(found)
 
     async def _run(self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send) -> None:
         if self.cancel_on_disconnect and scope["type"] == "http":
@@ -153,8 +162,8 @@ class UserContextMiddleware:
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None
             cancelled = isinstance(error, asyncio.CancelledError)
+            interrupted = lifetime.absorb_interrupt()  # first: a cancellation during the teardown is somebody else's
             await self._close(context, "cancelled" if cancelled else "failed", error)
-            interrupted = lifetime.absorb_interrupt()
             refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
             answered = refusal is not None and await send_refusal(refusal, scope, send, last_sent)
             if not answered and not (cancelled and interrupted):
@@ -167,8 +176,8 @@ class UserContextMiddleware:
             raise
         else:
             lifetime.task = None
-            await self._close(context, "finished", None)
             lifetime.absorb_interrupt()
+            await self._close(context, "finished", None)
         finally:
             leave(token)
 
@@ -198,9 +207,3 @@ class UserContextMiddleware:
             return message
 
         await self.app(scope, watched, send)
-
-
-def _principal(found: Identified) -> Principal | None:
-    if found is None or isinstance(found, Principal):
-        return found
-    return Principal(found)

@@ -3,7 +3,9 @@
 import json
 import logging
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+
+from starlette.exceptions import HTTPException, WebSocketException
 
 from ucm_middleware.errors import (
     ContextClosedError,
@@ -21,15 +23,16 @@ logger = logging.getLogger(__name__)
 
 POLICY_VIOLATION: Final = 1008
 TRY_AGAIN_LATER: Final = 1013
+BODILESS: Final = frozenset({204, 205, 304})
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An answer: the HTTP status, the WebSocket close code after accept, the text, and more headers."""
+    """An answer: the HTTP status, the WebSocket close code after accept, what to say as JSON, and more headers."""
 
     status: int
     close_code: int
-    detail: str
+    detail: Any
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
@@ -72,6 +75,14 @@ def refusal_for_reason(reason: str | None) -> Refusal | None:
     return None if reason is None else _BY_REASON.get(reason)
 
 
+def refusal_for_starlette(error: HTTPException | WebSocketException) -> Refusal:
+    """The answer to an exception of Starlette's own."""
+    if isinstance(error, WebSocketException):
+        return Refusal(403, error.code, error.reason)
+    headers = tuple((name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items())
+    return Refusal(error.status_code, POLICY_VIOLATION, error.detail, headers)
+
+
 async def send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: str | None) -> bool:
     """Answer, if the state of the exchange still allows it. ``last_sent`` is the type of the message sent last.
 
@@ -103,17 +114,15 @@ async def _send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: s
 
 async def _close(refusal: Refusal, send: Send) -> None:
     # A close frame has room for 123 bytes of text (RFC 6455, section 5.5); what is cut must still be UTF-8.
-    reason = refusal.detail.encode()[:123].decode(errors="ignore")
+    reason = str(refusal.detail).encode()[:123].decode(errors="ignore")
     await send({"type": "websocket.close", "code": refusal.close_code, "reason": reason})
 
 
 async def _respond(refusal: Refusal, kind: str, send: Send) -> None:
-    body = json.dumps({"detail": refusal.detail}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"cache-control", b"no-store"),
-        *refusal.headers,
-    ]
+    headers = [(b"cache-control", b"no-store"), *refusal.headers]
+    body = b""
+    if refusal.status not in BODILESS:
+        body = json.dumps({"detail": refusal.detail}).encode()
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": f"{kind}.start", "status": refusal.status, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})

@@ -1,13 +1,13 @@
 """The table of live contexts: under which keys, whose they are, how many, and until when."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
 from ucm_middleware.expiry import Deadlines, Timed
-from ucm_middleware.forking import after_fork_in_child
+from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.lifetime import CloseReason
 
 Key = str | tuple[str, str]
@@ -50,10 +50,13 @@ class Registry:
         self.limits = limits
         self.clock = clock
         self._start_empty()
-        after_fork_in_child(self._start_empty)
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: the contexts, and the connections they hold, are the parent's."""
+        self._start_empty()
 
     def _start_empty(self) -> None:
-        # Also in a forked child: the contexts, and the connections they hold, are the parent's.
         # The lock is reentrant: a finalizer or a signal handler may close a context in the middle of an operation. So
         # what is walked is a snapshot, and what was checked before a step is checked again after it.
         self._lock = threading.RLock()
@@ -135,9 +138,9 @@ class Registry:
             if entry is None:
                 return displaced
             now = self.clock()
-            self._evict_squatter(user_id, displaced)
             self._make_room(user_id, False, displaced, now)
             if transition():
+                self._evict_squatter(user_id, context)
                 if entry.deadline != NO_DEADLINE:
                     self._deadlines[True].discard(entry)
                     self._deadlines[False].add(entry, now)
@@ -145,11 +148,22 @@ class Registry:
                 self._by_owner.setdefault(user_id, {})[context] = entry
                 self._count(True, -1)
                 self._count(False, 1)
-                for key in entry.keys:
-                    self._by_key.pop(key, None)
-                entry.keys = ((user_id, context.request_id),)
-                self._by_key[entry.keys[0]] = entry
+                self._rename(entry, old, user_id, displaced)
         return displaced
+
+    def _rename(self, entry: Entry, old: str, user_id: str, displaced: Displaced) -> None:
+        """Put an entry under its owner's new id, in each pair that it stands under."""
+        renamed: list[Key] = []
+        for key in entry.keys:
+            if key[0] == old and isinstance(key, tuple):
+                self._by_key.pop(key, None)
+                key = (user_id, key[1])
+                present = self._by_key.get(key)
+                if present is not None:
+                    displaced[present.context] = "replaced"
+                self._by_key[key] = entry
+            renamed.append(key)
+        entry.keys = tuple(renamed)
 
     def limit(self, context: UserExecutionContext, seconds: float) -> float | None:
         """Let a context live so many seconds more at most, whatever it is given later. Returns its deadline."""
@@ -168,10 +182,11 @@ class Registry:
             entries = [entry for mine in list(self._by_owner.values()) for entry in list(mine.values())]
             return [(entry.keys[0], entry.context) for entry in entries]
 
-    def live_of(self, user_id: str) -> list[UserExecutionContext]:
-        """A snapshot of one user's live contexts."""
+    def live_of(self, user_ids: Iterable[str]) -> list[tuple[Key, UserExecutionContext]]:
+        """A snapshot of some users' live contexts."""
         with self._lock:
-            return list(self._by_owner.get(user_id, ()))
+            entries = [entry for user_id in user_ids for entry in list(self._by_owner.get(user_id, {}).values())]
+            return [(entry.keys[0], entry.context) for entry in entries]
 
     def take_due(self) -> list[UserExecutionContext]:
         """Some contexts whose deadline has come; call again until there are none. They stay in until they close."""
@@ -200,18 +215,27 @@ class Registry:
                 displaced[present.context] = "expired"
             elif present.context.user_id == owner:
                 displaced[present.context] = "replaced"
-            elif key != owner:
+            elif key == owner:
+                displaced[present.context] = "evicted"
+            else:
                 raise _foreign_key()
-        if key != owner and isinstance(key, str) and key in self._by_owner:
+        if key != owner and isinstance(key, str) and any(map(self._is_live, list(self._by_owner.get(key, ())))):
             raise _foreign_key()
-        self._evict_squatter(owner, displaced)
+        self._evict_squatter(owner, context)
         return displaced
 
-    def _evict_squatter(self, owner: str, displaced: Displaced) -> None:
-        """A key that equals a user id belongs to that user, whoever stood there before the user came."""
+    def _evict_squatter(self, owner: str, context: UserExecutionContext) -> None:
+        """A key that equals a user id belongs to that user, whoever stood there before the user came.
+
+        Whoever did loses the key, and lives on under the pair that every context has.
+        """
         squatter = self._by_key.get(owner)
-        if squatter is not None and squatter.context.user_id != owner:
-            displaced.setdefault(squatter.context, "evicted")
+        if squatter is None or squatter.context is context or squatter.context.user_id == owner:
+            return
+        del self._by_key[owner]
+        pair = (squatter.context.user_id, squatter.context.request_id)
+        squatter.keys = tuple(key for key in squatter.keys if key != owner) or (pair,)
+        self._by_key.setdefault(squatter.keys[0], squatter)
 
     def _make_room(self, owner: str, anonymous: bool, displaced: Displaced, now: float) -> None:
         """Check the limits. Contexts that have expired do not count: they are displaced."""

@@ -112,7 +112,7 @@ class OwnerTask(Generic[T]):
             if not self.task.cancelled():
                 self.task.exception()  # seen: the release is on record as out of time
             raise
-        if not self.task.cancelled() and (raised := self.task.exception()) is not None and raised is not error:
+        if not self.task.cancelled() and (raised := self.task.exception()) is not None and not is_only(raised, error):
             raise raised
 
     async def _own(self) -> None:
@@ -134,6 +134,16 @@ class OwnerTask(Generic[T]):
 def owner_resource(owner: OwnerTask[Any], cm: object, name: str | None, timeout: float) -> Resource:
     """The exit of a context manager that has a task of its own."""
     return Resource(name or _name(cm), cm, owner.exit, timeout, True, owner.task)
+
+
+def is_only(raised: BaseException, error: BaseException | None) -> bool:
+    """Whether what an exit raised is the very error it was given: alone, or in the groups that task groups make of
+    it.
+    """
+    if isinstance(raised, BaseExceptionGroup):
+        group: BaseExceptionGroup[BaseException] = raised
+        return error is not None and all(is_only(inner, error) for inner in group.exceptions)
+    return raised is error
 
 
 def awaiting(resource: Resource, awaitable: Awaitable[object]) -> Resource:

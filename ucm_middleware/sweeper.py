@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-from ucm_middleware.forking import after_fork_in_child
+from ucm_middleware.forking import renewed_after_fork
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Sweeper:
         self._condition = threading.Condition()
         self._planned = NEVER
         self._thread: threading.Thread | None = None
-        after_fork_in_child(self._after_fork)
+        renewed_after_fork(self)
 
     def plan(self, wake: float) -> None:
         """See to it that the thread is awake at that moment."""
@@ -53,8 +53,8 @@ class Sweeper:
         self._thread = threading.Thread(target=self._run, name="ucm-middleware sweeper", daemon=True)
         self._thread.start()
 
-    def _after_fork(self) -> None:
-        # Threads do not survive a fork: the child starts its own at its next deadline.
+    def after_fork(self) -> None:
+        """Threads do not survive a fork: the child starts its own at its next deadline."""
         self._condition = threading.Condition()
         self._planned = NEVER
         self._thread = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ucm_middleware.audit.records import AuditRecord
-from ucm_middleware.forking import after_fork_in_child
+from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX
 
 
@@ -53,10 +53,11 @@ class MemoryLedger:
         self._kept: dict[bool, OrderedDict[str, _Kept]] = {False: OrderedDict(), True: OrderedDict()}
         self._system = _Kept()
         self._refused = _Kept()  # apart: strangers must not push out what trusted code did
-        self._new_lock()
-        after_fork_in_child(self._new_lock)
+        self.after_fork()
+        renewed_after_fork(self)
 
-    def _new_lock(self) -> None:
+    def after_fork(self) -> None:
+        """A new lock: a thread of the parent may have held the old one."""
         self._lock = threading.RLock()  # reentrant: a finalizer or a signal handler may close a context meanwhile
 
     def append(self, record: AuditRecord) -> None:

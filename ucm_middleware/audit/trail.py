@@ -97,7 +97,7 @@ class AuditTrail:
         opening = trail.opening
         about: Mapping[str, Any] = (opening and opening.data) or {}
         return {
-            **_newest_metadata(trail.records),
+            **_newest_metadata((*(() if opening is None else (opening,)), *trail.records)),
             "user_id": user_id,
             "context_set_at": None if opening is None else iso(opening.at),
             "context_source": about.get("source"),
