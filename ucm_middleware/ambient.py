@@ -3,7 +3,8 @@
 from contextlib import suppress
 from contextvars import Token
 
-from ucm_middleware.context import Inside, UserExecutionContext, ambient, ambient_context
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import Inside, ambient, ambient_context
 from ucm_middleware.errors import ContextNotFoundError
 
 
@@ -38,7 +39,7 @@ class Grant:
         return self._alive and (self.users is None or user_id in self.users)
 
 
-Ambient = Token[UserExecutionContext | Inside | None]
+Ambient = Token[Inside | None]
 """What ``enter`` gives and ``leave`` takes."""
 
 

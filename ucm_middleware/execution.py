@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Any
 
 from ucm_middleware.ambient import Ambient, ambient_grant, enter, leave
-from ucm_middleware.context import UserExecutionContext, ambient_context
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, InvalidContextError
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.lifetime import CloseReason

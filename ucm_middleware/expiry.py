@@ -54,9 +54,9 @@ class Deadlines:
     def __init__(self) -> None:
         self._queues: dict[float, dict[Timed, None]] = {}
 
-    def add(self, entry: Timed, now: float) -> float:
-        """Take an entry in. Returns when to look at it next."""
-        entry.wait = wait = _round_down(entry.deadline - now)
+    def add(self, entry: Timed, now: float, shortest: float = SHORTEST_WAIT) -> float:
+        """Take an entry in, to be looked at in ``shortest`` seconds at the soonest. Returns when to look at it next."""
+        entry.wait = wait = _round_down(max(entry.deadline - now, shortest))
         entry.wake = now + wait
         queue = self._queues.get(wait)
         if queue is None:

@@ -7,7 +7,8 @@ from typing import Final, Literal
 
 from ucm_middleware.ambient import Grant, ambient_grant, enter, leave
 from ucm_middleware.audit.trail import AuditTrail
-from ucm_middleware.context import UserExecutionContext, ambient_context
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import CrossUserAccessError, InvalidContextError
 from ucm_middleware.ids import validate_id
 
@@ -27,12 +28,16 @@ class Guard:
     middleware: then it must say what it is for, in a ``privileged`` block. A guard made open goes on trusting it.
     """
 
-    __slots__ = ("_trail", "is_open", "serving")
+    __slots__ = ("_is_open", "_serving", "_trail")
 
     def __init__(self, trail: AuditTrail, *, is_open: bool) -> None:
         self._trail = trail
-        self.is_open = is_open
-        self.serving = False
+        self._is_open = is_open
+        self._serving = False
+
+    def serve(self) -> None:
+        """Trust code in no context no longer: from now on the manager serves a middleware."""
+        self._serving = True
 
     def admits(self, user_id: str | None) -> bool:
         """Whether the asking code may touch this user's contexts; None stands for all users at once.
@@ -42,7 +47,7 @@ class Guard:
         context = self._acting()
         if self.is_granted(user_id):
             return True
-        return (self.is_open or not self.serving) if context is None else context.user_id == user_id
+        return (self._is_open or not self._serving) if context is None else context.user_id == user_id
 
     def is_granted(self, user_id: str | None) -> bool:
         """Whether the asking code runs in a ``privileged`` block of this guard that names the user."""
@@ -64,7 +69,7 @@ class Guard:
             return None
         context.require_usable()
         host = context.host
-        if self.serving and not self.is_open and (host is None or host.guard is not self):
+        if self._serving and not self._is_open and (host is None or host.guard is not self):
             return None  # made by hand, or another manager's: it proves nothing here
         return context
 

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import Context
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, ParamSpec, Protocol
 
 import anyio
 
@@ -23,6 +23,8 @@ from ucm_middleware.errors import ConfigurationError
 from ucm_middleware.resources import ReleaseFailure, Resource, awaiting, is_only
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 CANCEL_GRACE: Final = 1.0
 """Seconds a release that ran out of time gets to obey its cancellation before it is left behind."""
@@ -165,14 +167,6 @@ class Lifetime:
         """Set the latest deadline that there may ever be: the credentials end then."""
         self._latest = latest if self._latest is None else min(latest, self._latest)
         self.expire_at(latest if self.deadline is None else self.deadline, clock)
-
-    def bind(self) -> bool:
-        """Move from unbound to open. False when it was not unbound."""
-        with self.transition:
-            if self.state is not State.UNBOUND:
-                return False
-            self.state = State.OPEN
-            return True
 
     def begin_closing(self, reason: CloseReason) -> bool:
         """Move to closing. True for exactly one caller."""
@@ -342,7 +336,7 @@ class Lifetime:
         if loop is None:
             self._unclosed(resource)
         else:
-            in_background(loop, self.release_late(resource, error))
+            in_background(loop, self.release_late, resource, error)
 
     def abandon(self, error: BaseException | None) -> None:
         """Release what can be released here, and report the rest as unclosed: there is no event loop to close it on."""
@@ -355,6 +349,8 @@ class Lifetime:
                 self._unclosed(resource)
 
     def _unclosed(self, resource: Resource) -> None:
+        if resource.owner is not None and resource.owner.done():
+            return  # it left when its loop ended
         if inspect.iscoroutine(resource.target):
             resource.target.close()  # so that nothing complains of a coroutine never awaited
         error = RuntimeError(f"{resource.name} was not closed: the event loop that it was opened on is not running")
@@ -431,10 +427,15 @@ class Lifetime:
         return cancelled
 
 
-def in_background(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
-    """Run a teardown in a task on ``loop``, whose thread this is."""
-    # Nothing here keeps the task: it waits with a timeout, and the loop holds its timers.
-    asyncio.Task(work, loop=loop, name="context teardown")
+def in_background(
+    loop: asyncio.AbstractEventLoop, work: Callable[P, Coroutine[Any, Any, None]], *args: P.args, **kwargs: P.kwargs
+) -> None:
+    """Run a teardown in a task on ``loop``."""
+    if loop is running_loop():
+        # Nothing here keeps the task: it waits with a timeout, and the loop holds its timers.
+        asyncio.Task(work(*args, **kwargs), loop=loop, name="context teardown")
+    else:
+        loop.call_soon_threadsafe(lambda: in_background(loop, work, *args, **kwargs))
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any
 
-from ucm_middleware.context import ambient_context
+from ucm_middleware.current import ambient_context
 
 
 class UserContextFilter(logging.Filter):

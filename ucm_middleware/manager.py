@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
+from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, TypeGuard, cast
@@ -36,7 +37,7 @@ from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
-from ucm_middleware.lifetime import Lifetime, loop_is_live
+from ucm_middleware.lifetime import CloseReason, Lifetime, loop_is_live, running_loop
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
@@ -236,14 +237,10 @@ class UserContextManager:
         the id.
         """
         core = self.ids.generate_core()
-        context = UserExecutionContext._open(
-            self,
-            self.ids.generate_anonymous_id() if user_id is None else user_id,
-            f"request_{core}",
-            core,
-            lifetime,
-            f"websocket_{core}" if websocket else None,
-        )
+        user_id = self.ids.generate_anonymous_id() if user_id is None else user_id
+        context = UserExecutionContext._open(user_id, f"request_{core}", core, lifetime)
+        if websocket:
+            context._websocket_client_id = f"websocket_{core}"
         self._register(context, (context.user_id, context.request_id), ttl, "connection")
         return context
 
@@ -306,7 +303,7 @@ class UserContextManager:
 
     def serve(self) -> None:
         """Open contexts, from now on for a middleware: code outside of any context is no longer trusted."""
-        self._guard.serving = True
+        self._guard.serve()
         self._draining = False
 
     async def drain(self, timeout: float) -> int:
@@ -338,7 +335,15 @@ class UserContextManager:
         while due := self._registry.take_due():
             for context in due:
                 closed += 1
-                self._expire(context)
+                try:
+                    if context.lifetime.loop is not None and context.lifetime.loop is running_loop():
+                        context.close("expired")
+                    else:
+                        self._close_apart(context, "expired")
+                except Exception:
+                    # A fault in closing one context must not keep the others open; the registry offers it again.
+                    logger.exception("%r has expired and could not be closed; it is tried again", context)
+                    self._registry.postpone(context)
         return closed
 
     def record_refusal(self, reason: str) -> None:
@@ -395,7 +400,7 @@ class UserContextManager:
         if context is not None and self._guard.admits(context.user_id):
             if not context.lifetime.is_expired:
                 return context
-            self._expire(context)
+            self._close_apart(context, "expired")
             if missing_is_fine:
                 return None
             raise ContextExpiredError("the context under this key reached its deadline")
@@ -445,9 +450,23 @@ class UserContextManager:
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
         for context, reason in displaced.items():
-            if successor is not None:
+            if successor is None or context.user_id != successor.user_id:
+                self._close_apart(context, reason)
+            else:
                 context.lifetime.hand_over(successor.lifetime)
+                context.close(reason)
+
+    def _close_apart(self, context: UserExecutionContext, reason: CloseReason) -> None:
+        """Close another's context without doing its releases here: they may be slow, and are nothing of the asker's."""
+        loop = context.lifetime.loop
+        if not context.needs_waiting:
             context.close(reason)
+            return
+        if loop is not None and loop_is_live(loop):
+            with suppress(RuntimeError):  # the loop was closed in this very moment
+                loop.call_soon_threadsafe(context.close, reason, context=Context())
+                return
+        threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
 
     def _next_wake(self) -> float | None:
         return self._registry.next_wake()
@@ -455,15 +474,6 @@ class UserContextManager:
     def _plan(self, deadline: float | None) -> None:
         if deadline is not None:
             self._sweeper.plan(deadline)
-
-    def _expire(self, context: UserExecutionContext) -> None:
-        lifetime = context.lifetime
-        if context.needs_waiting and (lifetime.loop is None or not loop_is_live(lifetime.loop)):
-            # Synchronous releases without a loop to run them on: in a thread, so that a slow one delays no other
-            # expiry.
-            threading.Thread(target=context.close, args=("expired",), name="ucm-middleware expiry", daemon=True).start()
-        else:
-            context.close("expired")
 
     def _note_idle(self) -> None:
         if len(self._registry) or self._closing:
@@ -498,7 +508,7 @@ def _checked_key(key: object) -> Key:
             user_id if _is_anonymous(user_id) else validate_id(user_id, "user_id"),
             validate_id(pair[1], "request_id"),
         )
-    return key if _is_anonymous(key) else validate_id(key, "key")
+    return str.__str__(key) if _is_anonymous(key) else validate_id(key, "key")
 
 
 def _is_anonymous(value: object) -> TypeGuard[str]:

@@ -17,6 +17,9 @@ Displaced = dict[UserExecutionContext, CloseReason]
 """Contexts that must be closed, once the lock is released, and why."""
 
 NO_DEADLINE: Final = float("inf")
+RETRY: Final = 1.0
+"""Seconds until a context that could not be closed is tried again."""
+
 SLICE: Final = 256
 """How many expired contexts are taken out at a time, so that the lock is never held for long."""
 
@@ -194,6 +197,14 @@ class Registry:
             now = self.clock()
             due = [entry for deadlines in self._deadlines for entry in deadlines.pop_due(now, SLICE)]
             return [entry.context for entry in due if isinstance(entry, Entry)]
+
+    def postpone(self, context: UserExecutionContext) -> None:
+        """Let ``take_due`` offer a context again, a second from now."""
+        with self._lock:
+            entry = self._by_owner.get(context.user_id, {}).get(context)
+            if entry is not None:
+                now = self.clock()
+                self._deadlines[context.is_anonymous].add(entry, now, RETRY)
 
     def next_wake(self) -> float | None:
         """When the next deadline must be looked at, on the registry's clock."""

@@ -157,5 +157,6 @@ def _exc_info(error: BaseException | None) -> tuple[Any, Any, Any]:
 
 def _name(target: object) -> str:
     # The generator behind @contextmanager and the function behind partial() say more than their wrappers.
-    named = getattr(getattr(target, "func", target), "__qualname__", None)
+    inner = getattr(target, "gen", None) or getattr(target, "func", target)
+    named = getattr(inner, "__qualname__", None)
     return named if isinstance(named, str) else type(target).__qualname__

@@ -39,9 +39,9 @@ class Sweeper:
         if wake >= self._planned:
             return
         with self._condition:
-            self._planned = min(wake, self._planned)
             if self._thread is None:
-                self._start()
+                self._start()  # first: when no thread can be started, nothing is planned, and the next one tries again
+            self._planned = min(wake, self._planned)
             self._condition.notify()
 
     def stop(self) -> None:
@@ -50,8 +50,9 @@ class Sweeper:
             self._condition.notify()
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="ucm-middleware sweeper", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="ucm-middleware sweeper", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def after_fork(self) -> None:
         """Threads do not survive a fork: the child starts its own at its next deadline."""

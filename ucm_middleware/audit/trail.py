@@ -142,6 +142,7 @@ def _newest_metadata(records: Sequence[AuditRecord]) -> dict[str, Any]:
 
 
 def _opening(source: str, context: UserExecutionContext) -> dict[str, object]:
+    # Verified: set_context and create_* ask verify_isolation(); a connection's context begins without any data.
     opening: dict[str, object] = {"source": source, "isolation_verified": True}
     if metadata := context.metadata_given():
         opening["audit_metadata"] = metadata

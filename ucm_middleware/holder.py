@@ -1,0 +1,93 @@
+"""Entering resources on a context, to be released at its teardown."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from ucm_middleware.resources import (
+    DEFAULT_RELEASE_TIMEOUT,
+    OwnerTask,
+    Resource,
+    async_resource,
+    callback_resource,
+    closing_resource,
+    owner_resource,
+    sync_resource,
+)
+from ucm_middleware.teardown import Closable
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class ResourceHolder(Closable):
+    """Something that closes, and lets go of what was entered on it, last first.
+
+    What is entered too late, because the closing has begun, is let go of at once, and ContextClosedError raised. The
+    optional ``name`` stands for a resource in logs and records; ``timeout`` is in seconds.
+    """
+
+    __slots__ = ()
+
+    def enter_context(self, cm: AbstractContextManager[T], *, name: str | None = None) -> T:
+        """Enter a context manager and exit it at teardown."""
+        self.require_usable()
+        value = cm.__enter__()
+        self._push(sync_resource(cm, name))
+        return value
+
+    async def enter_async_context(
+        self,
+        cm: AbstractAsyncContextManager[T],
+        *,
+        owner_task: bool = False,
+        name: str | None = None,
+        timeout: float = DEFAULT_RELEASE_TIMEOUT,
+    ) -> T:
+        """Enter an asynchronous context manager and exit it at teardown.
+
+        The exit runs in a task of its own. What must exit in the task that it was entered in (anyio task groups, MCP
+        sessions) wants ``owner_task=True``: one task then does both.
+        """
+        self.require_usable()
+        self._lifetime.require_loop()
+        if not owner_task:
+            value = await cm.__aenter__()
+            await self._push_entered(async_resource(cm, name, timeout))
+            return value
+        owner = OwnerTask(cm)
+        resource = owner_resource(owner, cm, name, timeout)
+        await self._push_entered(resource)
+        try:
+            return await owner.entered()
+        except asyncio.CancelledError:
+            owner.cancel()
+            raise
+        except BaseException:
+            self._lifetime.discard(resource)
+            raise
+
+    def callback(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call ``function`` at teardown; awaited when it is asynchronous."""
+        self._push(callback_resource(partial(function, *args, **kwargs), DEFAULT_RELEASE_TIMEOUT))
+
+    def closing(self, target: T, *, name: str | None = None, timeout: float = DEFAULT_RELEASE_TIMEOUT) -> T:
+        """Call the object's ``aclose()``, or else ``close()``, at teardown. Returns the object."""
+        self._push(closing_resource(target, name, timeout))
+        return target
+
+    def _push(self, resource: Resource) -> None:
+        """Keep a resource that is already open; when the context is not open any more, let go of it and refuse."""
+        if not self._lifetime.permits_use or not self._lifetime.add(resource):
+            error = self._closed_error()
+            self._lifetime.release_late_here(resource, error)
+            raise error
+
+    async def _push_entered(self, resource: Resource) -> None:
+        """The same for what was entered asynchronously, meanwhile."""
+        if not self._lifetime.add(resource):
+            error = self._closed_error()
+            await self._lifetime.release_late(resource, error)
+            raise error

@@ -1,0 +1,49 @@
+"""What a context needs of the manager that it lives under."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from ucm_middleware.environment import IsolatedEnvironment
+from ucm_middleware.ids import UnifiedIDManager
+
+if TYPE_CHECKING:
+    from ucm_middleware.context import UserExecutionContext
+
+
+class ContextHost(Protocol):
+    """Told of each step in a context's life, and asked where a context cannot decide by itself."""
+
+    ids: UnifiedIDManager
+
+    @property
+    def guard(self) -> object:
+        """Who decides for that manager."""
+        ...
+
+    def child_opened(self, child: "UserExecutionContext", operation_name: str) -> None:
+        """A child was opened for a part of the work."""
+        ...
+
+    def context_closing(self, context: "UserExecutionContext") -> None:
+        """The context is no longer live; its resources are about to be released."""
+        ...
+
+    def context_closed(self, context: "UserExecutionContext", metadata: Mapping[str, object]) -> None:
+        """The teardown is through. ``metadata`` is what the application had added by then."""
+        ...
+
+    def bind_context(self, context: "UserExecutionContext", user_id: str) -> None:
+        """An anonymous context learned its user."""
+        ...
+
+    def end_within(self, context: "UserExecutionContext", seconds: float) -> None:
+        """The credentials behind a context hold no longer than that."""
+        ...
+
+    def require_owner(self, user_id: str, action: str) -> None:
+        """Raise CrossUserAccessError when the code that asks may not touch this user's contexts."""
+        ...
+
+    def new_environment(self) -> IsolatedEnvironment:
+        """A new overlay on the application's configuration."""
+        ...

@@ -1,0 +1,275 @@
+"""Closing a context and its children: in which order, on which event loop, and after which handler."""
+
+import asyncio
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
+from contextvars import Context
+from typing import Final, Self
+
+from ucm_middleware.current import ambient
+from ucm_middleware.errors import ContextClosedError, ContextLimitError
+from ucm_middleware.lifetime import (
+    HANDLER_GRACE,
+    INTERRUPTING,
+    CloseReason,
+    Lifetime,
+    Releasing,
+    State,
+    in_background,
+    loop_is_live,
+    running_loop,
+)
+from ucm_middleware.resources import ReleaseFailure
+
+logger = logging.getLogger(__name__)
+
+MAX_CHILDREN: Final = 100
+"""How many live children one context may have."""
+
+ENDED_WELL: Final = frozenset({"finished", "closed", "cleared"})
+"""The reasons after which resources see no error: what they hold may be kept."""
+
+
+class Closable:
+    """A node in a tree of contexts, each with a lifetime. Children close before their parent's resources do."""
+
+    __slots__ = ("_children", "_lifetime", "_parent")
+
+    _lifetime: Lifetime
+    _parent: "Closable | None"
+    _children: "list[Closable] | None"
+
+    @property
+    @abstractmethod
+    def request_id(self) -> str: ...
+
+    @property
+    def lifetime(self) -> Lifetime:
+        """The state machine behind this context."""
+        return self._lifetime
+
+    @property
+    def is_open(self) -> bool:
+        return self._lifetime.is_open
+
+    @property
+    def needs_waiting(self) -> bool:
+        """True when something must be released or closed with this context, or somebody is closing it already."""
+        lifetime = self._lifetime
+        return lifetime.has_resources or bool(self._children) or lifetime.state is State.CLOSING
+
+    def require_usable(self) -> None:
+        """Raise ContextClosedError from the closing on, and from the deadline on even when nothing has noticed it
+        yet.
+        """
+        if not self._lifetime.permits_use:
+            raise self._closed_error()
+        parent = self._parent
+        while parent is not None:
+            if parent.is_open and parent.lifetime.is_expired:
+                raise self._closed_error()
+            parent = parent._parent
+
+    def close(self, reason: CloseReason = "closed", error: BaseException | None = None) -> None:
+        """Close from synchronous code, in any thread. Never raises what a resource raises: it is logged and recorded.
+
+        Asynchronous resources are released on the event loop that they were opened on, after this returns; so is
+        everything, when a handler runs in the context that is not the one who closes it. ``error`` is what resources
+        see as the reason for their exit; after anything but an ordinary end they see one.
+        """
+        lifetime = self._lifetime
+        begun = self._begin(reason)
+        if self._waits_for_handler():
+            if begun:
+                self._tear_down_after_handler()
+        elif lifetime.claim_teardown():
+            self._tear_down_at_home(error)
+
+    async def aclose(
+        self, reason: CloseReason = "closed", error: BaseException | None = None
+    ) -> tuple[ReleaseFailure, ...]:
+        """Close, and wait until every resource is released or reported. Returns the failures.
+
+        A cancellation that arrives meanwhile is raised at the end. When something else is closing the context already,
+        waits for that.
+        """
+        lifetime = self._lifetime
+        begun = self._begin(reason)
+        if self._waits_for_handler():
+            if begun:
+                self._tear_down_after_handler()
+            await lifetime.wait_closed()
+        elif not lifetime.claim_teardown():
+            await lifetime.wait_closed()
+        elif lifetime.loop is None or lifetime.loop is asyncio.get_running_loop():
+            await self._tear_down(error)
+        else:
+            self._tear_down_at_home(error)
+            await lifetime.wait_closed()
+        return lifetime.failures
+
+    # What a context adds.
+
+    @abstractmethod
+    def _begin_release(self) -> Releasing:
+        """The closing has begun: say so. Returns what marks the releases."""
+
+    @abstractmethod
+    def _wipe(self) -> Mapping[str, object]:
+        """Empty the data. Returns what the record of the end needs of it."""
+
+    @abstractmethod
+    def _say_closed(self, metadata: Mapping[str, object]) -> None:
+        """The teardown is through: say so."""
+
+    # The tree.
+
+    def _adopt(self, child: Self) -> bool:
+        """Take a child in. False when the teardown has begun, so that no child outlives it."""
+        with Lifetime.transition:
+            children = self._children
+            if children is None:
+                children = self._children = []
+            full = len(children) >= MAX_CHILDREN
+            if not full:
+                children.append(child)
+                if self.is_open:
+                    return True
+                self._forget(child)
+        if full:
+            raise ContextLimitError("children", MAX_CHILDREN, "close the children that are done")
+        return False
+
+    def _forget(self, child: "Closable") -> None:
+        with Lifetime.transition:
+            if self._children and child in self._children:
+                self._children.remove(child)
+
+    # The steps.
+
+    def _begin(self, reason: CloseReason) -> bool:
+        lifetime = self._lifetime
+        if not lifetime.begin_closing(reason):
+            return False
+        lifetime.releasing = self._begin_release()
+        if reason in INTERRUPTING:
+            lifetime.interrupt()
+        lifetime.offer_teardown()
+        return True
+
+    def _closed_error(self) -> ContextClosedError:
+        lifetime = self._lifetime
+        return ContextClosedError(self.request_id, lifetime.where(), lifetime.reason or "expired")
+
+    def _seen_error(self, error: BaseException | None) -> BaseException | None:
+        """What resources see: a transaction must not be committed because its request was cut off."""
+        return self._closed_error() if error is None and self._lifetime.reason not in ENDED_WELL else error
+
+    def _waits_for_handler(self) -> bool:
+        """Whether a handler must end first: not when it is the one that closes, in whichever of its tasks or
+        threads.
+        """
+        lifetime = self._lifetime
+        return lifetime.handler_runs_elsewhere and (lifetime.reason in INTERRUPTING or not self._is_ambient())
+
+    def _is_ambient(self) -> bool:
+        value = ambient.get()
+        node: Closable | None = None if value is None else value.context
+        while node is not None and node is not self:
+            node = node._parent
+        return node is self
+
+    def _tear_down_after_handler(self) -> None:
+        """Leave the teardown to the task that runs the handler, for when it has ended.
+
+        What the handler opened itself stands above the resources here and must be undone first: a connection that went
+        back to its pool now would be another user's while this handler still rolls back on it.
+        """
+        loop = self._lifetime.loop
+        if loop is not None and loop_is_live(loop):
+            with suppress(RuntimeError):  # the loop was closed in this very moment
+                loop.call_soon_threadsafe(self._wait_for_handler, loop)
+                return
+        self._tear_down_overdue()
+
+    def _wait_for_handler(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._lifetime.state is State.CLOSING:
+            # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
+            timer = loop.call_later(HANDLER_GRACE, self._tear_down_overdue, context=Context())
+            self._lifetime.overdue = timer
+
+    def _tear_down_overdue(self) -> None:
+        if self._lifetime.claim_teardown():
+            logger.warning("the handler of %s did not end when its context closed: its resources are released", self)
+            self._tear_down_at_home(None)
+
+    def _tear_down_at_home(self, error: BaseException | None) -> None:
+        """The teardown on the context's event loop, when it is live; else here, as far as it goes."""
+        home = self._lifetime.loop
+        here = running_loop()
+        if home is None or home is here:
+            self._tear_down_here(here, error)
+            return
+        if loop_is_live(home):
+            with suppress(RuntimeError):  # the loop was closed in this very moment
+                home.call_soon_threadsafe(self._tear_down_here, home, error)
+                return
+        self._tear_down_here(None, error)
+
+    def _tear_down_here(self, loop: asyncio.AbstractEventLoop | None, error: BaseException | None) -> None:
+        """The teardown, as far as it goes without waiting; the rest in a task on ``loop``, or reported without one."""
+        error = self._seen_error(error)
+        waits_for = self._close_children(error)
+        if waits_for is not None:
+            loop = loop or waits_for
+        elif self._lifetime.release_here(error):
+            self._finish()
+            return
+        if loop is None:
+            self._lifetime.abandon(error)
+            self._finish()
+        else:
+            in_background(loop, self._tear_down, error)
+
+    def _close_children(self, error: BaseException | None) -> asyncio.AbstractEventLoop | None:
+        """Close the children, last first, until one must be waited for. Returns the loop that this one closes on."""
+        for child in reversed(tuple(self._children or ())):
+            child.close(self._lifetime.reason or "closed", error)
+            if child.lifetime.state is not State.CLOSED:
+                return child.lifetime.loop
+        return None
+
+    async def _tear_down(self, error: BaseException | None) -> None:
+        error = self._seen_error(error)
+        lifetime = self._lifetime
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            for child in reversed(tuple(self._children or ())):
+                try:
+                    await child.aclose(lifetime.reason or "closed", error)
+                except asyncio.CancelledError as raised:
+                    cancelled = raised
+            if not lifetime.release_here(error):
+                await lifetime.release(error)
+        finally:
+            self._finish()
+        if cancelled is not None:
+            raise cancelled
+
+    def _finish(self) -> None:
+        """Wipe the data, let go of everything that could keep this context alive, and say so."""
+        metadata = self._wipe()
+        lifetime = self._lifetime
+        stop, lifetime.stop = lifetime.stop, None
+        parent, self._parent = self._parent, None
+        self._children = None
+        if parent is not None:
+            if stop is not None and not parent.is_open:  # the parent is closing: it goes on, and stops at the end
+                parent.lifetime.stop, stop = stop, None
+            parent._forget(self)
+        lifetime.finish_closing()
+        self._say_closed(metadata)
+        if stop is not None:
+            raise stop
