@@ -1,6 +1,6 @@
 """ContextFirewall: each request in a fresh contextvars.Context, so that nothing an earlier one set can be seen."""
 
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import Context, ContextVar, copy_context
 from types import coroutine
 from typing import Any, Final, TypeVar, cast
@@ -98,10 +98,9 @@ async def _run_within(
 @coroutine
 def _step(run: Callable[..., Any], work: Awaitable[_T]) -> Generator[Any, Any, _T]:
     """Await ``work``, each of its steps in the Context that ``run`` belongs to."""
-    if not isinstance(work, Coroutine):
-        # A future, such as granian's receive and send return: it has no steps that run anybody's code.
-        return (yield from work.__await__())
-    steps = cast("Coroutine[Any, Any, _T]", work)
+    steps: Any = work if hasattr(work, "send") else run(work.__await__)
+    if not hasattr(steps, "send"):
+        return cast("_T", (yield from steps))  # a bare iterator, of some C type: it has no steps to put anywhere
     step, throw = steps.send, steps.throw
     try:
         waiting = run(step, None)

@@ -307,23 +307,22 @@ class Lifetime:
 
     async def release(self, error: BaseException | None) -> None:
         """Release everything, top first. Completes whatever cancels it; the cancellation is raised at the end."""
-        cancelled: asyncio.CancelledError | None = None
+        cancelled = Cancelled()
         # The shield keeps anyio from cancelling again on every turn of the loop; native cancellations arrive all the
         # same.
         with anyio.CancelScope(shield=True):
             while not self.release_here(error):
                 resource = self._pop()
                 if resource is not None:
-                    cancelled = await self._release_async(resource, error) or cancelled
-        if cancelled is not None:
-            raise cancelled
+                    await self._release_async(resource, error, cancelled)
+        cancelled.raise_it()
 
     async def release_late(self, resource: Resource, error: BaseException) -> None:
         """Release a resource that came after the teardown had begun; it is reported like the others."""
+        cancelled = Cancelled()
         with anyio.CancelScope(shield=True):
-            cancelled = await self._release_async(resource, error)
-        if cancelled is not None:
-            raise cancelled
+            await self._release_async(resource, error, cancelled)
+        cancelled.raise_it()
 
     def release_late_here(self, resource: Resource, error: BaseException) -> None:
         """The same from synchronous code: in the background where there is an event loop."""
@@ -404,8 +403,8 @@ class Lifetime:
             if releasing is not None and token is not None:
                 releasing.leave(token)
 
-    async def _release_async(self, resource: Resource, error: BaseException | None) -> asyncio.CancelledError | None:
-        """Run one release in a task of its own, under its deadline. Returns the cancellation that arrived meanwhile."""
+    async def _release_async(self, resource: Resource, error: BaseException | None, cancelled: "Cancelled") -> None:
+        """Run one release in a task of its own, under its deadline."""
         # Made directly, not by the loop's factory: an eager factory would step it inside a Context that is already
         # entered.
         task = asyncio.Task(
@@ -414,17 +413,16 @@ class Lifetime:
             context=self.variables,
             name=f"release {resource.name}",
         )
-        cancelled = await _settle(task, resource.timeout)
+        await _settle(task, resource.timeout, cancelled)
         if not task.done():
             task.cancel()
-            cancelled = await _settle(task, CANCEL_GRACE) or cancelled
+            await _settle(task, CANCEL_GRACE, cancelled)
             self._fail(ReleaseFailure(resource.name, "timed out", _timeout(resource, left_running=not task.done())))
             task.add_done_callback(_retrieve)
         elif task.cancelled():
             self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, asyncio.CancelledError())))
         elif (raised := task.exception()) is not None and not is_only(raised, error):
             self._fail(ReleaseFailure(resource.name, "failed", _as_exception(resource, raised)))
-        return cancelled
 
 
 def in_background(
@@ -451,32 +449,53 @@ def loop_is_live(loop: asyncio.AbstractEventLoop) -> bool:
     return loop.is_running() and not loop.is_closed()
 
 
-async def _settle(task: asyncio.Task[None], timeout: float) -> asyncio.CancelledError | None:
+class Cancelled:
+    """The last cancellation that arrived while something had to be finished first.
+
+    Kept in here and not in a variable of the frames that its traceback holds, which would be a reference cycle.
+    """
+
+    __slots__ = ("_error",)
+
+    def __init__(self) -> None:
+        self._error: asyncio.CancelledError | None = None
+
+    def keep(self, error: asyncio.CancelledError) -> None:
+        self._error = error
+
+    def raise_it(self) -> None:
+        """Raise it, now that it may be; nothing when there was none."""
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
+
+
+async def _settle(task: asyncio.Task[None], timeout: float, cancelled: Cancelled) -> None:
     """Wait for a task, for so many seconds, through any number of cancellations of the one who waits."""
     loop = asyncio.get_running_loop()
     expired: asyncio.Future[None] = loop.create_future()
     # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
     timer = loop.call_later(timeout, _wake, expired, context=Context())
-    cancelled: asyncio.CancelledError | None = None
     while not task.done() and not expired.done():
         try:
             await asyncio.wait((task, expired), return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError as raised:
-            cancelled = raised
+        except asyncio.CancelledError as error:
+            cancelled.keep(error)
     timer.cancel()
-    return cancelled
 
 
 async def _uncancelled(waiter: asyncio.Future[None]) -> None:
-    cancelled: asyncio.CancelledError | None = None
+    cancelled = Cancelled()
     with anyio.CancelScope(shield=True):
         while not waiter.done():
             try:
                 await asyncio.wait((waiter,))
-            except asyncio.CancelledError as raised:
-                cancelled = raised
-    if cancelled is not None:
-        raise cancelled
+            except asyncio.CancelledError as error:
+                cancelled.keep(error)
+    cancelled.raise_it()
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:

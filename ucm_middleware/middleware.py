@@ -129,7 +129,7 @@ class UserContextMiddleware:
     def _principal(self, found: Identified) -> Principal | None:
         if found is None or isinstance(found, Principal):
             return found
-        if not isinstance(found, str):
+        if not isinstance(found, str):  # pyright: ignore[reportUnnecessaryIsInstance] - resolvers are not all typed
             raise ConfigurationError(
                 f"{getattr(self.identify, '__qualname__', self.identify)} answered with a {type(found).__name__}; "
                 "a resolver answers with a Principal, a user id as text, or None"

@@ -97,6 +97,7 @@ class Registry:
             entry = None if mine is None else mine.get(context)
             if entry is None:
                 self._make_room(owner, context.is_anonymous, displaced, now)
+                self._evict_squatter(owner, context)
                 entry = Entry(context, key)
                 self._by_owner.setdefault(owner, {})[context] = entry
                 self._count(context.is_anonymous, 1)
@@ -213,9 +214,7 @@ class Registry:
             return min((wake for wake in wakes if wake is not None), default=None)
 
     def _make_way(self, context: UserExecutionContext, key: Key) -> Displaced:
-        """Who must go so that the context can stand under the key: its predecessor, and whoever squats on its
-        owner's id.
-        """
+        """Who must go so that the context can stand under the key."""
         owner = context.user_id
         displaced: Displaced = {}
         if isinstance(key, tuple) and key[0] != owner:
@@ -232,7 +231,6 @@ class Registry:
                 raise _foreign_key()
         if key != owner and isinstance(key, str) and any(map(self._is_live, list(self._by_owner.get(key, ())))):
             raise _foreign_key()
-        self._evict_squatter(owner, context)
         return displaced
 
     def _evict_squatter(self, owner: str, context: UserExecutionContext) -> None:

@@ -141,7 +141,7 @@ def is_only(raised: BaseException, error: BaseException | None) -> bool:
     it.
     """
     if isinstance(raised, BaseExceptionGroup):
-        group: BaseExceptionGroup[BaseException] = raised
+        group = cast("BaseExceptionGroup[BaseException]", raised)
         return error is not None and all(is_only(inner, error) for inner in group.exceptions)
     return raised is error
 

@@ -6,13 +6,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import Context
-from typing import Final, Self
+from typing import Final
 
 from ucm_middleware.current import ambient
 from ucm_middleware.errors import ContextClosedError, ContextLimitError
 from ucm_middleware.lifetime import (
     HANDLER_GRACE,
     INTERRUPTING,
+    Cancelled,
     CloseReason,
     Lifetime,
     Releasing,
@@ -126,7 +127,7 @@ class Closable:
 
     # The tree.
 
-    def _adopt(self, child: Self) -> bool:
+    def _adopt(self, child: "Closable") -> bool:
         """Take a child in. False when the teardown has begun, so that no child outlives it."""
         with Lifetime.transition:
             children = self._children
@@ -244,19 +245,18 @@ class Closable:
     async def _tear_down(self, error: BaseException | None) -> None:
         error = self._seen_error(error)
         lifetime = self._lifetime
-        cancelled: asyncio.CancelledError | None = None
+        cancelled = Cancelled()
         try:
             for child in reversed(tuple(self._children or ())):
                 try:
                     await child.aclose(lifetime.reason or "closed", error)
                 except asyncio.CancelledError as raised:
-                    cancelled = raised
+                    cancelled.keep(raised)
             if not lifetime.release_here(error):
                 await lifetime.release(error)
         finally:
             self._finish()
-        if cancelled is not None:
-            raise cancelled
+        cancelled.raise_it()
 
     def _finish(self) -> None:
         """Wipe the data, let go of everything that could keep this context alive, and say so."""

@@ -138,7 +138,7 @@ class AuditTrail:
 def _newest_metadata(records: Sequence[AuditRecord]) -> dict[str, Any]:
     data = (record.data or {} for record in reversed(records))
     found = (given["audit_metadata"] for given in data if "audit_metadata" in given)
-    return deepcopy(cast("dict[str, Any]", next(found, {})))
+    return deepcopy(cast("dict[str, Any]", next(found, None) or {}))
 
 
 def _opening(source: str, context: UserExecutionContext) -> dict[str, object]:
