@@ -373,6 +373,7 @@ class UserContextManager:
     def bind_context(self, context: UserExecutionContext, user_id: str) -> None:
         self._guard.require_unbound(context)
         anonymous_id = context.user_id
+        context.verify_isolation()
         displaced = self._registry.rebind(context, user_id, lambda: context._become(user_id))
         if context.user_id != user_id:
             raise IdentityConflictError(
@@ -421,17 +422,19 @@ class UserContextManager:
         return key if self._guard.is_granted(key) else (user_id, key)
 
     def _register(self, context: UserExecutionContext, key: Key, ttl: float | None, source: str) -> None:
-        if self._draining:
+        if self._draining and self._guard.acting_user() is None:  # what runs already may still finish
             raise ManagerDrainingError("the server is shutting down")
         was_here = context.host is self
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
+        displaced: Displaced = {}
         try:
-            displaced = self._registry.insert(context, key, ttl, self.ttl)
+            displaced.update(self._registry.insert(context, key, ttl, self.ttl))
             if isinstance(key, str) and key != context.user_id:
                 # So that the user too finds it by this text: from inside, it means the pair.
                 displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
         except UserContextError as error:
+            self._close_displaced(displaced)
             if not was_here:
                 context._detach()
             if isinstance(error, CrossUserAccessError):

@@ -94,14 +94,15 @@ class Closable:
         """Close, and wait until every resource is released or reported. Returns the failures.
 
         A cancellation that arrives meanwhile is raised at the end. When something else is closing the context already,
-        waits for that.
+        waits for that; but not from inside of a handler that was cut off, for which the teardown itself waits.
         """
         lifetime = self._lifetime
         begun = self._begin(reason)
         if self._waits_for_handler():
             if begun:
                 self._tear_down_after_handler()
-            await lifetime.wait_closed()
+            if not self._is_ambient():
+                await lifetime.wait_closed()
         elif not lifetime.claim_teardown():
             await lifetime.wait_closed()
         elif lifetime.loop is None or lifetime.loop is asyncio.get_running_loop():

@@ -142,7 +142,8 @@ def _newest_metadata(records: Sequence[AuditRecord]) -> dict[str, Any]:
 
 
 def _opening(source: str, context: UserExecutionContext) -> dict[str, object]:
-    # Verified: set_context and create_* ask verify_isolation(); a connection's context begins without any data.
+    # Verified: set_context, create_* and bind ask verify_isolation(), which raises when it is not so; the context of a
+    # connection begins without any data.
     opening: dict[str, object] = {"source": source, "isolation_verified": True}
     if metadata := context.metadata_given():
         opening["audit_metadata"] = metadata

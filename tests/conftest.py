@@ -1,0 +1,17 @@
+"""What holds for every test: the environment is called testing, and hypothesis is not on the clock."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)
+# At import, so that --hypothesis-profile can still choose another one.
+settings.load_profile("ucm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before collection, so that it also holds for what test modules make when they are imported.
+    patch = pytest.MonkeyPatch()
+    patch.setenv("UCM_ENVIRONMENT", "testing")
+    config.add_cleanup(patch.undo)

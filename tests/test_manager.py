@@ -1,0 +1,397 @@
+"""UserContextManager: what each of its methods does and answers."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import datetime, timedelta
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from support.clock import Clock
+from support.contexts import events, visitor
+from support.waiting import wait_until
+from ucm_middleware import (
+    ConfigurationError,
+    ContextClosedError,
+    ContextLimitError,
+    ContextNotFoundError,
+    InvalidContextError,
+    IsolatedEnvironment,
+    ManagerDrainingError,
+    UnifiedIDManager,
+    UserContextManager,
+    UserExecutionContext,
+    create_isolated_execution_context,
+    managed_user_context,
+)
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def manager(clock: Clock) -> UserContextManager:
+    return UserContextManager(clock=clock)
+
+
+class TestKeys:
+    def test_what_was_set_is_got_itself(self, manager: UserContextManager) -> None:
+        context = create_isolated_execution_context("alice")
+        manager.set_context("alice", context)
+        assert manager.get_context("alice") is context
+        assert manager.get_context(user_id="alice") is context
+
+    def test_nothing_there_is_a_key_error_that_reads_well(self, manager: UserContextManager) -> None:
+        with pytest.raises(KeyError) as caught:
+            manager.get_context("alice")
+        assert isinstance(caught.value, ContextNotFoundError)
+        assert str(caught.value).startswith("there is no live context under this key")
+        assert manager.get_active_contexts() == {}
+
+    def test_another_one_under_the_key_closes_the_first(self, manager: UserContextManager) -> None:
+        first, second = (create_isolated_execution_context("alice") for _ in range(2))
+        manager.set_context("alice", first)
+        manager.set_context("alice", second)
+        assert first.is_open is False
+        assert events(manager, "alice", "closed")[0]["reason"] == "replaced"
+        manager.set_context("alice", second)
+        assert second.is_open
+
+    def test_a_session_that_the_new_one_holds_stays_open(self, manager: UserContextManager) -> None:
+        kept, gone = mock.Mock(spec=["close"]), mock.Mock(spec=["close"])
+        first = create_isolated_execution_context("alice", db_session=kept)
+        first.closing(gone)
+        manager.set_context("alice", first)
+        manager.set_context("alice", create_isolated_execution_context("alice", db_session=kept))
+        kept.close.assert_not_called()
+        gone.close.assert_called_once_with()
+        manager.clear_context("alice")
+        kept.close.assert_called_once_with()
+
+    def test_one_context_may_stand_under_many_keys(self) -> None:
+        manager = UserContextManager(max_contexts_per_user=1)
+        context = create_isolated_execution_context("alice")
+        for key in ("alice", "desk 4", ("alice", "r-1")):
+            manager.set_context(key, context)
+        assert len(manager.get_active_contexts()) == 1
+        assert manager.clear_context("desk 4") is True
+        assert context.is_open is False
+        for key in ("alice", "desk 4", ("alice", "r-1")):
+            assert manager.clear_context(key) is False
+
+    def test_a_context_of_another_manager_is_left_to_it(self, manager: UserContextManager) -> None:
+        context = UserContextManager().create_isolated_context("alice")
+        with pytest.raises(ConfigurationError, match="another manager"):
+            manager.set_context("alice", context)
+        assert context.is_open
+
+    def test_what_one_manager_refused_another_may_take(self) -> None:
+        full = UserContextManager(max_contexts_per_user=1)
+        full.create_isolated_context("alice")
+        context = create_isolated_execution_context("alice")
+        with pytest.raises(ContextLimitError):
+            full.set_context("alice", context)
+        UserContextManager().set_context("alice", context)
+
+    def test_metadata_that_cannot_be_copied_stops_nothing_and_is_shown_by_its_type(
+        self, manager: UserContextManager
+    ) -> None:
+        context, stranger = create_isolated_execution_context("alice"), visitor(manager)
+        for one in (context, stranger):
+            one.audit_metadata.update({"ticket": 7, "lock": threading.Lock()})
+        manager.set_context("alice", context)
+        stranger.bind("bob")
+        for user in ("alice", "bob"):
+            trail = manager.get_audit_trail(user)
+            assert trail is not None
+            assert trail["ticket"] == 7
+            assert "lock" in trail["lock"]
+
+    async def test_a_synchronous_clear_in_a_loop_releases_what_is_asynchronous_there(
+        self, manager: UserContextManager
+    ) -> None:
+        released = asyncio.Event()
+        context = manager.create_isolated_context("alice", "r-1")
+
+        async def release() -> None:
+            released.set()
+
+        context.callback(release)
+        assert manager.clear_context(("alice", "r-1")) is True
+        assert manager.get_active_contexts() == {}
+        await asyncio.wait_for(released.wait(), 10)
+        assert await context.aclose() == ()
+
+
+class TestMaking:
+    def test_ids_that_are_not_given_are_made(self, manager: UserContextManager) -> None:
+        ids = UnifiedIDManager()
+        for context in (
+            manager.create_isolated_context("alice"),
+            manager.create_managed_context("alice"),
+            manager.create_context_with_unified_ids("alice"),
+        ):
+            assert ids.parse(context.request_id).kind == "request"
+            assert ids.parse(context.thread_id).kind == "thread"
+            assert ids.extract_thread_id(context.run_id) == context.thread_id
+            assert context.websocket_client_id is None
+            assert manager.get_context(("alice", context.request_id)) is context
+
+    def test_what_is_given_is_taken(self, manager: UserContextManager) -> None:
+        session = mock.Mock(spec=["close"])
+        context = manager.create_managed_context(
+            "alice",
+            "r-1",
+            thread_id="t-1",
+            run_id="run-1",
+            db_session=session,
+            websocket_client_id="w-1",
+            agent_context={"a": 1},
+            audit_metadata={"b": 2},
+        )
+        assert (context.thread_id, context.run_id, context.websocket_client_id) == ("t-1", "run-1", "w-1")
+        assert context.db_session is session
+        assert (context.agent_context, context.audit_metadata) == ({"a": 1}, {"b": 2})
+
+    async def test_it_works_inside_a_running_loop(self, manager: UserContextManager) -> None:
+        async with managed_user_context(manager.create_managed_context("alice")) as context:
+            assert manager.get_context(("alice", context.request_id)) is context
+        assert manager.get_active_contexts() == {}
+
+    def test_a_second_context_for_a_request_takes_the_place_of_the_first(self, manager: UserContextManager) -> None:
+        first = manager.create_isolated_context("alice", "r-1")
+        second = manager.create_isolated_context("alice", "r-1")
+        assert first.is_open is False
+        assert manager.get_context(("alice", "r-1")) is second
+
+    def test_settings_come_from_the_managers(self) -> None:
+        manager = UserContextManager(environment=IsolatedEnvironment(environ={"REGION": "eu"}))
+        context = manager.create_isolated_context("alice")
+        assert context.environment.get("REGION") == "eu"
+        context.environment.set("REGION", "us")
+        assert manager.create_isolated_context("alice").environment.get("REGION") == "eu"
+
+    def test_a_managed_one_always_ends(self, manager: UserContextManager, clock: Clock) -> None:
+        managed = manager.create_managed_context("alice")
+        plain = manager.create_isolated_context("alice")
+        clock.advance(UserContextManager.MANAGED_TTL - 1)
+        assert manager.sweep() == 0
+        clock.advance(1)
+        assert manager.sweep() == 1
+        assert (managed.is_open, plain.is_open) == (False, True)
+
+    @pytest.mark.parametrize(("given", "end"), [(None, 60), (30, 30), (90, 90)])
+    def test_the_managers_own_life_holds_where_none_is_given(
+        self, clock: Clock, given: float | None, end: float
+    ) -> None:
+        manager = UserContextManager(ttl=60, clock=clock)
+        for context in (
+            manager.create_isolated_context("alice", ttl_seconds=given),
+            manager.create_managed_context("alice", ttl_seconds=given),
+        ):
+            assert manager.get_active_contexts()["alice", context.request_id]["expires_in_seconds"] == end
+
+
+class TestListing:
+    def test_an_entry_is_plain_and_has_these_fields(self, manager: UserContextManager, clock: Clock) -> None:
+        context = manager.create_isolated_context("alice", "r-1", ttl_seconds=60)
+        manager.set_context("desk 4", context, ttl_seconds=60)
+        clock.advance(20)
+        [(key, shown)] = manager.get_active_contexts().items()
+        assert key == ("alice", "r-1")
+        assert shown.pop("age_seconds") >= 0
+        assert datetime.fromisoformat(shown.pop("created_at")) == context.created_at
+        assert shown == {
+            "user_id": "alice",
+            "request_id": "r-1",
+            "thread_id": context.thread_id,
+            "run_id": context.run_id,
+            "websocket_client_id": None,
+            "expires_in_seconds": 40,
+            "is_anonymous": False,
+        }
+
+    def test_it_has_one_entry_for_each_live_root_context(self, manager: UserContextManager, clock: Clock) -> None:
+        kept = manager.create_isolated_context("alice", "r-1")
+        kept.create_child_context("part")
+        manager.create_isolated_context("alice", "r-2").close()
+        manager.create_isolated_context("alice", "r-3", ttl_seconds=60)
+        clock.advance(60)
+        stranger = visitor(manager)
+        assert set(manager.get_active_contexts()) == {("alice", "r-1"), (stranger.user_id, stranger.request_id)}
+
+
+class TestLimits:
+    def test_children_do_not_count(self) -> None:
+        manager = UserContextManager(max_contexts_per_user=1)
+        manager.create_isolated_context("alice").create_child_context("part")
+        assert len(manager.get_active_contexts()) == 1
+
+    def test_whoever_binds_at_the_limit_of_that_user_stays_anonymous(self) -> None:
+        manager = UserContextManager(max_contexts_per_user=1)
+        manager.create_isolated_context("alice")
+        stranger = visitor(manager)
+        with pytest.raises(ContextLimitError):
+            stranger.bind("alice")
+        assert stranger.is_anonymous
+        stranger.bind("bob")
+        assert stranger.user_id == "bob"
+
+    def test_whoever_is_bound_counts_as_named(self) -> None:
+        manager = UserContextManager(max_contexts=1, max_anonymous_contexts=1)
+        visitor(manager).bind("alice")
+        stranger = visitor(manager)
+        with pytest.raises(ContextLimitError) as caught:
+            manager.create_isolated_context("bob")
+        assert caught.value.scope == "total"
+        stranger.close()
+        visitor(manager)
+
+    def test_a_class_may_set_them(self) -> None:
+        class Small(UserContextManager):
+            MAX_CONTEXTS_PER_USER = 2
+
+        manager = Small()
+        manager.create_isolated_context("alice")
+        manager.create_isolated_context("alice")
+        with pytest.raises(ContextLimitError):
+            manager.create_isolated_context("alice")
+
+    @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "10"])
+    @pytest.mark.parametrize("name", ["max_contexts_per_user", "max_contexts", "max_anonymous_contexts"])
+    def test_no_limit_at_all_is_a_mistake(self, name: str, limit: Any) -> None:
+        with pytest.raises(ConfigurationError, match=name):
+            UserContextManager(**{name: limit})
+
+
+class TestExpiry:
+    def test_setting_it_anew_renews_it(self, manager: UserContextManager, clock: Clock) -> None:
+        context = create_isolated_execution_context("alice")
+        manager.set_context("alice", context, ttl_seconds=60)
+        clock.advance(59)
+        manager.set_context("alice", context, ttl_seconds=60)
+        clock.advance(59)
+        assert manager.sweep() == 0
+        assert manager.get_context("alice") is context
+        clock.advance(1)
+        assert manager.sweep() == 1
+
+    @pytest.mark.parametrize(
+        "ttl",
+        [0, -1, float("nan"), float("inf"), -float("inf"), "60", True, timedelta(seconds=60), 366 * 24 * HOUR, 10**400],
+        ids=lambda ttl: str(ttl)[:8],
+    )
+    def test_a_life_that_makes_no_sense_is_refused(self, manager: UserContextManager, ttl: Any) -> None:
+        attempts: list[Callable[[], object]] = [
+            lambda: manager.set_context("alice", create_isolated_execution_context("alice"), ttl_seconds=ttl),
+            lambda: manager.create_isolated_context("alice", ttl_seconds=ttl),
+            lambda: manager.create_managed_context("alice", ttl_seconds=ttl),
+            lambda: UserContextManager(ttl=ttl),
+        ]
+        for attempt in attempts:
+            with pytest.raises(InvalidContextError, match="ttl_seconds"):
+                attempt()
+        assert manager.get_active_contexts() == {}
+
+    def test_a_manager_sweeps_by_itself(self) -> None:
+        context = UserContextManager().create_isolated_context("alice", ttl_seconds=0.01)
+        wait_until(lambda: not context.is_open, "the context has expired")
+
+
+class TestRaces:
+    """Two things at the same moment, brought about on purpose."""
+
+    def test_a_context_that_closes_while_it_is_bound_does_not_stay(
+        self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = visitor(manager)
+        lock = Signalling(manager._registry._lock)
+        monkeypatch.setattr(manager._registry, "_lock", lock)
+        closing = threading.Thread(target=context.close)
+        become = UserExecutionContext._become
+
+        def become_and_meet_a_close(bound_context: UserExecutionContext, user_id: str) -> bool:
+            bound = become(bound_context, user_id)
+            lock.wanted.clear()
+            closing.start()
+            assert lock.wanted.wait(10), "the close did not come for the registry's lock"
+            return bound
+
+        monkeypatch.setattr(UserExecutionContext, "_become", become_and_meet_a_close)
+        context.bind("alice")
+        closing.join(10)
+        assert context.is_open is False
+        assert manager.get_active_contexts() == {}
+
+
+class Signalling:
+    """A lock that tells when somebody else comes for it."""
+
+    def __init__(self, lock: AbstractContextManager[object]) -> None:
+        self._lock = lock
+        self.wanted = threading.Event()
+
+    def __enter__(self) -> None:
+        self.wanted.set()
+        self._lock.__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._lock.__exit__(*exc_info)
+
+
+class TestTheEnd:
+    def test_clearing_everything_counts_what_there_was(self, manager: UserContextManager) -> None:
+        contexts = [manager.create_isolated_context(user) for user in ("alice", "alice", "bob")]
+        contexts.append(visitor(manager))
+        assert manager.cleanup_all_contexts() == 4
+        assert not any(context.is_open for context in contexts)
+        assert manager.cleanup_all_contexts() == 0
+        assert manager.is_healthy() is True
+
+    async def test_draining_waits_for_the_last_one(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("alice")
+        draining = asyncio.create_task(manager.drain(60))
+        await asyncio.sleep(0)
+        assert not draining.done()
+        context.close()
+        assert await draining == 0
+
+    async def test_what_does_not_end_in_time_is_closed(
+        self, manager: UserContextManager, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        released: list[str] = []
+        context = manager.create_isolated_context("alice")
+
+        async def release() -> None:
+            await asyncio.sleep(0)
+            released.append("alice")
+
+        context.callback(release)
+        assert await manager.drain(0) == 1
+        assert released == ["alice"]
+        with pytest.raises(ContextClosedError, match="shutdown"):
+            context.agent_context.clear()
+        assert "1 contexts are still open" in caplog.text
+
+    async def test_nothing_is_opened_any_more_until_it_serves_again(self, manager: UserContextManager) -> None:
+        await manager.drain(0)
+        assert manager.is_healthy() is False
+        attempts: list[Callable[[], object]] = [
+            lambda: visitor(manager),
+            lambda: manager.create_isolated_context("alice"),
+            lambda: manager.set_context("alice", create_isolated_execution_context("alice")),
+        ]
+        for attempt in attempts:
+            with pytest.raises(ManagerDrainingError):
+                attempt()
+        assert manager.get_active_contexts() == {}
+        manager.serve()
+        assert manager.is_healthy() is True
+        assert isinstance(visitor(manager), UserExecutionContext)

@@ -1,0 +1,447 @@
+"""The registry: against a simple model, under many threads, and with ten thousand contexts in it."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ucm_middleware import (
+    ContextClosedError,
+    ContextLimitError,
+    CrossUserAccessError,
+    UserContextManager,
+    UserExecutionContext,
+    create_isolated_execution_context,
+)
+from ucm_middleware.lifetime import Lifetime, State
+from ucm_middleware.registry import Displaced, Key, Registry
+
+PER_USER, TOTAL, ANONYMOUS = 2, 4, 2
+USERS = ("alice", "bob", "carol")
+KEYS = (*USERS, "desk", "acme_x")
+PAIR = "pair"  # stands for the pair (owner, request id) of the context at hand
+ALIAS = "alias"  # stands for another pair of that owner
+
+
+class Clock:
+    """Whole seconds: those are exact in floats, and in the queues of deadlines."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.looks = 0
+
+    def __call__(self) -> float:
+        self.looks += 1
+        return self.now
+
+
+def manager_with(clock: Clock, per_user: int = PER_USER, total: int = TOTAL) -> UserContextManager:
+    """Its registry is what is tested. It is the host of the contexts, so that they leave the registry by closing."""
+    return UserContextManager(
+        max_contexts_per_user=per_user, max_contexts=total, max_anonymous_contexts=ANONYMOUS, clock=clock
+    )
+
+
+def context_of(manager: UserContextManager, user_id: str | None) -> UserExecutionContext:
+    """A context of a user, or without a user an anonymous one, not yet in the registry."""
+    context = anonymous(manager) if user_id is None else create_isolated_execution_context(user_id)
+    assert context._attach(manager)
+    return context
+
+
+def anonymous(
+    manager: UserContextManager, kind: type[UserExecutionContext] = UserExecutionContext
+) -> UserExecutionContext:
+    core = manager.ids.generate_core()
+    return kind._open(manager.ids.generate_anonymous_id(), f"request_{core}", core, Lifetime(State.UNBOUND, "a test"))
+
+
+def pair_of(context: UserExecutionContext) -> Key:
+    return (context.user_id, context.request_id)
+
+
+@dataclass(eq=False)
+class Known:
+    """What the model knows of one context that is in the registry."""
+
+    context: UserExecutionContext
+    owner: str
+    anonymous: bool
+    keys: list[Key] = field(default_factory=list)
+    deadline: float | None = None
+    latest: float | None = None
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Every answer of the registry is foretold by a list of what is in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.known: list[Known] = []
+
+    @initialize()
+    def start(self) -> None:
+        self.manager = manager_with(self.clock)
+        self.registry = self.manager._registry
+
+    # The model.
+
+    def alive(self, known: Known) -> bool:
+        return known.deadline is None or self.clock.now < known.deadline
+
+    def at(self, key: Key) -> Known | None:
+        return next((known for known in self.known if key in known.keys), None)
+
+    def pick(self, number: int, **wanted: bool) -> Known | None:
+        """Some live context, anonymous or not."""
+        fitting = [known for known in self.known if self.alive(known) and known.anonymous == wanted["anonymous"]]
+        return fitting[number % len(fitting)] if fitting else None
+
+    def is_foreign(self, owner: str, key: Key) -> bool:
+        if isinstance(key, tuple) or key == owner:
+            return isinstance(key, tuple) and key[0] != owner
+        present = self.at(key)
+        if present is not None and self.alive(present) and present.owner != owner:
+            return True
+        return any(known.owner == key and self.alive(known) for known in self.known)
+
+    def must_go(self, owner: str, key: Key, newcomer: UserExecutionContext) -> dict[Known, str]:
+        """Who has to make way, if it is alive."""
+        present = self.at(key)
+        if present is None or not self.alive(present) or present.context is newcomer:
+            return {}
+        return {present: "replaced" if present.owner == owner else "evicted"}
+
+    def take_key_from_squatter(self, owner: str) -> None:
+        """Who stood under another's id lives on under its pair."""
+        squatter = self.at(owner)
+        if squatter is not None and squatter.owner != owner:
+            squatter.keys.remove(owner)
+            squatter.keys = squatter.keys or [pair_of(squatter.context)]
+
+    def limit_reached(self, owner: str, anonymous: bool, going: dict[Known, str]) -> str | None:
+        staying = [known for known in self.known if self.alive(known) and known not in going]
+        if anonymous:
+            return "anonymous" if sum(known.anonymous for known in staying) >= ANONYMOUS else None
+        if sum(known.owner == owner for known in staying) >= PER_USER:
+            return "user"
+        return "total" if sum(not known.anonymous for known in staying) >= TOTAL else None
+
+    def settle(self, displaced: Displaced, going: dict[Known, str]) -> None:
+        """Those that must go are told to, with the reason; beside them only expired ones are."""
+        reasons: dict[UserExecutionContext, str] = {known.context: reason for known, reason in going.items()}
+        for context, reason in displaced.items():
+            known = next(known for known in self.known if known.context is context)
+            assert reason == reasons.pop(context, "expired")
+            assert reason != "expired" or not self.alive(known)
+            self.close(known)
+        assert reasons == {}
+
+    def close(self, known: Known) -> None:
+        known.context.close()
+        self.known.remove(known)
+
+    # The rules.
+
+    @rule(
+        user=st.sampled_from([*USERS, None]),
+        key=st.sampled_from([*KEYS, PAIR, ALIAS]),
+        ttl=st.sampled_from([None, 1.0, 5.0, 60.0]),
+    )
+    def insert_a_new_one(self, user: str | None, key: str, ttl: float | None) -> None:
+        context = context_of(self.manager, user)
+        self.insert(Known(context, context.user_id, user is None), key, ttl)
+
+    @rule(
+        number=st.integers(0, 9),
+        anonymous=st.booleans(),
+        key=st.sampled_from([*KEYS, ALIAS]),
+        ttl=st.sampled_from([None, 5.0]),
+    )
+    def insert_one_again(self, number: int, anonymous: bool, key: str, ttl: float | None) -> None:
+        if (known := self.pick(number, anonymous=anonymous)) is not None:
+            self.insert(known, key, ttl)
+
+    def insert(self, known: Known, text: str, ttl: float | None) -> None:
+        context, owner, new = known.context, known.owner, known not in self.known
+        key: Key = {PAIR: pair_of(context), ALIAS: (owner, "desk")}.get(text, text)
+        if self.is_foreign(owner, key):
+            with pytest.raises(CrossUserAccessError):
+                self.registry.insert(context, key, ttl)
+            return
+        going = self.must_go(owner, key, context)
+        if new and (scope := self.limit_reached(owner, known.anonymous, going)) is not None:
+            with pytest.raises(ContextLimitError) as caught:
+                self.registry.insert(context, key, ttl)
+            assert caught.value.scope == scope
+            return
+        displaced = self.registry.insert(context, key, ttl)
+        self.settle(displaced, going)
+        self.take_key_from_squatter(owner)
+        if new:
+            self.known.append(known)
+        if key not in known.keys:
+            known.keys.append(key)
+        if ttl is not None:
+            self.set_deadline(known, self.clock.now + ttl)
+
+    def set_deadline(self, known: Known, deadline: float) -> None:
+        known.deadline = deadline if known.latest is None else min(deadline, known.latest)
+
+    @rule(user=st.sampled_from(USERS), key=st.sampled_from([*KEYS, PAIR]))
+    def insert_under_a_foreign_pair(self, user: str, key: str) -> None:
+        other = USERS[USERS.index(user) - 1]
+        with pytest.raises(CrossUserAccessError):
+            self.registry.insert(context_of(self.manager, user), (other, key), None)
+
+    @rule()
+    def insert_a_closed_one(self) -> None:
+        context = context_of(self.manager, "alice")
+        context.close()
+        with pytest.raises(ContextClosedError):
+            self.registry.insert(context, pair_of(context), None)
+
+    @rule(number=st.integers(0, 9), user=st.sampled_from(USERS), closes=st.booleans())
+    def bind_an_anonymous_one(self, number: int, user: str, closes: bool) -> None:
+        known = self.pick(number, anonymous=True)
+        if known is None:
+            return
+        if (scope := self.limit_reached(user, False, {})) is not None:
+            with pytest.raises(ContextLimitError) as caught:
+                self.registry.rebind(known.context, user, unreachable)
+            assert caught.value.scope == scope
+            assert known.context.is_anonymous
+            return
+        if closes:  # the teardown came first: nothing moves
+            self.settle(self.registry.rebind(known.context, user, lambda: False), {})
+            return
+        pairs = {key: (user, key[1]) for key in known.keys if isinstance(key, tuple)}
+        going = {}
+        for pair in pairs.values():
+            going.update(self.must_go(user, pair, known.context))
+        displaced = self.registry.rebind(known.context, user, lambda: known.context._become(user))
+        self.settle(displaced, going)
+        known.owner, known.anonymous = user, False
+        self.take_key_from_squatter(user)
+        known.keys = [pairs.get(key, key) for key in known.keys]
+
+    @rule(number=st.integers(0, 9), anonymous=st.booleans())
+    def take_one_out(self, number: int, anonymous: bool) -> None:
+        if (known := self.pick(number, anonymous=anonymous)) is not None:
+            self.close(known)
+            assert not self.registry.remove(known.context)
+
+    @rule(number=st.integers(0, 9), anonymous=st.booleans(), seconds=st.sampled_from([1.0, 5.0, 90.0]))
+    def let_one_end_sooner(self, number: int, anonymous: bool, seconds: float) -> None:
+        if (known := self.pick(number, anonymous=anonymous)) is not None:
+            latest = self.clock.now + seconds
+            known.latest = latest if known.latest is None else min(latest, known.latest)
+            self.set_deadline(known, latest if known.deadline is None else known.deadline)
+            assert self.registry.limit(known.context, seconds) == known.deadline
+
+    @rule(seconds=st.sampled_from([1.0, 4.0, 30.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.clock.now += seconds
+
+    @precondition(lambda self: not all(self.alive(known) for known in self.known))
+    @rule()
+    def sweep(self) -> None:
+        due: list[UserExecutionContext] = []
+        while found := self.registry.take_due():
+            due += found
+        expired = [known for known in self.known if not self.alive(known)]
+        assert len(due) == len(expired)
+        assert {known.context for known in expired} == set(due)
+        for known in expired:
+            self.close(known)
+
+    # What holds after every step.
+
+    @invariant()
+    def looking_up_finds_what_is_there(self) -> None:
+        pairs = [key for known in self.known for key in known.keys]
+        for key in {*KEYS, *pairs}:
+            known = self.at(key)
+            assert self.registry.lookup(key) is (None if known is None else known.context)
+        assert self.registry.lookup("nobody") is None
+        assert self.registry.lookup(("alice", "nothing")) is None
+
+    @invariant()
+    def counts_are_right(self) -> None:
+        assert len(self.registry) == len(self.known)
+        for user in USERS:
+            contexts = {known.context for known in self.known if known.owner == user}
+            assert {context for _, context in self.registry.live_of([user])} == contexts
+
+    @invariant()
+    def the_snapshot_shows_each_once_under_a_key_of_its_own(self) -> None:
+        shown = self.registry.live()
+        assert {context for _, context in shown} == {known.context for known in self.known}
+        assert all(self.registry.lookup(key) is context for key, context in shown)
+        assert len(shown) == len(self.known)
+
+    @invariant()
+    def deadlines_are_known_to_the_context_and_to_the_sweep(self) -> None:
+        for known in self.known:
+            assert known.context.lifetime.deadline == known.deadline
+            assert known.context.lifetime.is_expired == (not self.alive(known))
+        earliest = min((known.deadline for known in self.known if known.deadline is not None), default=None)
+        wake = self.registry.next_wake()
+        if earliest is None:
+            assert wake is None
+        else:
+            assert wake is not None
+            assert wake <= max(earliest, self.clock.now) + 0.0011  # the resolution, and what floats lose
+
+
+def unreachable() -> NoReturn:
+    raise AssertionError("a binding that is refused must not happen")
+
+
+TestAgainstTheModel = RegistryMachine.TestCase
+
+
+def test_an_empty_registry_keeps_nothing_of_whom_it_knew() -> None:
+    clock = Clock()
+    manager = manager_with(clock)
+    registry = manager._registry
+    for number in range(50):
+        context = context_of(manager, f"alice-{number}")
+        registry.insert(context, f"desk-{number}", 5.0)
+        context.close()
+    assert (registry._by_key, registry._by_owner, len(registry), registry.next_wake()) == ({}, {}, 0, None)
+
+
+def test_an_owner_that_changes_at_the_moment_of_removal_is_removed() -> None:
+    # While a late binding holds the lock, another thread closes the context.
+    asked = threading.Event()
+
+    class Watched(UserExecutionContext):
+        @property
+        def user_id(self) -> str:
+            if threading.current_thread() is remover:
+                asked.set()
+            return super().user_id
+
+    manager = manager_with(Clock())
+    registry = manager._registry
+    context = anonymous(manager, Watched)
+    assert context._attach(manager)
+    remover = threading.Thread(target=registry.remove, args=(context,))
+
+    def become() -> bool:
+        remover.start()
+        asked.wait(0.1)  # the remover may have to wait for the lock before it asks: then this runs out
+        return context._become("alice")
+
+    registry.insert(context, pair_of(context), None)
+    registry.rebind(context, "alice", become)
+    remover.join()
+    assert len(registry) == 0
+    assert registry.live_of(["alice"]) == []
+
+
+@pytest.fixture
+def _threads_switch_often() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_threads_switch_often")
+@pytest.mark.parametrize(("per_user", "total", "users"), [(3, 100, ["alice"]), (100, 3, ["alice", "bob", "carol"])])
+def test_no_thread_slips_in_beyond_the_limit(per_user: int, total: int, users: list[str]) -> None:
+    manager = manager_with(Clock(), per_user, total)
+    counting = threading.Lock()
+    live, most, opened, refused = 0, 0, 0, 0
+    everyone_is_here = threading.Barrier(8)
+
+    def hammer(number: int) -> None:
+        nonlocal live, most, opened, refused
+        everyone_is_here.wait()
+        for turn in range(300):
+            user = users[(number + turn) % len(users)]
+            try:
+                context = manager.create_isolated_context(user)
+            except ContextLimitError:
+                with counting:
+                    refused += 1
+                continue
+            with counting:
+                live, opened = live + 1, opened + 1
+                most = max(live, most)
+            with counting:
+                live -= 1
+            context.close()
+
+    threads = [threading.Thread(target=hammer, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most <= 3
+    assert opened + refused == 8 * 300
+    assert opened > 0
+    assert len(manager._registry) == 0
+    for user in users:  # the counts are right after all: there is room for as many as ever
+        contexts = [manager.create_isolated_context(user) for _ in range(3)]
+        with pytest.raises(ContextLimitError):
+            manager.create_isolated_context(user)
+        for context in contexts:
+            context.close()
+
+
+class Unwalked(dict[Any, Any]):
+    """A table that answers for single keys and refuses to be walked."""
+
+    def refuse(self) -> NoReturn:
+        raise AssertionError("walked over all live contexts")
+
+    __iter__ = keys = values = items = copy = refuse
+
+
+@pytest.mark.parametrize("anonymous", [False, True])
+def test_operations_cost_the_same_among_ten_and_among_ten_thousand(anonymous: bool) -> None:
+    looks: list[int] = []
+    for others in (10, 10_000):
+        clock = Clock()
+        manager = UserContextManager(
+            max_contexts_per_user=1, max_contexts=others + 1, max_anonymous_contexts=others + 1, clock=clock
+        )
+        registry = manager._registry
+        for number in range(others):
+            context = context_of(manager, None if anonymous else f"user-{number}")
+            registry.insert(context, pair_of(context), 60.0)
+        registry._by_key, registry._by_owner = Unwalked(registry._by_key), Unwalked(registry._by_owner)
+        clock.looks = 0
+        use_once(registry, context_of(manager, None if anonymous else "alice"))
+        looks.append(clock.looks)
+    assert looks[0] == looks[1] > 0
+
+
+def use_once(registry: Registry, context: UserExecutionContext) -> None:
+    """Each operation that a request needs, at the limit too."""
+    registry.insert(context, pair_of(context), 30.0)
+    assert registry.lookup(pair_of(context)) is context
+    with pytest.raises(ContextLimitError):
+        registry.insert(context_of_same_kind(context), "desk", 30.0)
+    registry.limit(context, 20.0)
+    assert registry.take_due() == []
+    assert registry.next_wake() is not None
+    if context.is_anonymous:
+        registry.rebind(context, "bob", lambda: context._become("bob"))
+    registry.insert(context, "desk", 5.0)
+    assert [found for _, found in registry.live_of([context.user_id])] == [context]
+    assert registry.remove(context)
+
+
+def context_of_same_kind(context: UserExecutionContext) -> UserExecutionContext:
+    assert isinstance(context.host, UserContextManager)
+    return context_of(context.host, None if context.is_anonymous else "bob")
