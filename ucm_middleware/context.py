@@ -189,7 +189,7 @@ class UserExecutionContext(ResourceHolder):
 
     @property
     def run_id(self) -> str:
-        return self._run_id or f"run_{self.thread_id}_{self._core}"
+        return self._run_id or f"run_{self._thread_id or f'thread_{self._core}'}_{self._core}"
 
     @property
     def websocket_client_id(self) -> str | None:
@@ -199,6 +199,11 @@ class UserExecutionContext(ResourceHolder):
     def created_at(self) -> datetime:
         """When the context was made, aware, in UTC."""
         return datetime.fromtimestamp(self._created, UTC)
+
+    @property
+    def age_seconds(self) -> float:
+        """How long ago the context was made."""
+        return time.time() - self._created
 
     @property
     def operation_depth(self) -> int:
@@ -363,7 +368,8 @@ class UserExecutionContext(ResourceHolder):
 
         Never raises, so that no record fails an operation: what cannot be copied is shown as the name of its type.
         """
-        return {name: _copied(value) for name, value in list((self._audit_metadata or {}).items())}
+        metadata = self._audit_metadata
+        return {name: _copied(value) for name, value in list(metadata.items())} if metadata else {}
 
     # Views.
 
@@ -389,7 +395,7 @@ class UserExecutionContext(ResourceHolder):
         """What an auditor asks of one context: its identity, age in seconds, and the application's metadata."""
         shown = self.to_dict()
         del shown["agent_context_keys"]
-        return {**shown.pop("audit_metadata"), **shown, "context_age_seconds": time.time() - self._created}
+        return {**shown.pop("audit_metadata"), **shown, "context_age_seconds": self.age_seconds}
 
     def __reduce__(self) -> NoReturn:
         # Also what copy and deepcopy ask: a copy would be a second live context that nothing closes.

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from contextvars import Context
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
 from ucm_middleware.ambient import Grant
@@ -356,8 +355,7 @@ class UserContextManager:
         self._trail.child_opened(child, operation_name)
 
     def context_closing(self, context: UserExecutionContext) -> None:
-        if context.needs_waiting:
-            self._closing.add(context)
+        self._closing.add(context)
         self._registry.remove(context)
 
     def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object]) -> None:
@@ -406,7 +404,7 @@ class UserContextManager:
                 return None
             raise ContextExpiredError("the context under this key reached its deadline")
         owner = key if isinstance(key, str) else key[0]
-        if asked is not key:  # a key in the asker's own name that is not there: it could have been meant for anybody
+        if asked != key:  # a key in the asker's own name that is not there: it could have been meant for anybody
             raise self._guard.denied(action, str(asked))
         self._guard.require(owner, action)
         return None
@@ -495,7 +493,7 @@ class UserContextManager:
             "request_id": context.request_id,
             "websocket_client_id": context.websocket_client_id,
             "created_at": context.created_at.isoformat(),
-            "age_seconds": (datetime.now(UTC) - context.created_at).total_seconds(),
+            "age_seconds": context.age_seconds,
             "expires_in_seconds": None if deadline is None else deadline - self._clock(),
             "is_anonymous": context.is_anonymous,
         }

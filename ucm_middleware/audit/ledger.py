@@ -1,7 +1,7 @@
 """Where records go: the port, and the bounded ledger in memory that serves unless another is given."""
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.opening: AuditRecord | None = None
-        self.records: deque[AuditRecord] = deque()
+        self.records: list[AuditRecord] = []  # short: most users have a few records, and a deque begins with 64 places
         self.dropped = 0
 
 
@@ -70,7 +70,7 @@ class MemoryLedger:
             if record.event == "opened":
                 kept.opening = record
             if len(kept.records) >= self.records_per_user:
-                kept.records.popleft()
+                del kept.records[0]
                 kept.dropped += 1
             kept.records.append(record)
 

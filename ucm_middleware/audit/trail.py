@@ -50,11 +50,11 @@ class AuditTrail:
     def closed(self, context: UserExecutionContext, metadata: Mapping[str, object]) -> None:
         """A context's teardown is through. ``metadata`` is what the application had added by then."""
         lifetime = context.lifetime
-        failures = [str(failure) for failure in lifetime.failures]
+        failures = lifetime.failures
         ended_well = not failures and lifetime.reason in _ENDED_WELL
-        data: dict[str, object] = {"seconds": round(time.time() - context.created_at.timestamp(), 6)}
+        data: dict[str, object] = {"seconds": round(context.age_seconds, 6)}
         if failures:
-            data["unreleased"] = failures
+            data["unreleased"] = [str(failure) for failure in failures]
         if metadata:
             data["audit_metadata"] = metadata
         self._about(context, "closed", "ok" if ended_well else "failed", lifetime.reason, data)
