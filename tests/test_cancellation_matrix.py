@@ -398,8 +398,9 @@ async def cancel_natively_again_and_again(work: Work, trial: Trial) -> None:
 
 
 async def cancel_by_timeout(work: Work, trial: Trial) -> None:
+    timeout = asyncio.timeout(None)
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(None) as timeout:
+        async with timeout:
             trial.fire = lambda: timeout.reschedule(asyncio.get_running_loop().time())
             await wholly(work, trial)
     assert timeout.expired()
@@ -408,12 +409,13 @@ async def cancel_by_timeout(work: Work, trial: Trial) -> None:
 async def cancel_by_sibling(work: Work, trial: Trial) -> None:
     failing = asyncio.Event()
     trial.fire = failing.set
+    tasks: list[asyncio.Task[None]] = []
     with pytest.RaisesGroup(pytest.RaisesExc(ZeroDivisionError)):
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(wholly(work, trial))
+            tasks.append(group.create_task(wholly(work, trial)))
             await failing.wait()
             raise ZeroDivisionError
-    assert task.cancelled()
+    assert tasks[0].cancelled()
 
 
 async def cancel_by_anyio_sibling(work: Work, trial: Trial) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -31,6 +32,7 @@ from ucm_middleware import (
     create_isolated_execution_context,
     current_context,
 )
+from ucm_middleware.lifetime import Lifetime
 
 
 @pytest.fixture
@@ -91,6 +93,21 @@ class TestIdentity:
             current_context()
 
 
+class Gate:
+    """A lock that counts who comes for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.waiting = threading.Semaphore(0)
+
+    def __enter__(self) -> None:
+        self.waiting.release()
+        self.lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.lock.release()
+
+
 class TestData:
     def test_a_session_is_the_very_object(self) -> None:
         session = object()
@@ -102,22 +119,17 @@ class TestData:
         assert context.agent_context == {"plan": ["look"], "answer": 42}
         assert context.audit_metadata == {"ticket": 7, "step": 2}
 
-    def test_two_threads_get_the_same_mapping_when_there_was_none(self) -> None:
+    @pytest.mark.parametrize("name", ["agent_context", "audit_metadata", "environment"])
+    def test_two_threads_that_ask_first_get_the_same(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         stranger = visitor(UserContextManager())
-        barrier = threading.Barrier(8)
-        found: list[int] = []
-
-        def look() -> None:
-            barrier.wait(10)
-            found.append(id(stranger.agent_context))
-
-        threads = [threading.Thread(target=look) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(10)
-        assert len(found) == 8
-        assert len(set(found)) == 1
+        gate = Gate()
+        monkeypatch.setattr(Lifetime, "transition", gate)
+        with ThreadPoolExecutor(2) as pool, gate.lock:
+            asked = [pool.submit(getattr, stranger, name) for _ in range(2)]
+            for _ in asked:
+                assert gate.waiting.acquire(timeout=10), "nobody waits for the lock"
+        first, second = [future.result(10) for future in asked]
+        assert first is second
 
     def test_settings_are_its_own(self, context: UserExecutionContext, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("REGION", "eu")
@@ -147,6 +159,21 @@ class TestBinding:
         stranger = visitor(UserContextManager())
         with pytest.raises(UnauthenticatedError):
             stranger.bind(Principal("alice", datetime.now(UTC) - timedelta(seconds=1)))
+        assert stranger.is_anonymous
+
+    def test_what_is_opened_at_the_same_moment_keeps_the_stranger_a_stranger(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stranger = visitor(UserContextManager())
+        become = UserExecutionContext._become
+
+        def after_a_child(context: UserExecutionContext, user_id: str) -> bool:
+            context.create_child_context("of another thread")
+            return become(context, user_id)
+
+        monkeypatch.setattr(UserExecutionContext, "_become", after_a_child)
+        with pytest.raises(IdentityConflictError):
+            stranger.bind("alice")
         assert stranger.is_anonymous
 
     def test_a_child_of_a_user_has_that_user(self) -> None:

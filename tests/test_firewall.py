@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import sys
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
@@ -304,6 +305,7 @@ class TestPassingThrough:
                 waiting.set()
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
+                seen.append(USER.get())
                 await asyncio.sleep(0)
                 seen.append(USER.get())
                 raise
@@ -313,7 +315,7 @@ class TestPassingThrough:
         request.cancel()
         await asyncio.wait([request])
         assert request.cancelled()
-        assert seen == ["bob"]
+        assert seen == ["bob", "bob"]
 
     async def test_deadlines_and_scopes_inside_the_app(self) -> None:
         done: list[str] = []
@@ -601,6 +603,10 @@ class TestGarbage:
 
         assert await garbage_of(request) == []
 
+    async def test_nor_for_a_request_that_is_read_ahead(self) -> None:
+        middleware = UserContextMiddleware(plain, manager=UserContextManager(), cancel_on_disconnect=True)
+        assert await garbage_of(lambda: exchange(middleware, http_scope())) == []
+
     async def test_nor_for_a_connection(self) -> None:
         middleware = UserContextMiddleware(
             conversation, manager=UserContextManager(), identify=lambda connection: "bob"
@@ -616,13 +622,20 @@ class TestGarbage:
         )
         assert await garbage_of(lambda: exchange(middleware, websocket_scope(extensions=extensions))) == []
 
-    async def test_a_context_that_has_closed_is_not_kept(self) -> None:
+    async def test_a_context_that_has_closed_is_not_kept_and_keeps_nothing(self) -> None:
         kept: list[UserExecutionContext] = []
+        held: list[weakref.ref[Resource]] = []
+        variable: ContextVar[Resource] = ContextVar("variable")
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             kept.append(current_context())
+            resource = Resource()
+            variable.set(resource)
+            held.append(weakref.ref(resource))
             await using_everything(scope, receive, send)
 
         await exchange(UserContextMiddleware(app, manager=UserContextManager()), http_scope())
+        await asyncio.sleep(0)
         context = kept.pop()
         assert gc.get_referrers(context) == []
+        assert held[0]() is None

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from support.contexts import events, running_as, visitor
 from ucm_middleware import (
     EVERYONE,
+    ContextClosedError,
     CrossUserAccessError,
     InvalidContextError,
     UserContextManager,
@@ -225,3 +227,64 @@ class TestPrivileged:
                 pass
             named = [event["users"] for event in events(manager, "alice", "privileged")]
         assert named == [["bob", "carol"], "everyone"]
+
+    def test_it_opens_nothing_of_another_manager(self, manager: UserContextManager) -> None:
+        manager.create_isolated_context("bob", "r-1")
+        with running_as(manager, "alice"), UserContextManager().privileged(reason="mine", users=EVERYONE):
+            with pytest.raises(CrossUserAccessError):
+                manager.get_context(("bob", "r-1"))
+            assert not may_read(manager, "bob")
+            assert list(manager.get_active_contexts()) != []
+            assert {shown["user_id"] for shown in manager.get_active_contexts().values()} == {"alice"}
+        assert events(manager, "bob", "privileged") == []
+
+    @pytest.mark.parametrize(
+        "act",
+        [
+            lambda manager: manager.get_context(("bob", "r-1")),
+            lambda manager: manager.get_audit_trail("bob"),
+            lambda manager: manager.create_isolated_context("bob"),
+            lambda manager: manager.get_active_contexts(),
+            lambda manager: manager.clear_context(("bob", "r-1")),
+        ],
+        ids=["get_context", "get_audit_trail", "create", "get_active_contexts", "clear_context"],
+    )
+    def test_it_ends_with_the_context_that_it_was_taken_in(
+        self, manager: UserContextManager, act: Callable[[UserContextManager], object]
+    ) -> None:
+        bob = manager.create_isolated_context("bob", "r-1")
+        with running_as(manager, "alice") as alice, manager.privileged(reason="support", users=["bob"]):
+            assert manager.get_context(("bob", "r-1")) is bob
+            alice.close("revoked")
+            with pytest.raises(ContextClosedError):
+                act(manager)
+        assert bob.is_open
+
+    def test_it_does_not_come_back_by_assignment(self, manager: UserContextManager) -> None:
+        with manager.privileged(reason="support", users=["bob"]) as grant:
+            pass
+        with pytest.raises(AttributeError):
+            grant.alive = True  # type: ignore[misc]
+
+    @pytest.mark.parametrize(("name", "value"), [("is_open", True), ("serving", False)])
+    def test_nor_is_the_guard_switched_off_by_one(self, manager: UserContextManager, name: str, value: bool) -> None:
+        with running_as(manager, "alice") as alice:
+            assert alice.host is not None
+            with pytest.raises(AttributeError):
+                setattr(alice.host.guard, name, value)
+
+
+class TestListings:
+    def test_a_users_own_is_found_without_walking_everybodys(
+        self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse() -> None:
+            raise AssertionError("walked over all live contexts")
+
+        manager.create_isolated_context("bob")
+        monkeypatch.setattr(manager._registry, "live", refuse)
+        with running_as(manager, "alice") as alice:
+            assert list(manager.get_active_contexts()) == [("alice", alice.request_id)]
+            with manager.privileged(reason="support", users=["bob"]):
+                listed = manager.get_active_contexts().values()
+                assert {shown["user_id"] for shown in listed} == {"alice", "bob"}

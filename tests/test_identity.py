@@ -62,6 +62,9 @@ class TestPrincipal:
         assert left is not None
         assert 0 < left <= 3600
 
+    def test_time_without_end_is_a_year(self) -> None:
+        assert Principal("alice", datetime.max.replace(tzinfo=UTC)).seconds_left() == 365 * 24 * 3600
+
     def test_no_time_left(self) -> None:
         with pytest.raises(UnauthenticatedError):
             Principal("alice", datetime.now(UTC)).seconds_left()

@@ -140,6 +140,26 @@ class TestOneCloser:
             assert released == [1]
             assert len(manager._registry) == 0
 
+    def test_a_closer_that_comes_before_the_first_has_said_so_leaves_it_to_that_one(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begin_release = UserExecutionContext._begin_release
+
+        def racing(context: UserExecutionContext) -> object:
+            second = threading.Thread(target=context.close)
+            second.start()
+            second.join()
+            return begin_release(context)
+
+        monkeypatch.setattr(UserExecutionContext, "_begin_release", racing)
+        manager, released = UserContextManager(), list[int]()
+        context = of_user(manager)
+        context.callback(released.append, 1)
+        context.close()
+        assert released == [1]
+        assert failures_of(context) == {}
+        assert len(manager._registry) == 0
+
     def test_what_is_added_while_others_close_is_released_too(self) -> None:
         for _ in range(100):
             context = create_isolated_execution_context("alice")
@@ -247,6 +267,26 @@ async def hanging() -> None:
     await asyncio.Event().wait()
 
 
+class TestAnyio:
+    async def test_a_cancelled_scope_strikes_the_teardown_at_most_once(self, context: UserExecutionContext) -> None:
+        # A scope cancels again on every turn of the loop, where it can reach: a teardown of seconds would spin.
+        task = asyncio.current_task()
+        assert task is not None
+        counts: list[int] = []
+
+        async def count() -> None:
+            for _ in range(10):
+                await one_turn()
+                counts.append(task.cancelling())
+
+        with anyio.CancelScope() as scope:
+            async with managed_user_context(context):
+                await context.enter_async_context(Thing([], leave=count))
+                scope.cancel()
+        assert len(counts) == 10
+        assert max(counts) <= 1
+
+
 class TestDeadlines:
     @pytest.fixture(autouse=True)
     def _little_grace(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,8 +364,11 @@ class TestDeadlines:
 class Closed:
     """An object whose close() returns an awaitable."""
 
-    def __init__(self, close: Callable[[], Awaitable[object]]) -> None:
-        self.close = close
+    def __init__(self, closing: Callable[[], Awaitable[object]]) -> None:
+        self.closing = closing
+
+    def close(self) -> Awaitable[object]:
+        return self.closing()
 
 
 class TestReplacing:
@@ -345,6 +388,17 @@ class TestReplacing:
         assert log == ["old closed"]
         new.close()
         assert log == ["old closed", "pool closed"]
+
+    def test_a_callback_is_not_taken_for_another_of_the_same_function(self, log: Log) -> None:
+        manager = UserContextManager()
+        old, new = (create_isolated_execution_context("alice") for _ in range(2))
+        manager.set_context("alice", old)
+        old.callback(log.append, "old")
+        new.callback(log.append, "new")
+        manager.set_context("alice", new)
+        assert log == ["old"]
+        new.close()
+        assert log == ["old", "new"]
 
     async def test_what_was_entered_once_is_left_by_the_old_one(self, log: Log) -> None:
         manager = UserContextManager()
@@ -859,18 +913,16 @@ class TestInterrupts:
         assert [message.get("status") for message in sent] == [200]
 
     async def test_the_task_of_a_handler_that_has_ended_is_left_alone(self) -> None:
-        contexts: list[UserExecutionContext] = []
-
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            contexts.append(current_context())
-            # Whoever interrupts meanwhile finds the handler gone: the cancellation is on its way to the loop.
-            asyncio.get_running_loop().call_soon(contexts[0].lifetime.interrupt)
+            # The cancellation gets onto its way to the loop, where the handler will have ended before it arrives.
+            interrupting = threading.Thread(target=current_context().lifetime.interrupt)
+            interrupting.start()
+            interrupting.join()
 
         await serve(app, UserContextManager())
-        await one_turn()
-        await one_turn()
         task = asyncio.current_task()
         assert task is not None
+        await one_turn()
         assert task.cancelling() == 0
 
     async def test_a_clear_lets_the_handler_end_first(self, log: Log) -> None:

@@ -4,29 +4,36 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
 
 import pytest
 
 from support.clock import Clock
-from support.contexts import events, visitor
-from support.waiting import wait_until
+from support.contexts import events, running_as, visitor
+from support.waiting import PATIENCE, wait_until
 from ucm_middleware import (
     ConfigurationError,
     ContextClosedError,
+    ContextExpiredError,
+    ContextIsolationError,
     ContextLimitError,
     ContextNotFoundError,
+    IdentityConflictError,
     InvalidContextError,
     IsolatedEnvironment,
     ManagerDrainingError,
+    Principal,
+    UnauthenticatedError,
     UnifiedIDManager,
     UserContextManager,
     UserExecutionContext,
     create_isolated_execution_context,
+    current_context,
     managed_user_context,
 )
+from ucm_middleware.ambient import ambient_grant
 
 HOUR = 3600.0
 
@@ -85,6 +92,14 @@ class TestKeys:
         assert context.is_open is False
         for key in ("alice", "desk 4", ("alice", "r-1")):
             assert manager.clear_context(key) is False
+
+    def test_a_text_is_one_key_for_trusted_code_and_for_the_user(self, manager: UserContextManager) -> None:
+        given = manager.create_isolated_context("alice")
+        manager.set_context("desk 4", given)
+        with running_as(manager, "alice") as own:
+            assert manager.get_context("desk 4") is given
+            manager.set_context("desk 5", own)
+            assert manager.get_context(("alice", "desk 5")) is own
 
     def test_a_context_of_another_manager_is_left_to_it(self, manager: UserContextManager) -> None:
         context = UserContextManager().create_isolated_context("alice")
@@ -160,6 +175,13 @@ class TestMaking:
         assert context.db_session is session
         assert (context.agent_context, context.audit_metadata) == ({"a": 1}, {"b": 2})
 
+    def test_what_does_not_vouch_for_itself_is_not_made(self, manager: UserContextManager) -> None:
+        session = mock.Mock(spec=["close"])
+        refusing = mock.patch.object(UserExecutionContext, "verify_isolation", side_effect=ContextIsolationError("x"))
+        with refusing, pytest.raises(ContextIsolationError):
+            manager.create_isolated_context("alice", db_session=session)
+        assert manager.get_active_contexts() == {}
+
     async def test_it_works_inside_a_running_loop(self, manager: UserContextManager) -> None:
         async with managed_user_context(manager.create_managed_context("alice")) as context:
             assert manager.get_context(("alice", context.request_id)) is context
@@ -228,6 +250,70 @@ class TestListing:
         assert set(manager.get_active_contexts()) == {("alice", "r-1"), (stranger.user_id, stranger.request_id)}
 
 
+Displace = Callable[[UserContextManager], object]
+
+
+def at_the_limit(manager: UserContextManager) -> None:
+    manager.create_isolated_context("alice")
+
+
+def by_looking(manager: UserContextManager) -> None:
+    with pytest.raises(ContextExpiredError):
+        manager.get_context(("bob", "r-1"))
+
+
+DISPLACE = pytest.mark.parametrize("displace", [at_the_limit, by_looking])
+
+
+class TestOthersReleases:
+    """Whoever finds that another user's context must go does not wait for its releases, nor lends them its rights."""
+
+    @pytest.fixture
+    def full(self, clock: Clock) -> UserContextManager:
+        """With room for two."""
+        return UserContextManager(max_contexts=2, clock=clock)
+
+    @DISPLACE
+    def test_they_run_elsewhere_and_as_the_other_user(
+        self, full: UserContextManager, clock: Clock, displace: Displace
+    ) -> None:
+        bobs = full.create_isolated_context("bob", "r-1", ttl_seconds=60)
+        returned = threading.Event()
+        seen: list[object] = []
+
+        def release() -> None:
+            seen.append(returned.wait(PATIENCE))
+            seen.append(current_context())
+            seen.append(ambient_grant())
+
+        bobs.callback(release)
+        with running_as(full, "alice"), full.privileged(reason="support", users=["bob"]):
+            clock.advance(60)
+            displace(full)
+            returned.set()
+            wait_until(lambda: repr(bobs).endswith("closed>"), "bob's is closed")
+        assert seen == [True, bobs, None]
+
+    @DISPLACE
+    async def test_on_an_event_loop_too(self, full: UserContextManager, clock: Clock, displace: Displace) -> None:
+        bobs = full.create_isolated_context("bob", "r-1", ttl_seconds=60)
+        released = asyncio.Event()
+        seen: list[object] = []
+
+        async def release() -> None:
+            seen.extend((current_context(), ambient_grant()))
+            released.set()
+
+        bobs.callback(release)
+        bobs.callback(lambda: seen.extend((current_context(), ambient_grant())))
+        with running_as(full, "alice"), full.privileged(reason="support", users=["bob"]):
+            clock.advance(60)
+            displace(full)
+            assert seen == []
+            await released.wait()
+        assert seen == [bobs, None, bobs, None]
+
+
 class TestLimits:
     def test_children_do_not_count(self) -> None:
         manager = UserContextManager(max_contexts_per_user=1)
@@ -283,6 +369,28 @@ class TestExpiry:
         clock.advance(1)
         assert manager.sweep() == 1
 
+    @pytest.mark.parametrize("ttl_seconds", [None, HOUR])
+    @pytest.mark.parametrize("known_before", [False, True])
+    def test_nothing_outlives_the_credentials(
+        self, manager: UserContextManager, ttl_seconds: float | None, known_before: bool
+    ) -> None:
+        context = manager.create_isolated_context("alice") if known_before else visitor(manager)
+        context.bind(Principal("alice", datetime.now(UTC) + timedelta(seconds=60)))
+        manager.set_context("alice", context, ttl_seconds=ttl_seconds)
+        [shown] = manager.get_active_contexts().values()
+        assert 0 < shown["expires_in_seconds"] <= 60
+
+    def test_a_key_more_takes_no_deadline_away(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("alice", ttl_seconds=60)
+        manager.set_context("alice", context)
+        [shown] = manager.get_active_contexts().values()
+        assert shown["expires_in_seconds"] == 60
+
+    def test_expired_credentials_bind_not_even_the_same_user(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("alice")
+        with pytest.raises(UnauthenticatedError):
+            context.bind(Principal("alice", datetime.now(UTC) - timedelta(seconds=1)))
+
     @pytest.mark.parametrize(
         "ttl",
         [0, -1, float("nan"), float("inf"), -float("inf"), "60", True, timedelta(seconds=60), 366 * 24 * HOUR, 10**400],
@@ -300,6 +408,26 @@ class TestExpiry:
                 attempt()
         assert manager.get_active_contexts() == {}
 
+    def test_whoever_finds_it_expired_ends_it(self, manager: UserContextManager, clock: Clock) -> None:
+        first, second = (manager.create_isolated_context("alice", name, ttl_seconds=60) for name in ("r-1", "r-2"))
+        clock.advance(60)
+        with pytest.raises(ContextExpiredError):
+            manager.get_context(("alice", "r-1"))
+        assert manager.clear_context(("alice", "r-2")) is False
+        wait_until(lambda: not first.is_open and not second.is_open, "both are closed")
+        with pytest.raises(ContextNotFoundError) as caught:
+            manager.get_context(("alice", "r-1"))
+        assert type(caught.value) is ContextNotFoundError
+
+    def test_what_makes_room_for_a_late_identity_is_closed(self, clock: Clock) -> None:
+        manager = UserContextManager(max_contexts_per_user=1, clock=clock)
+        expired = manager.create_isolated_context("alice", ttl_seconds=60)
+        clock.advance(60)
+        stranger = visitor(manager)
+        stranger.bind("alice")
+        wait_until(lambda: not expired.is_open, "the expired one is closed")
+        assert [shown["request_id"] for shown in manager.get_active_contexts().values()] == [stranger.request_id]
+
     def test_a_manager_sweeps_by_itself(self) -> None:
         context = UserContextManager().create_isolated_context("alice", ttl_seconds=0.01)
         wait_until(lambda: not context.is_open, "the context has expired")
@@ -307,6 +435,15 @@ class TestExpiry:
 
 class TestRaces:
     """Two things at the same moment, brought about on purpose."""
+
+    def test_whoever_comes_second_to_bind_is_told(
+        self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = visitor(manager)
+        monkeypatch.setattr(UserExecutionContext, "_become", lambda context, user_id: False)
+        with pytest.raises(IdentityConflictError):
+            context.bind("alice")
+        assert [shown["is_anonymous"] for shown in manager.get_active_contexts().values()] == [True]
 
     def test_a_context_that_closes_while_it_is_bound_does_not_stay(
         self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
@@ -363,6 +500,28 @@ class TestTheEnd:
         context.close()
         assert await draining == 0
 
+    async def test_with_nothing_live_it_is_over_at_once(self, manager: UserContextManager) -> None:
+        assert await asyncio.wait_for(manager.drain(60), 10) == 0
+
+    async def test_it_waits_for_what_is_still_being_released(self, manager: UserContextManager) -> None:
+        go_on, released = asyncio.Event(), asyncio.Event()
+
+        async def release() -> None:
+            await go_on.wait()
+            released.set()
+
+        context = manager.create_isolated_context("alice")
+        context.callback(release)
+        context.close()
+        assert manager.get_active_contexts() == {}
+        draining = asyncio.create_task(manager.drain(60))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not draining.done()
+        go_on.set()
+        assert await draining == 0
+        assert released.is_set()
+
     async def test_what_does_not_end_in_time_is_closed(
         self, manager: UserContextManager, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -379,6 +538,15 @@ class TestTheEnd:
         with pytest.raises(ContextClosedError, match="shutdown"):
             context.agent_context.clear()
         assert "1 contexts are still open" in caplog.text
+
+    async def test_what_is_open_may_open_more_until_it_ends(self, manager: UserContextManager) -> None:
+        async with managed_user_context(manager.create_isolated_context("alice")):
+            draining = asyncio.create_task(manager.drain(PATIENCE))
+            await asyncio.sleep(0)
+            assert manager.is_healthy() is False
+            async with managed_user_context(manager.create_isolated_context("alice")) as another:
+                assert another.is_open
+        assert await draining == 0
 
     async def test_nothing_is_opened_any_more_until_it_serves_again(self, manager: UserContextManager) -> None:
         await manager.drain(0)

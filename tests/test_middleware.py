@@ -2,14 +2,16 @@
 
 import asyncio
 import contextvars
+import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import HTTPConnection, Request
@@ -173,6 +175,53 @@ class TestLife:
         with pytest.raises(ContextClosedError, match="disconnected"):
             opened[0].agent_context.clear()
 
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    async def test_elsewhere_nothing_is_read_that_the_app_does_not_ask_for(self) -> None:
+        async def receive() -> Message:
+            raise AssertionError("it was read")
+
+        async def send(message: Message) -> None: ...
+
+        await UserContextMiddleware(Remembering())(http_scope(), receive, send)
+        await UserContextMiddleware(Remembering(), cancel_on_disconnect=True)(websocket_scope(), receive, send)
+
+    async def test_what_stops_the_interpreter_goes_through(self) -> None:
+        class Stop(BaseException): ...
+
+        app = Remembering()
+
+        async def stop(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope, receive, send)
+            raise Stop
+
+        with pytest.raises(Stop):
+            await exchange(UserContextMiddleware(stop), http_scope())
+        assert app.contexts[0].is_open is False
+
+    async def test_a_handler_that_does_not_mind_being_stopped_leaves_no_trace_in_the_servers_task(self) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            asyncio.get_running_loop().call_soon(current_context().close, "expired")
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await PlainTextResponse("done all the same")(scope, receive, send)
+
+        task = asyncio.current_task()
+        assert task is not None
+        assert status_of(await exchange(UserContextMiddleware(app), http_scope())) == 200
+        assert task.cancelling() == 0
+
+    async def test_an_error_of_a_handler_that_was_stopped_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            asyncio.get_running_loop().call_soon(current_context().close, "expired")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise LookupError("while it was tidying up")
+
+        assert status_of(await exchange(UserContextMiddleware(app), http_scope())) == 504
+        assert "while it was tidying up" in caplog.text
+
     @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "10", None, True])
     def test_a_drain_timeout_is_a_number_of_seconds(self, timeout: Any) -> None:
         with pytest.raises(ConfigurationError, match="drain_timeout"):
@@ -262,6 +311,33 @@ class TestIdentity:
         [close] = await exchange(middleware, websocket_scope())
         assert close["code"] == 1008
         assert isinstance(close["reason"], str)
+
+    @pytest.mark.parametrize("detail", ["Pay first", {"code": "pay"}])
+    async def test_its_detail_is_said_as_it_is(self, detail: Any) -> None:
+        def refuse(connection: HTTPConnection) -> str:
+            raise HTTPException(402, detail)
+
+        sent = await exchange(UserContextMiddleware(Remembering(), identify=refuse), http_scope())
+        assert json.loads(sent[1]["body"]) == {"detail": detail}
+
+    @pytest.mark.parametrize("status", [204, 205, 304])
+    async def test_nothing_is_said_with_a_status_that_has_no_body(self, status: int) -> None:
+        def refuse(connection: HTTPConnection) -> str:
+            raise HTTPException(status)
+
+        start, body = await exchange(UserContextMiddleware(Remembering(), identify=refuse), http_scope())
+        assert start["status"] == status
+        assert b"content-length" not in dict(start["headers"])
+        assert body["body"] == b""
+
+    async def test_a_websocket_exception_of_the_resolver_is_an_answer(self) -> None:
+        def refuse(connection: HTTPConnection) -> str:
+            raise WebSocketException(4001, "pay first")
+
+        middleware = UserContextMiddleware(Remembering(), identify=refuse)
+        assert status_of(await exchange(middleware, websocket_scope(extensions=DENIAL))) == 403
+        [close] = await exchange(middleware, websocket_scope())
+        assert (close["type"], close["code"], close["reason"]) == ("websocket.close", 4001, "pay first")
 
     def test_a_manager_that_serves_one_trusts_no_code_outside_of_requests(self) -> None:
         manager = UserContextManager()

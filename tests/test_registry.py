@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ from ucm_middleware import (
     create_isolated_execution_context,
 )
 from ucm_middleware.lifetime import Lifetime, State
-from ucm_middleware.registry import Displaced, Key, Registry
+from ucm_middleware.registry import Displaced, Entry, Key, Registry
 
 PER_USER, TOTAL, ANONYMOUS = 2, 4, 2
 USERS = ("alice", "bob", "carol")
@@ -221,15 +222,15 @@ class RegistryMachine(RuleBasedStateMachine):
         if closes:  # the teardown came first: nothing moves
             self.settle(self.registry.rebind(known.context, user, lambda: False), {})
             return
-        pairs = {key: (user, key[1]) for key in known.keys if isinstance(key, tuple)}
-        going = {}
-        for pair in pairs.values():
-            going.update(self.must_go(user, pair, known.context))
+        going: dict[Known, str] = {}
+        for key in known.keys:
+            if isinstance(key, tuple):
+                going.update(self.must_go(user, (user, key[1]), known.context))
         displaced = self.registry.rebind(known.context, user, lambda: known.context._become(user))
         self.settle(displaced, going)
         known.owner, known.anonymous = user, False
         self.take_key_from_squatter(user)
-        known.keys = [pairs.get(key, key) for key in known.keys]
+        known.keys = [(user, key[1]) if isinstance(key, tuple) else key for key in known.keys]
 
     @rule(number=st.integers(0, 9), anonymous=st.booleans())
     def take_one_out(self, number: int, anonymous: bool) -> None:
@@ -357,7 +358,15 @@ def _threads_switch_often() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_threads_switch_often")
 @pytest.mark.parametrize(("per_user", "total", "users"), [(3, 100, ["alice"]), (100, 3, ["alice", "bob", "carol"])])
-def test_no_thread_slips_in_beyond_the_limit(per_user: int, total: int, users: list[str]) -> None:
+def test_no_thread_slips_in_beyond_the_limit(
+    per_user: int, total: int, users: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SlowlyMade(Entry):
+        def __init__(self, context: UserExecutionContext, key: Key) -> None:
+            time.sleep(0)  # between the check and the taking of the place, let the other threads run
+            super().__init__(context, key)
+
+    monkeypatch.setattr("ucm_middleware.registry.Entry", SlowlyMade)
     manager = manager_with(Clock(), per_user, total)
     counting = threading.Lock()
     live, most, opened, refused = 0, 0, 0, 0

@@ -8,13 +8,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 import ucm_middleware
+from support.clock import Clock
+from support.contexts import visitor
 from support.waiting import PATIENCE, wait_until
-from ucm_middleware import UserContextManager
+from ucm_middleware import Principal, UserContextManager
 from ucm_middleware.audit.ledger import MemoryLedger
 from ucm_middleware.audit.records import AuditRecord
 from ucm_middleware.sweeper import Sweeper
@@ -175,6 +178,69 @@ def test_a_close_that_raises_does_not_end_the_sweep(caplog: pytest.LogCaptureFix
     later = manager.create_isolated_context("carol", ttl_seconds=SOON)
     wait_until(is_closed(later), "one that came after is closed")
     assert "no space left" in caplog.text
+
+
+def test_who_never_expires_ends_nobody_elses_expiry(started: Started) -> None:
+    manager = UserContextManager()
+    stranger = visitor(manager)
+    stranger.bind(Principal("alice", datetime.max.replace(tzinfo=UTC)))
+    other = manager.create_isolated_context("bob", ttl_seconds=SOON)
+    wait_until(is_closed(other), "the other one is closed")
+    assert stranger.is_open
+    assert len(started()) == 1
+
+
+def test_a_wake_further_away_than_a_thread_can_wait_does_not_end_it(started: Started) -> None:
+    owner = Owner(lambda: 1e300, lambda: 1e300)
+    owner.sweeper.plan(time.monotonic())
+    for _ in range(2):
+        assert owner.asked.acquire(timeout=PATIENCE)
+        owner.sweeper.plan(time.monotonic())
+    assert owner.asked.acquire(timeout=PATIENCE)
+    assert len(started()) == 1
+
+
+class NoThreads:
+    """A process that cannot start a thread, for a while."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def __enter__(self) -> None:
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        self.monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.monkeypatch.undo()
+
+
+def test_a_thread_that_could_not_be_started_is_started_for_the_next_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = UserContextManager()
+    with NoThreads(monkeypatch), pytest.raises(RuntimeError, match="new thread"):
+        manager.create_isolated_context("alice", ttl_seconds=SOON)
+    assert manager.get_active_contexts() == {}
+    other = manager.create_isolated_context("bob", ttl_seconds=SOON)
+    wait_until(is_closed(other), "one that came after is closed")
+
+
+def test_what_could_not_be_closed_for_want_of_a_thread_is_closed_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    manager = UserContextManager(clock=clock)
+    contexts = [manager.create_isolated_context(user, ttl_seconds=60) for user in ("alice", "bob", "carol")]
+    for context in contexts[:2]:
+        context.callback(int)  # something to release, for which a thread is wanted
+    clock.advance(60)
+    with NoThreads(monkeypatch):
+        manager.sweep()
+    assert [context.is_open for context in contexts] == [True, True, False]
+    assert "tried again" in caplog.text
+    clock.advance(2)
+    manager.sweep()
+    wait_until(is_closed(*contexts), "they are closed after all")
 
 
 FORKING = """

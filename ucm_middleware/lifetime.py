@@ -224,7 +224,8 @@ class Lifetime:
     def absorb_interrupt(self) -> bool:
         """Take back the cancellation of an interrupt, in the task of the handler, after it has ended.
 
-        True when it was the only one; False when there was none, or someone else means the whole task too.
+        True when it was the only one; False when there was none, or someone else means the whole task too. (As with
+        asyncio.timeout, a TaskGroup that failed and was caught counts as someone else before Python 3.13.)
         """
         task = asyncio.current_task()
         if not self.interrupted or task is None:

@@ -431,6 +431,9 @@ class UserContextManager:
             if isinstance(key, str) and key != context.user_id:
                 # So that the user too finds it by this text: from inside, it means the pair.
                 displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
+            if not context.is_open:  # closed in the middle of it, by a thread, a finalizer or a signal handler
+                self._registry.remove(context)
+                raise context._closed_error()
         except UserContextError as error:
             self._close_displaced(displaced)
             if not was_here:

@@ -107,9 +107,6 @@ class Registry:
             self._by_key[key] = entry
             if ttl is not None:
                 self._set_deadline(entry, now + ttl, now)
-            if not context.is_open:
-                self.remove(context)
-                raise _closed(context)
         return displaced
 
     def remove(self, context: UserExecutionContext) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +22,13 @@ ALICE, BOB = token_of("alice"), token_of("bob")
 PATIENT = {"uvicorn-h11": (), "uvicorn-httptools": (), "uvicorn-uvloop": (), "hypercorn": (), "granian": ()}
 """Servers that wait for their requests when they are told to end."""
 
-IMPATIENT = {
-    **dict.fromkeys(("uvicorn-h11", "uvicorn-httptools", "uvicorn-uvloop"), ("--timeout-graceful-shutdown", "1")),
-    "hypercorn": ("--graceful-timeout", "1"),
-}
+IMPATIENT = dict.fromkeys(("uvicorn-h11", "uvicorn-httptools", "uvicorn-uvloop"), ("--timeout-graceful-shutdown", "1"))
 """Servers that cancel them after a second. granian never does: it waits, or kills itself without a word to the app."""
+
+if sys.version_info < (3, 12):
+    # Later ones wait in asyncio's Server.wait_closed() until every connection has gone, before hypercorn's own timeout
+    # begins: a handler that does not end holds hypercorn 0.18 up for good, with this package and without it.
+    IMPATIENT["hypercorn"] = ("--graceful-timeout", "1")
 
 
 @pytest.fixture(scope="module")

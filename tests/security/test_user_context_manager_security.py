@@ -1,4 +1,4 @@
-"""The seed specification's security suite: what somebody with a valid account, or a bug, might try on another user."""
+"""The specification's security suite: what somebody with a valid account, or a bug, might try on another user."""
 
 import asyncio
 import contextvars
@@ -46,6 +46,7 @@ pytestmark = pytest.mark.security
 
 SECRET = "s3cr3t-of-bob"
 HOUR = 3600.0
+ATTACHED: list[str] = []
 
 
 @pytest.fixture
@@ -88,6 +89,9 @@ ATTACKS: dict[str, Attack] = {
     "create managed": lambda manager, user: manager.create_managed_context(user),
     "create with ids": lambda manager, user: manager.create_context_with_unified_ids(user),
     "set a context of theirs": lambda manager, user: manager.set_context(user, create_isolated_execution_context(user)),
+    "set one of theirs under a request of theirs": lambda manager, user: manager.set_context(
+        (user, "r-9"), create_isolated_execution_context(user)
+    ),
     "set theirs under an own key": lambda manager, user: manager.set_context(
         "alice", create_isolated_execution_context(user)
     ),
@@ -460,8 +464,15 @@ class TestNoCrossUserContamination:
         assert "alice.agent_context['cache']['answers']" in str(finding)
         assert "bob.agent_context['memo'][0]" in str(finding)
 
-    def test_one_session_for_two_users_is_found(self, manager: UserContextManager) -> None:
-        session = mock.Mock(spec=["close"])
+    def test_what_is_attached_to_two_users_contexts_is_found(self, manager: UserContextManager) -> None:
+        for user in ("alice", "bob"):
+            setattr(manager.create_isolated_context(user), "attached", ATTACHED)  # noqa: B010 - it is not declared
+        [finding] = manager.isolation_report().findings
+        assert "alice.attached" in str(finding)
+        assert "bob.attached" in str(finding)
+
+    @pytest.mark.parametrize("session", [mock.Mock(spec=["close"]), object()], ids=["with close", "without"])
+    def test_one_session_for_two_users_is_found(self, manager: UserContextManager, session: object) -> None:
         manager.create_isolated_context("alice", db_session=session)
         manager.create_isolated_context("bob", db_session=session)
         assert "db_session" in str(manager.isolation_report().findings[0])

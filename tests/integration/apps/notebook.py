@@ -46,7 +46,7 @@ with contextlib.closing(sqlite3.connect(os.environ["NOTEBOOK_FILE"])) as setup:
 @contextlib.contextmanager
 def transaction() -> Iterator[sqlite3.Connection]:
     """One transaction, committed when the work ends well."""
-    database = sqlite3.connect(os.environ["NOTEBOOK_FILE"], isolation_level=None)
+    database = sqlite3.connect(os.environ["NOTEBOOK_FILE"], timeout=30, isolation_level=None, check_same_thread=False)
     open_databases.add(id(database))
     try:
         database.execute("begin immediate")
@@ -57,8 +57,9 @@ def transaction() -> Iterator[sqlite3.Connection]:
         open_databases.discard(id(database))
 
 
-async def database_of(context: AuthenticatedContext) -> sqlite3.Connection:
+def database_of(context: AuthenticatedContext) -> sqlite3.Connection:
     """The user's own transaction, as long as the context."""
+    # Not asynchronous: it waits for its turn to write, and must not do so on the event loop.
     return context.enter_context(transaction(), name="the notes")
 
 

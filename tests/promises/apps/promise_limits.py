@@ -55,15 +55,18 @@ manager = UserContextManager(**limits, clock=frozen_clock) if ttl is None else U
 
 
 @asynccontextmanager
-async def session(name: str) -> AsyncIterator[None]:
+async def session(name: str, turns: int = 1) -> AsyncIterator[None]:
+    """Takes so many turns of the loop to let go."""
+    failure: str | None = None
     try:
         yield
     except BaseException as error:
-        await asyncio.sleep(0)
-        journal.note("released", name=name, error=type(error).__name__)
+        failure = type(error).__name__
         raise
-    await asyncio.sleep(0)
-    journal.note("released", name=name, error=None)
+    finally:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        journal.note("released", name=name, error=failure)
 
 
 async def stay(name: str, connection: HTTPConnection | None = None) -> None:
@@ -230,7 +233,7 @@ async def slow_to_close(context: CurrentContext) -> None:
 async def unwind(request: Request, context: CurrentContext) -> None:
     """The handler has a session of its own, within the one of its context: a transaction on a pooled connection."""
     await context.enter_async_context(session("connection"))
-    async with session("transaction"):
+    async with session("transaction", turns=50):
         await stay("unwind", request)
 
 

@@ -36,9 +36,6 @@ class Session:
     def __init__(self) -> None:
         self.rows: list[str] = []
 
-    async def aclose(self) -> None:
-        self.rows.clear()
-
 
 class Board:
     """Something of the app's own that holds a list."""

@@ -1,0 +1,433 @@
+"""Closing a context: after its handler, and in the meantime of no use but to its own releases."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from support.asgi import exchange, http_scope, status_of
+from support.waiting import PATIENCE
+from ucm_middleware import (
+    ContextClosedError,
+    UserContextManager,
+    UserContextMiddleware,
+    UserExecutionContext,
+    create_isolated_execution_context,
+    current_context,
+    managed_user_context,
+)
+from ucm_middleware.lifetime import CloseReason
+from ucm_middleware.types import Message, Receive, Scope, Send
+
+Log = list[str]
+
+
+@pytest.fixture
+def log() -> Log:
+    return []
+
+
+@pytest.fixture
+def _nobody_waits(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fails when the wait for a handler had to be given up, as it must be when the handler waits for itself."""
+    yield
+    assert "did not end" not in caplog.text
+
+
+class Connection:
+    lent_to = "nobody"
+
+
+class Pool:
+    """One connection, lent to one after the other."""
+
+    def __init__(self) -> None:
+        self.free: asyncio.Queue[Connection] = asyncio.Queue()
+        self.free.put_nowait(Connection())
+
+    @asynccontextmanager
+    async def lend(self, user: str) -> AsyncIterator[Connection]:
+        connection = await self.free.get()
+        connection.lent_to = user
+        try:
+            yield connection
+        finally:
+            connection.lent_to = "nobody"
+            self.free.put_nowait(connection)
+
+
+class TestAfterTheHandler:
+    @pytest.mark.parametrize("reason", ["expired", "revoked", "shutdown", "disconnected", "cleared", "evicted"])
+    async def test_a_connection_is_lent_to_the_next_when_the_last_has_rolled_back(
+        self, log: Log, reason: CloseReason
+    ) -> None:
+        pool, working, told = Pool(), asyncio.Event(), asyncio.Event()
+        contexts: list[UserExecutionContext] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            context = current_context()
+            connection = await context.enter_async_context(pool.lend(context.user_id))
+            if context.user_id == "bob":
+                log.append(f"bob works on what is lent to {connection.lent_to}")
+                return
+            contexts.append(context)
+            working.set()
+            try:
+                await told.wait()
+            finally:
+                for _ in range(5):  # a round trip
+                    await asyncio.sleep(0)
+                log.append(f"alice rolls back on what is lent to {connection.lent_to}")
+
+        middleware = UserContextMiddleware(app, identify=lambda connection: connection.headers["user"])
+        requests = [
+            asyncio.create_task(exchange(middleware, http_scope(headers=[("user", user)]))) for user in ("alice", "bob")
+        ]
+        await working.wait()
+        contexts[0].close(reason)
+        if reason in ("cleared", "evicted"):
+            told.set()  # nothing interrupts the handler then
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.wait(requests)
+        assert log == ["alice rolls back on what is lent to alice", "bob works on what is lent to bob"]
+
+    @pytest.mark.usefixtures("_nobody_waits")
+    async def test_a_subtask_that_tidies_up_does_not_wait_for_its_own_handler(self) -> None:
+        working = asyncio.Event()
+        contexts: list[UserExecutionContext] = []
+
+        async def child() -> None:
+            contexts.append(current_context())
+            working.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await contexts[0].aclose()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(child())
+
+        request = asyncio.create_task(exchange(UserContextMiddleware(app), http_scope()))
+        await working.wait()
+        contexts[0].close("expired")
+        assert status_of(await request) == 504
+
+    async def test_a_cancellation_that_was_swallowed_before_is_not_taken_for_one_of_now(self) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            asyncio.get_running_loop().call_soon(current_context().close, "expired")
+            await asyncio.Event().wait()
+
+        async def serve() -> list[Message]:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.sleep(0)
+            assert task.cancelling() == 1  # as servers leave it that catch a cancellation and go on
+            return await exchange(UserContextMiddleware(app), http_scope())
+
+        assert status_of(await asyncio.create_task(serve())) == 504
+
+    @pytest.mark.parametrize("turns", range(5))
+    async def test_cut_off_in_the_turn_in_which_a_task_group_fails(self, turns: int) -> None:
+        working, failing = asyncio.Event(), asyncio.Event()
+        contexts: list[UserExecutionContext] = []
+
+        async def child() -> None:
+            working.set()
+            await failing.wait()
+            raise LookupError("in the task group")
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            contexts.append(current_context())
+            contexts[0].callback(asyncio.sleep, 0)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(child())
+
+        request = asyncio.create_task(exchange(UserContextMiddleware(app), http_scope()))
+        await working.wait()
+        failing.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        contexts[0].close("expired")
+        await asyncio.wait([request])
+        assert not request.cancelled()
+        if (error := request.exception()) is None:
+            assert status_of(request.result()) == 504
+        else:  # the group had failed before
+            assert isinstance(error, ExceptionGroup)
+
+
+async def in_a_subtask(work: Callable[[], Awaitable[object]]) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.wait_for(work(), PATIENCE))
+
+
+async def in_an_anyio_task(work: Callable[[], Awaitable[object]]) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(work)
+
+
+async def from_a_thread(work: Callable[[], Awaitable[object]]) -> None:
+    await anyio.to_thread.run_sync(anyio.from_thread.run, work)
+
+
+async def here(work: Callable[[], Awaitable[object]]) -> None:
+    await work()
+
+
+class PassingOn(BaseHTTPMiddleware):
+    """Runs the endpoint in a task of its own."""
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+
+@pytest.mark.usefixtures("_nobody_waits")
+class TestByTheHandlerItself:
+    """Whoever closes the context that it runs in does not wait for itself, in whichever task or thread it does."""
+
+    @pytest.mark.parametrize("where", [here, in_a_subtask, in_an_anyio_task, from_a_thread])
+    @pytest.mark.parametrize("how", ["aclose", "cleanup_context", "managed block", "from a child"])
+    @pytest.mark.parametrize("below", [[], [Middleware(PassingOn)]], ids=["plain", "base middleware"])
+    async def test_it_is_released_at_once(
+        self, log: Log, where: Callable[[Any], Awaitable[None]], how: str, below: list[Middleware]
+    ) -> None:
+        manager = UserContextManager()
+
+        async def close() -> None:
+            context = current_context()
+            if how == "aclose":
+                await context.aclose()
+            elif how == "cleanup_context":
+                assert await manager.cleanup_context((context.user_id, context.request_id))
+            elif how == "managed block":
+                async with managed_user_context(context):
+                    pass
+            else:
+                async with managed_user_context(context.create_child_context("part")):
+                    await context.aclose()
+
+        async def endpoint(request: Request) -> Response:
+            async def release() -> None:
+                log.append("released")
+
+            current_context().callback(release)
+            await where(close)
+            log.append("the handler goes on")
+            return PlainTextResponse("done")
+
+        ours = Middleware(UserContextMiddleware, manager=manager, identify=lambda connection: "alice")
+        app = Starlette(routes=[Route("/", endpoint)], middleware=[ours, *below])
+        assert status_of(await exchange(app, http_scope())) == 200
+        assert log == ["released", "the handler goes on"]
+
+
+USES: dict[str, Callable[[UserExecutionContext], object]] = {
+    "agent_context": lambda context: context.agent_context,
+    "audit_metadata": lambda context: context.audit_metadata,
+    "db_session": lambda context: context.db_session,
+    "environment": lambda context: context.environment,
+    "verify_isolation": lambda context: context.verify_isolation(),
+    "child": lambda context: context.create_child_context("part"),
+    "callback": lambda context: context.callback(print),
+}
+
+
+async def in_a_thread(use: Callable[[], object]) -> object:
+    return await asyncio.to_thread(use)
+
+
+async def in_a_gathered_task(use: Callable[[], object]) -> object:
+    async def work() -> object:
+        return use()
+
+    [result] = await asyncio.gather(work())
+    return result
+
+
+async def right_here(use: Callable[[], object]) -> object:
+    return use()
+
+
+WHERE = pytest.mark.parametrize("where", [right_here, in_a_gathered_task, in_a_thread])
+
+
+class TestUseMeanwhile:
+    """From the closing on, a context is of use to its own releases and to nobody else."""
+
+    @pytest.mark.parametrize("use", USES.values(), ids=USES)
+    @pytest.mark.parametrize("reason", ["expired", "revoked", "cleared", "closed"])
+    async def test_whoever_else_uses_it_is_refused(
+        self, use: Callable[[UserExecutionContext], object], reason: CloseReason
+    ) -> None:
+        manager = UserContextManager()
+        context = manager.create_isolated_context("alice", agent_context={"a": 1})
+        releasing, may_go_on = asyncio.Event(), asyncio.Event()
+
+        async def release() -> None:
+            releasing.set()
+            await may_go_on.wait()
+
+        with managed_user_context(context):
+            context.callback(release)
+            closing = asyncio.create_task(context.aclose(reason))
+            await releasing.wait()
+            with pytest.raises(ContextClosedError, match=reason):
+                use(context)
+            for act in (
+                current_context,
+                lambda: manager.create_isolated_context("alice"),
+                lambda: manager.get_audit_trail("alice"),
+            ):
+                with pytest.raises(ContextClosedError):
+                    act()
+            may_go_on.set()
+            await closing
+
+    @WHERE
+    async def test_a_release_uses_it_with_whatever_it_starts(
+        self, where: Callable[[Callable[[], object]], Awaitable[object]]
+    ) -> None:
+        context = create_isolated_execution_context("alice", agent_context={"draft": "text"})
+        saved: list[object] = []
+
+        async def save() -> None:
+            saved.append(await where(lambda: current_context().agent_context["draft"]))
+
+        context.callback(save)
+        assert await context.aclose("expired") == ()
+        assert saved == ["text"]
+
+    @WHERE
+    async def test_what_a_release_leaves_behind_may_not_use_it_after(
+        self, where: Callable[[Callable[[], object]], Awaitable[object]]
+    ) -> None:
+        context = create_isolated_execution_context("alice")
+        left_behind: list[asyncio.Task[object]] = []
+        closed = asyncio.Event()
+
+        async def straggle() -> object:
+            await closed.wait()
+            return await where(lambda: context.agent_context)
+
+        async def release() -> None:
+            left_behind.append(asyncio.create_task(straggle()))
+
+        context.callback(release)
+        await context.aclose()
+        closed.set()
+        with pytest.raises(ContextClosedError):
+            await left_behind[0]
+
+    async def test_one_release_that_ends_takes_nothing_from_another(self) -> None:
+        context = create_isolated_execution_context("alice", agent_context={"draft": "text"})
+        saved: list[object] = []
+
+        async def save() -> None:
+            with pytest.raises(ContextClosedError):
+                context.callback(int)  # comes too late, and is released beside this one
+            saved.append(context.agent_context["draft"])
+
+        context.callback(save)
+        assert await context.aclose() == ()
+        assert saved == ["text"]
+
+    def test_a_grant_taken_in_a_release_does_not_end_it(self) -> None:
+        manager = UserContextManager()
+        context = manager.create_isolated_context("alice", agent_context={"draft": "text"})
+        seen: list[object] = []
+
+        def save() -> None:
+            with manager.privileged(reason="the last word", users=["bob"]):
+                seen.append(context.agent_context["draft"])
+
+        context.callback(save)
+        context.close()
+        assert (seen, context.lifetime.failures) == (["text"], ())
+
+
+def in_the_middle_of(lock: Any, work: Callable[[], object]) -> bool:
+    """Whether work that interrupts the holder of a lock, as finalizers and signal handlers do, gets through."""
+    through = threading.Event()
+
+    def hold() -> None:
+        with lock:
+            work()
+        through.set()
+
+    # A thread of its own, for what never gets through.
+    threading.Thread(target=hold, daemon=True).start()
+    return through.wait(PATIENCE)
+
+
+class TestInTheMiddleOfAnything:
+    """Finalizers and signal handlers interrupt whatever their thread does, and close and open contexts too."""
+
+    @pytest.mark.parametrize("which", ["transition", "registry", "ledger"])
+    def test_no_lock_of_ones_own_thread_stops_it(self, log: Log, which: str) -> None:
+        manager = UserContextManager()
+        context = manager.create_isolated_context("alice")
+        context.callback(log.append, "released")
+        trail: Any = manager._trail
+        locks = {
+            "transition": context.lifetime.transition,
+            "registry": manager._registry._lock,
+            "ledger": trail._ledger._lock,
+        }
+
+        def handler() -> None:
+            manager.create_isolated_context("bob").callback(log.append, "bob's released")
+            context.close()
+            manager.cleanup_all_contexts()
+
+        assert in_the_middle_of(locks[which], handler)
+        assert log == ["released", "bob's released"]
+        assert manager.get_active_contexts() == {}
+
+    def test_what_is_being_added_when_the_context_closes_is_refused_and_released(self, log: Log) -> None:
+        context = create_isolated_execution_context("alice")
+
+        class Interrupted(list[Any]):
+            def append(self, item: Any) -> None:
+                context.close()
+                super().append(item)
+
+        context.lifetime._resources = Interrupted()
+        with pytest.raises(ContextClosedError):
+            context.callback(log.append, "released")
+        assert log == ["released"]
+
+    @pytest.mark.parametrize("moment", [1, 2])
+    def test_what_is_being_registered_when_it_closes_does_not_stay(self, moment: int) -> None:
+        readings: list[int] = []
+        at = 0
+
+        def clock() -> float:
+            readings.append(1)
+            if len(readings) == at:
+                context.close()
+            return 1000.0
+
+        context = create_isolated_execution_context("alice", "r-2")
+        manager = UserContextManager(max_contexts_per_user=2, clock=clock)
+        manager.create_isolated_context("alice", "r-1", ttl_seconds=60)
+        at = len(readings) + moment
+        with pytest.raises(ContextClosedError):
+            manager.set_context(("alice", "r-1"), context, ttl_seconds=60)
+        at = 0
+        for key in manager.get_active_contexts():
+            assert manager.get_context(key).request_id == "r-1"
