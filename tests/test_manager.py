@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest import mock
@@ -298,20 +299,25 @@ class TestOthersReleases:
     async def test_on_an_event_loop_too(self, full: UserContextManager, clock: Clock, displace: Displace) -> None:
         bobs = full.create_isolated_context("bob", "r-1", ttl_seconds=60)
         released = asyncio.Event()
+        variable: ContextVar[str] = ContextVar("variable")
         seen: list[object] = []
 
         async def release() -> None:
-            seen.extend((current_context(), ambient_grant()))
+            note()
             released.set()
 
+        def note() -> None:
+            seen.append((current_context(), ambient_grant(), variable.get("unset")))
+
         bobs.callback(release)
-        bobs.callback(lambda: seen.extend((current_context(), ambient_grant())))
+        bobs.callback(note)
+        variable.set("alice's")
         with running_as(full, "alice"), full.privileged(reason="support", users=["bob"]):
             clock.advance(60)
             displace(full)
             assert seen == []
             await released.wait()
-        assert seen == [bobs, None, bobs, None]
+        assert seen == [(bobs, None, "unset"), (bobs, None, "unset")]
 
 
 class TestLimits:
