@@ -83,6 +83,16 @@ class TestIdentity:
         assert UnifiedIDManager().extract_thread_id(stranger.run_id) == stranger.thread_id
         assert stranger.is_anonymous
 
+    def test_no_subclass_makes_two_of_them_one(self) -> None:
+        def define(**methods: object) -> type:
+            return type("Ours", (UserExecutionContext,), methods)
+
+        for methods in ({"__eq__": object.__eq__}, {"__hash__": object.__hash__}):
+            with pytest.raises(TypeError, match="Ours"):
+                define(**methods)
+        ours = define(tool="hammer")(user_id="alice", thread_id="t-1", run_id="r-1")
+        assert ours.tool == "hammer"
+
     def test_contexts_are_equal_to_themselves_only(self) -> None:
         one, other = (UserExecutionContext(user_id="a", thread_id="t", run_id="r", request_id="q") for _ in "12")
         assert one != other
@@ -173,6 +183,14 @@ class TestBinding:
 
         monkeypatch.setattr(UserExecutionContext, "_become", after_a_child)
         with pytest.raises(IdentityConflictError):
+            stranger.bind("alice")
+        assert stranger.is_anonymous
+
+    def test_what_does_not_vouch_for_itself_is_not_bound(self) -> None:
+        # The record of the binding says that it was verified.
+        stranger = visitor(UserContextManager())
+        refusing = mock.patch.object(stranger, "verify_isolation", side_effect=ContextIsolationError("x", []))
+        with refusing, pytest.raises(ContextIsolationError):
             stranger.bind("alice")
         assert stranger.is_anonymous
 

@@ -390,11 +390,14 @@ class TestReplacing:
         assert log == ["old closed", "pool closed"]
 
     def test_a_callback_is_not_taken_for_another_of_the_same_function(self, log: Log) -> None:
+        def free(what: str) -> None:
+            log.append(what)
+
         manager = UserContextManager()
         old, new = (create_isolated_execution_context("alice") for _ in range(2))
         manager.set_context("alice", old)
-        old.callback(log.append, "old")
-        new.callback(log.append, "new")
+        old.callback(free, "old")
+        new.callback(free, "new")
         manager.set_context("alice", new)
         assert log == ["old"]
         new.close()

@@ -1,6 +1,7 @@
 """UserContextManager: what each of its methods does and answers."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -159,6 +160,14 @@ class TestMaking:
             assert ids.extract_thread_id(context.run_id) == context.thread_id
             assert context.websocket_client_id is None
             assert manager.get_context(("alice", context.request_id)) is context
+
+    def test_the_managed_way_takes_what_the_isolated_one_takes(self) -> None:
+        # By name: a misspelt argument is then seen by whoever checks types.
+        of_managed, of_isolated = (
+            inspect.signature(make).parameters
+            for make in (UserContextManager.create_managed_context, UserContextManager.create_isolated_context)
+        )
+        assert of_managed == of_isolated
 
     def test_what_is_given_is_taken(self, manager: UserContextManager) -> None:
         session = mock.Mock(spec=["close"])
@@ -320,6 +329,26 @@ class TestOthersReleases:
         assert seen == [(bobs, None, "unset"), (bobs, None, "unset")]
 
 
+class TestIsolation:
+    @pytest.mark.parametrize("of_a_child", [False, True])
+    def test_a_resource_of_two_users_is_found(self, manager: UserContextManager, of_a_child: bool) -> None:
+        connection = mock.Mock(spec=["close"])
+        for user in ("alice", "bob"):
+            context = manager.create_isolated_context(user)
+            (context.create_child_context("part") if of_a_child else context).closing(connection, name="connection")
+        assert manager.validate_isolation() is False
+        [finding] = manager.isolation_report().findings
+        assert "alice.connection" in str(finding)
+        assert "bob.connection" in str(finding)
+
+    def test_one_of_one_users_contexts_is_not(self, manager: UserContextManager) -> None:
+        connection = mock.Mock(spec=["close"])
+        for _ in range(2):
+            manager.create_isolated_context("alice").closing(connection)
+        manager.create_isolated_context("bob").closing(mock.Mock(spec=["close"]))
+        assert manager.validate_isolation() is True
+
+
 class TestLimits:
     def test_children_do_not_count(self) -> None:
         manager = UserContextManager(max_contexts_per_user=1)
@@ -424,6 +453,13 @@ class TestExpiry:
         with pytest.raises(ContextNotFoundError) as caught:
             manager.get_context(("alice", "r-1"))
         assert type(caught.value) is ContextNotFoundError
+
+    def test_what_does_not_vouch_for_itself_is_not_bound(self, manager: UserContextManager) -> None:
+        stranger = visitor(manager)
+        refusing = mock.patch.object(UserExecutionContext, "verify_isolation", side_effect=ContextIsolationError("x"))
+        with refusing, pytest.raises(ContextIsolationError):
+            stranger.bind("alice")
+        assert stranger.is_anonymous
 
     def test_what_makes_room_for_a_late_identity_is_closed(self, clock: Clock) -> None:
         manager = UserContextManager(max_contexts_per_user=1, clock=clock)

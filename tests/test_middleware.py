@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -178,13 +179,34 @@ class TestLife:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     async def test_elsewhere_nothing_is_read_that_the_app_does_not_ask_for(self) -> None:
+        read: list[str] = []
+
         async def receive() -> Message:
-            raise AssertionError("it was read")
+            read.append("something")
+            return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None: ...
 
-        await UserContextMiddleware(Remembering())(http_scope(), receive, send)
-        await UserContextMiddleware(Remembering(), cancel_on_disconnect=True)(websocket_scope(), receive, send)
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert current_context().user_id
+
+        await UserContextMiddleware(app)(http_scope(), receive, send)
+        await UserContextMiddleware(app, cancel_on_disconnect=True)(websocket_scope(), receive, send)
+        assert read == []
+
+    async def test_whoever_reads_ahead_ends_with_the_request(self) -> None:
+        async def receive() -> Message:
+            await asyncio.Event().wait()
+            raise AssertionError("nothing was ever set")
+
+        async def send(message: Message) -> None: ...
+
+        await UserContextMiddleware(Remembering(), cancel_on_disconnect=True)(http_scope(), receive, send)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     async def test_what_stops_the_interpreter_goes_through(self) -> None:
         class Stop(BaseException): ...
@@ -356,7 +378,8 @@ class TestIdentity:
         with middleware.manager.privileged(reason="test", users=[]):
             assert middleware.manager.get_active_contexts() == {}
 
-    async def test_a_refusal_is_on_record(self) -> None:
+    async def test_a_refusal_is_on_record_and_in_the_log_and_no_alarm(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, "ucm_middleware")
         manager = UserContextManager(guard="open")
         middleware = UserContextMiddleware(
             Remembering(), manager=manager, identify=lambda _: None, require_identity=True
@@ -364,6 +387,16 @@ class TestIdentity:
         await exchange(middleware, http_scope())
         [record] = manager.get_system_trail()
         assert (record["event"], record["outcome"]) == ("refused", "denied")
+        [line] = caplog.records
+        assert line.levelno == logging.INFO
+        assert "401" in line.getMessage()
+
+    async def test_a_denial_inside_the_app_is_no_alarm_either(self, caplog: pytest.LogCaptureFixture) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            raise CrossUserAccessError("not yours")
+
+        assert status_of(await exchange(UserContextMiddleware(app), http_scope())) == 403
+        assert [line for line in caplog.records if line.levelno >= logging.WARNING] == []
 
 
 class TestScope:

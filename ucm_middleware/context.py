@@ -71,7 +71,7 @@ class UserExecutionContext(ResourceHolder):
     _host: ContextHost | None
 
     def __init_subclass__(cls) -> None:
-        if "__eq__" in cls.__dict__ or "__hash__" in cls.__dict__:
+        if "__hash__" in cls.__dict__:  # defining __eq__ puts it there too
             raise TypeError(f"{cls.__name__} defines __eq__ or __hash__: contexts are told apart by identity")
 
     def __init__(

@@ -14,16 +14,15 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from support.fixtures import ServerFactory
 from support.observer import Observer, observing, token_of
 from support.raw_http import RawConnection, build_request
-from support.servers import HOST, Server
+from support.servers import HOST, SERVER_KINDS, Server
 from support.waiting import wait_until
 
 ALICE, BOB = token_of("alice"), token_of("bob")
 
-PATIENT = {"uvicorn-h11": (), "uvicorn-httptools": (), "uvicorn-uvloop": (), "hypercorn": (), "granian": ()}
-"""Servers that wait for their requests when they are told to end."""
-
-IMPATIENT = dict.fromkeys(("uvicorn-h11", "uvicorn-httptools", "uvicorn-uvloop"), ("--timeout-graceful-shutdown", "1"))
-"""Servers that cancel them after a second. granian never does: it waits, or kills itself without a word to the app."""
+IMPATIENT: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("uvicorn-h11", "uvicorn-httptools", "uvicorn-uvloop"), ("--timeout-graceful-shutdown", "1")
+)
+"""Servers that cancel their requests a second after they are told to end. granian never does."""
 
 if sys.version_info < (3, 12):
     # Later ones wait in asyncio's Server.wait_closed() until every connection has gone, before hypercorn's own timeout
@@ -139,7 +138,7 @@ def read(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", PATIENT)
+@pytest.mark.parametrize("kind", SERVER_KINDS)
 def test_at_shutdown_what_is_under_way_may_end_before_the_app_does(
     kind: str, server_factory: ServerFactory, tmp_path: Path
 ) -> None:

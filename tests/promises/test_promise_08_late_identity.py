@@ -26,8 +26,8 @@ def desk(server: Server) -> Iterator[Observer]:
         yield observer
 
 
-def login(user: str, seconds: float | None = None) -> dict[str, str]:
-    return {"login": user} | ({} if seconds is None else {"login-for": str(seconds)})
+def login(said: str) -> dict[str, str]:
+    return {"login": said}
 
 
 @pytest.mark.parametrize("path", ["/sync", "/async", "/twice"])
@@ -96,13 +96,13 @@ def test_a_bad_id_is_refused_without_being_repeated(desk: Observer) -> None:
 
 
 def test_credentials_that_have_ended_are_refused(desk: Observer) -> None:
-    refused = desk.request(None, "/sync", headers=login("alice", -1))
+    refused = desk.request(None, "/sync", headers=login("alice for -1"))
     assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
 
 
 def test_a_context_ends_with_the_credentials_that_it_was_bound_by(desk: Observer) -> None:
     assert desk.request(None, "/sync", headers=login("alice")).json()["seconds"] is None
-    assert 0 < desk.request(None, "/sync", headers=login("alice", 60)).json()["seconds"] <= 60
+    assert 0 < desk.request(None, "/sync", headers=login("alice for 60")).json()["seconds"] <= 60
 
 
 def test_binding_counts_toward_the_limit_of_the_user(desk: Observer) -> None:
@@ -140,13 +140,13 @@ def test_a_websocket_learns_its_user_from_a_message_and_keeps_it(desk: Observer)
     assert desk.wait_until_closed("alice", seen["request_id"])["outcome"] == "failed"
 
 
-@pytest.mark.parametrize(("user", "code"), [("undefined", 1008), ("carol", 1013)])
-def test_a_websocket_whose_user_is_refused_is_closed(desk: Observer, user: str, code: int) -> None:
-    """A bad id, and a user who is at her limit."""
+@pytest.mark.parametrize(("said", "code"), [("undefined", 1008), ("alice for -1", 1008), ("carol", 1013)])
+def test_a_websocket_whose_user_is_refused_is_closed(desk: Observer, said: str, code: int) -> None:
+    """A bad id, credentials that have ended, and a user who is at her limit."""
     held = [desk.begin("carol", "/hold") for _ in range(10)]
     wait_until(lambda: len(desk.journal("held")) == 10, "carol is at her limit")
     with desk.websocket(None, "/ws") as websocket:
-        websocket.send(user)
+        websocket.send(said)
         with pytest.raises(ConnectionClosed) as closed:
             websocket.recv()
     assert closed.value.rcvd is not None
@@ -159,7 +159,7 @@ def test_a_websocket_whose_user_is_refused_is_closed(desk: Observer, user: str, 
     ("path", "headers", "status"),
     [
         ("/ws-login", {"Authorization": "Bearer token-of-alice", **login("bob")}, 409),
-        ("/ws-login", login("alice", -1), 401),
+        ("/ws-login", login("alice for -1"), 401),
         ("/ws-login", login("undefined"), 400),
         ("/ws-private", {}, 401),
     ],

@@ -6,7 +6,6 @@ Whatever a request enters is noted when it is entered and when it is let go of.
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
@@ -33,28 +32,29 @@ left_behind: dict[str, Any] = {}
 keep_alive: set[asyncio.Task[None]] = set()
 
 
-@contextmanager
-def session(name: str) -> Iterator[str]:
-    journal.note("entered", name=name)
-    try:
-        yield name
-    except BaseException as error:
-        journal.note("released", name=name, error=type(error).__name__)
-        raise
-    journal.note("released", name=name, error=None)
+class Session:
+    """Notes when it is entered and when it is left. A generator would be left, too, when it is thrown away."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        journal.note("entered", name=self.name)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        journal.note("released", name=self.name, error=None if kind is None else kind.__name__)
 
 
-@asynccontextmanager
-async def async_session(name: str) -> AsyncIterator[str]:
-    journal.note("entered", name=name)
-    try:
-        yield name
-    except BaseException as error:
+class AsyncSession:
+    def __init__(self, name: str) -> None:
+        self._session = Session(name)
+
+    async def __aenter__(self) -> None:
+        self._session.__enter__()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *error: object) -> None:
         await asyncio.sleep(0)
-        journal.note("released", name=name, error=type(error).__name__)
-        raise
-    await asyncio.sleep(0)
-    journal.note("released", name=name, error=None)
+        self._session.__exit__(kind)
 
 
 class Cursor:
@@ -82,7 +82,7 @@ def dependency(context: CurrentContext) -> Iterator[None]:
 
 @app.get("/stream", dependencies=[Depends(dependency)])
 async def stream(context: CurrentContext, background: BackgroundTasks) -> Response:
-    context.enter_context(session("session"))
+    context.enter_context(Session("session"))
 
     async def later() -> None:
         await journal.gate("background").passed()
@@ -102,21 +102,21 @@ async def stream(context: CurrentContext, background: BackgroundTasks) -> Respon
 
 @app.get("/order", dependencies=[Depends(dependency)])
 async def order(context: CurrentContext, background: BackgroundTasks) -> None:
-    context.enter_context(session("first"))
-    await context.enter_async_context(async_session("second"))
+    context.enter_context(Session("first"))
+    await context.enter_async_context(AsyncSession("second"))
     journal.note("entered", name="third")
     context.callback(journal.note, "released", name="third", error=None)
     context.closing(Cursor("fourth"))
     child = context.create_child_context("part of the work")
-    await child.enter_async_context(async_session("child's"))
-    await context.enter_async_context(async_session("fifth"), owner_task=True)
+    await child.enter_async_context(AsyncSession("child's"))
+    await context.enter_async_context(AsyncSession("fifth"), owner_task=True)
     background.add_task(work, "sync background task")
 
 
 @app.get("/endless")
 async def endless(context: CurrentContext) -> Response:
-    await context.enter_async_context(async_session("outer"))
-    context.enter_context(session("inner"))
+    await context.enter_async_context(AsyncSession("outer"))
+    context.enter_context(Session("inner"))
 
     async def body() -> AsyncIterator[bytes]:
         while True:
@@ -128,7 +128,7 @@ async def endless(context: CurrentContext) -> Response:
 
 @app.get("/wait")
 async def wait(context: CurrentContext) -> str:
-    await context.enter_async_context(async_session("session"))
+    await context.enter_async_context(AsyncSession("session"))
     journal.note("waiting")
     await journal.gate("go on").passed()
     work("after the wait")
@@ -137,7 +137,7 @@ async def wait(context: CurrentContext) -> str:
 
 @app.post("/upload")
 async def upload(request: Request, context: CurrentContext) -> int:
-    await context.enter_async_context(async_session("session"))
+    await context.enter_async_context(AsyncSession("session"))
     size = 0
     try:
         async for chunk in request.stream():
@@ -151,14 +151,14 @@ async def upload(request: Request, context: CurrentContext) -> int:
 
 @app.get("/fail")
 async def fail(context: CurrentContext, how: str) -> None:
-    context.enter_context(session("sync"))
-    await context.enter_async_context(async_session("async"))
+    context.enter_context(Session("sync"))
+    await context.enter_async_context(AsyncSession("async"))
     raise RuntimeError("the app's own fault") if how == "crash" else HTTPException(418)
 
 
 @app.websocket("/ws")
 async def connection(websocket: WebSocket, context: CurrentContext) -> None:
-    await context.enter_async_context(async_session("session"))
+    await context.enter_async_context(AsyncSession("session"))
     await websocket.accept()
     try:
         while True:
@@ -209,7 +209,7 @@ def uses(context: UserExecutionContext) -> dict[str, Callable[[], object]]:
         "bind": lambda: context.bind("alice"),
         "create_child_context": lambda: context.create_child_context("late"),
         "verify_isolation": context.verify_isolation,
-        "enter_context": lambda: context.enter_context(session("late")),
+        "enter_context": lambda: context.enter_context(Session("late")),
         "callback": lambda: context.callback(journal.note, "called too late"),
         "closing": lambda: context.closing(Cursor("handed over too late")),
         "managed_user_context": lambda: managed_user_context(context),

@@ -54,19 +54,20 @@ limits: dict[str, Any] = {"max_contexts": 14, "max_anonymous_contexts": 2}
 manager = UserContextManager(**limits, clock=frozen_clock) if ttl is None else UserContextManager(**limits)
 
 
-@asynccontextmanager
-async def session(name: str, turns: int = 1) -> AsyncIterator[None]:
-    """Takes so many turns of the loop to let go."""
-    failure: str | None = None
-    try:
-        yield
-    except BaseException as error:
-        failure = type(error).__name__
-        raise
-    finally:
-        for _ in range(turns):
+class Session:
+    """Takes so many turns of the loop to let go. A generator would be left, too, when it is thrown away."""
+
+    def __init__(self, name: str, turns: int = 1) -> None:
+        self.name = name
+        self.turns = turns
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for _ in range(self.turns):
             await asyncio.sleep(0)
-        journal.note("released", name=name, error=failure)
+        journal.note("released", name=self.name, error=None if kind is None else kind.__name__)
 
 
 async def stay(name: str, connection: HTTPConnection | None = None) -> None:
@@ -81,7 +82,7 @@ async def stay(name: str, connection: HTTPConnection | None = None) -> None:
 
 @app.get("/hold")
 async def hold(request: Request, context: CurrentContext) -> str:
-    await context.enter_async_context(session("session"))
+    await context.enter_async_context(Session("session"))
     journal.note("held", user="nobody" if context.is_anonymous else context.user_id)
     await stay("hold", request)
     return "done"
@@ -96,7 +97,7 @@ async def hold_with_children(request: Request, context: CurrentContext) -> str:
 
 @app.websocket("/hold")
 async def hold_websocket(websocket: WebSocket, context: CurrentContext) -> None:
-    await context.enter_async_context(session("websocket"))
+    await context.enter_async_context(Session("websocket"))
     await websocket.accept()
     await websocket.send_text("hello")
     await stay("websocket")
@@ -125,7 +126,7 @@ async def fill(name: str, count: int, context: CurrentContext, ttl: float | None
     """Make more contexts of one's own, which outlive the request."""
     for number in range(count):
         made = manager.create_isolated_context(context.user_id, f"{name}-{number}", ttl_seconds=ttl)
-        await made.enter_async_context(session(f"{name}-{number}"))
+        await made.enter_async_context(Session(f"{name}-{number}"))
 
 
 @app.get("/clear")
@@ -179,7 +180,7 @@ async def make_with_ttl(name: str, context: CurrentContext) -> str:
 
 @app.get("/stream")
 async def stream(context: CurrentContext) -> Response:
-    await context.enter_async_context(session("stream"))
+    await context.enter_async_context(Session("stream"))
 
     async def body() -> AsyncIterator[str]:
         yield "first "
@@ -191,7 +192,7 @@ async def stream(context: CurrentContext) -> Response:
 
 @app.get("/background")
 async def background(context: CurrentContext, tasks: BackgroundTasks) -> str:
-    await context.enter_async_context(session("background"))
+    await context.enter_async_context(Session("background"))
     tasks.add_task(stay, "background task")
     return "done"
 
@@ -232,8 +233,8 @@ async def slow_to_close(context: CurrentContext) -> None:
 @app.get("/unwind")
 async def unwind(request: Request, context: CurrentContext) -> None:
     """The handler has a session of its own, within the one of its context: a transaction on a pooled connection."""
-    await context.enter_async_context(session("connection"))
-    async with session("transaction", turns=50):
+    await context.enter_async_context(Session("connection"))
+    async with Session("transaction", turns=50):
         await stay("unwind", request)
 
 

@@ -1,6 +1,6 @@
 """An app that learns who its user is on the way: from a dependency, from a message, or too late.
 
-The header `login` says who logs in, and `login-for` for how many seconds. That the app believes it is its own business.
+The header `login` says who logs in, or a message. That the app believes it is its own business.
 """
 
 import asyncio
@@ -32,20 +32,19 @@ app = FastAPI()
 handles: dict[str, UserExecutionContext] = {}
 
 
-def principal(connection: HTTPConnection) -> Principal | str:
-    user, seconds = connection.headers["login"], connection.headers.get("login-for")
-    if seconds is None:
-        return user
-    return Principal(user, datetime.now(UTC) + timedelta(seconds=float(seconds)))
+def principal(said: str) -> Principal | str:
+    """`alice`, or `alice for 5`: the credentials hold for so many seconds."""
+    user, _, seconds = said.partition(" for ")
+    return Principal(user, datetime.now(UTC) + timedelta(seconds=float(seconds))) if seconds else user
 
 
 def login(connection: HTTPConnection, context: CurrentContext) -> None:
     """A sync dependency: it runs in the thread pool."""
-    context.bind(principal(connection))
+    context.bind(principal(connection.headers["login"]))
 
 
 async def login_async(connection: HTTPConnection, context: CurrentContext) -> None:
-    context.bind(principal(connection))
+    context.bind(principal(connection.headers["login"]))
 
 
 class Early(BaseHTTPMiddleware):
@@ -167,8 +166,8 @@ async def bind_another(user: str) -> None:
 @app.websocket("/ws")
 async def connection(websocket: WebSocket, context: CurrentContext) -> None:
     await websocket.accept()
-    async for user in websocket.iter_text():
-        context.bind(user)
+    async for said in websocket.iter_text():
+        context.bind(principal(said))
         await websocket.send_json(shown(context))
 
 

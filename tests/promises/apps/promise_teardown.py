@@ -7,8 +7,8 @@ a server. It cancels again while the context is already being torn down.
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
@@ -43,87 +43,99 @@ def task_name() -> str:
     return "" if task is None else task.get_name()
 
 
-@contextmanager
-def session(name: str) -> Iterator[None]:
-    journal.note("entered", name=name, task=task_name())
-    try:
-        yield
-    finally:
-        journal.note("released", name=name, task=task_name())
+class Session:
+    """Notes when it is entered and when it is left. A generator would be left, too, when it is thrown away."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        journal.note("entered", name=self.name, task=task_name())
+
+    def __exit__(self, *error: object) -> None:
+        journal.note("released", name=self.name, task=task_name())
 
 
-@asynccontextmanager
-async def async_session(name: str) -> AsyncIterator[None]:
+class AsyncSession:
     """Takes a few turns of the loop to let go."""
-    with session(name):
-        try:
-            yield
-        finally:
-            for _ in range(3):
-                await asyncio.sleep(0)
+
+    def __init__(self, name: str) -> None:
+        self._session = Session(name)
+
+    async def __aenter__(self) -> None:
+        self._session.__enter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self._session.__exit__()
+
+
+class HeldSession:
+    """Waits in the middle of letting go, so that the test, or the one who interrupts, has time for more."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._session = Session(name)
+
+    async def __aenter__(self) -> None:
+        self._session.__enter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        journal.note("releasing", name=self.name)
+        journal.gate(f"{self.name} is releasing").open()
+        await journal.gate(f"{self.name} may release").passed()
+        self._session.__exit__()
 
 
 @asynccontextmanager
 async def group_session(name: str) -> AsyncIterator[None]:
     """Must be left in the task that it was entered in: its cancel scope sees to that."""
-    async with anyio.create_task_group() as group:
+    async with AsyncSession(name), anyio.create_task_group() as group:
         group.start_soon(anyio.sleep_forever)
-        async with async_session(name):
-            try:
-                yield
-            finally:
-                group.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def held_session(name: str) -> AsyncIterator[None]:
-    """Waits in the middle of letting go, so that the test, or the one who interrupts, has time for more."""
-    with session(name):
         try:
             yield
         finally:
-            journal.note("releasing", name=name)
-            journal.gate(f"{name} is releasing").open()
-            await journal.gate(f"{name} may release").passed()
+            group.cancel_scope.cancel()
 
 
 class Cursor:
     def __init__(self, name: str) -> None:
-        self._session = async_session(name)
+        self._session = AsyncSession(name)
 
     async def opened(self) -> "Cursor":
         await self._session.__aenter__()
         return self
 
     async def aclose(self) -> None:
-        await self._session.__aexit__(None, None, None)
+        await self._session.__aexit__()
 
 
 async def enter_every_kind(context: UserExecutionContext) -> None:
-    context.enter_context(session("sync"))
-    await context.enter_async_context(async_session("async"))
+    context.enter_context(Session("sync"))
+    await context.enter_async_context(AsyncSession("async"))
     context.callback(sync_callback("callback"))
     await context.enter_async_context(group_session("owned"), owner_task=True)
     context.callback(async_callback("async callback"))
     context.closing(await Cursor("cursor").opened())
     child = context.create_child_context("part of the work")
-    await child.enter_async_context(async_session("child's"))
-    await context.enter_async_context(held_session("held"))
+    await child.enter_async_context(AsyncSession("child's"))
+    await context.enter_async_context(HeldSession("held"))
 
 
 def sync_callback(name: str) -> Callable[[], object]:
-    entered = session(name)
+    entered = Session(name)
     entered.__enter__()
-    return lambda: entered.__exit__(None, None, None)
+    return entered.__exit__
 
 
 def async_callback(name: str) -> Callable[[], Awaitable[None]]:
-    entered = session(name)
+    entered = Session(name)
     entered.__enter__()
 
     async def release() -> None:
         await asyncio.sleep(0)
-        entered.__exit__(None, None, None)
+        entered.__exit__()
 
     return release
 
@@ -145,14 +157,14 @@ async def every_kind_of_websocket(websocket: WebSocket, context: CurrentContext)
 
 @app.get("/quick")
 async def quick(context: CurrentContext) -> str:
-    await context.enter_async_context(async_session(f"{context.user_id}'s"))
+    await context.enter_async_context(AsyncSession(f"{context.user_id}'s"))
     return "done"
 
 
 @app.get("/slow")
 async def slow(context: CurrentContext) -> str:
-    context.enter_context(session("below"))
-    await context.enter_async_context(held_session("held"))
+    context.enter_context(Session("below"))
+    await context.enter_async_context(HeldSession("held"))
     return "done"
 
 
@@ -164,11 +176,11 @@ async def failing(context: CurrentContext) -> str:
     async def cancel_myself() -> None:
         raise asyncio.CancelledError
 
-    context.enter_context(session("bottom"))
+    context.enter_context(Session("bottom"))
     context.callback(fail, ValueError("cannot let go"))
-    await context.enter_async_context(async_session("middle"))
+    await context.enter_async_context(AsyncSession("middle"))
     context.callback(cancel_myself)
-    await context.enter_async_context(async_session("top"))
+    await context.enter_async_context(AsyncSession("top"))
     return "done"
 
 
@@ -189,16 +201,16 @@ async def stubborn(context: CurrentContext) -> str:
             except asyncio.CancelledError:
                 journal.note("ignored")
 
-    context.enter_context(session("below"))
+    context.enter_context(Session("below"))
     await context.enter_async_context(hanging(), timeout=0.05, name="hanging")
-    await context.enter_async_context(async_session("between"))
+    await context.enter_async_context(AsyncSession("between"))
     await context.enter_async_context(deaf(), timeout=0.05, name="deaf")
     return "done"
 
 
 @app.post("/upload")
 async def upload(request: Request, context: CurrentContext) -> int:
-    await context.enter_async_context(async_session("upload"))
+    await context.enter_async_context(AsyncSession("upload"))
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
@@ -209,7 +221,7 @@ async def upload(request: Request, context: CurrentContext) -> int:
 
 @app.get("/stream")
 async def stream(context: CurrentContext) -> Response:
-    await context.enter_async_context(async_session("stream"))
+    await context.enter_async_context(AsyncSession("stream"))
 
     async def body() -> AsyncIterator[str]:
         yield "first "
@@ -221,7 +233,7 @@ async def stream(context: CurrentContext) -> Response:
 
 @app.get("/forever")
 async def forever(context: CurrentContext) -> None:
-    await context.enter_async_context(async_session("forever"))
+    await context.enter_async_context(AsyncSession("forever"))
     await context.enter_async_context(group_session("forever, owned"), owner_task=True)
     journal.note("waiting")
     await asyncio.Event().wait()
@@ -229,7 +241,7 @@ async def forever(context: CurrentContext) -> None:
 
 @app.websocket("/forever")
 async def websocket_forever(websocket: WebSocket, context: CurrentContext) -> None:
-    await context.enter_async_context(async_session("websocket"))
+    await context.enter_async_context(AsyncSession("websocket"))
     await websocket.accept()
     await websocket.send_text("hello")
     await asyncio.Event().wait()
@@ -237,7 +249,7 @@ async def websocket_forever(websocket: WebSocket, context: CurrentContext) -> No
 
 @app.websocket("/ws")
 async def connection(websocket: WebSocket, context: CurrentContext) -> None:
-    await context.enter_async_context(async_session("websocket"))
+    await context.enter_async_context(AsyncSession("websocket"))
     await websocket.accept()
     async for message in websocket.iter_text():
         await websocket.send_text(message)
