@@ -15,6 +15,7 @@ from starlette.requests import HTTPConnection
 
 from support.asgi import http_scope, websocket_scope
 from support.contexts import visitor
+from support.waiting import wait_until
 from ucm_middleware import (
     ConfigurationError,
     ContextClosedError,
@@ -148,6 +149,13 @@ class TestData:
         assert context.environment.get("REGION") == "us"
         assert create_isolated_execution_context("alice").environment.get("REGION") == "eu"
 
+    def test_settings_are_gone_with_it_for_whoever_kept_them(self) -> None:
+        context = create_isolated_execution_context("alice")
+        settings = context.environment
+        settings.set("API_KEY", "secret")
+        context.close()
+        assert settings.get("API_KEY") is None
+
 
 class TestBinding:
     def test_it_stays_the_same_object_with_the_same_ids(self) -> None:
@@ -193,6 +201,15 @@ class TestBinding:
         with refusing, pytest.raises(ContextIsolationError):
             stranger.bind("alice")
         assert stranger.is_anonymous
+
+    def test_credentials_that_are_said_later_end_it_too(self) -> None:
+        manager = UserContextManager()
+        known, by_hand = manager.create_isolated_context("alice"), create_isolated_execution_context("alice")
+        for context in (known, by_hand):
+            context.bind(Principal("alice", datetime.now(UTC) + timedelta(hours=1)))
+            assert context.is_open
+            context.bind(Principal("alice", datetime.now(UTC) + timedelta(seconds=0.05)))
+            wait_until(lambda context=context: is_over(context), "the credentials have ended")  # type: ignore[misc]
 
     def test_a_child_of_a_user_has_that_user(self) -> None:
         stranger = visitor(UserContextManager())
@@ -261,7 +278,16 @@ class TestChildren:
     def test_an_operation_needs_a_name_for_the_record(self, context: UserExecutionContext, name: Any) -> None:
         with pytest.raises(InvalidContextError, match="operation_name"):
             context.create_child_context(name)
-        assert context.create_child_context("test").is_open
+        for fine in ("test", "a" * 256, "Suche nach Büchern"):
+            assert context.create_child_context(fine).is_open
+
+
+def is_over(context: UserExecutionContext) -> bool:
+    try:
+        context.require_usable()
+    except ContextClosedError as error:
+        return error.reason == "expired"
+    return False
 
 
 class Resource:

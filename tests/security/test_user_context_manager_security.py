@@ -471,6 +471,12 @@ class TestNoCrossUserContamination:
         assert "alice.attached" in str(finding)
         assert "bob.attached" in str(finding)
 
+    def test_what_a_child_shares_with_another_user_is_found(self, manager: UserContextManager) -> None:
+        child = manager.create_isolated_context("alice").create_child_context("search")
+        bob = manager.create_isolated_context("bob")
+        child.agent_context["notes"] = bob.agent_context["notes"] = []
+        assert manager.validate_isolation() is False
+
     @pytest.mark.parametrize("session", [mock.Mock(spec=["close"]), object()], ids=["with close", "without"])
     def test_one_session_for_two_users_is_found(self, manager: UserContextManager, session: object) -> None:
         manager.create_isolated_context("alice", db_session=session)

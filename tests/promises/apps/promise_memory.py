@@ -45,6 +45,7 @@ class Board:
 
 
 BOARD = Board()
+NOTICE = ("welcome", 1, frozenset({"all"}))
 SESSION = Session()
 
 
@@ -138,7 +139,7 @@ def share(context: UserExecutionContext, way: str) -> None:
         case "marked":
             data["notes"] = Shared(BOARD.notes)
         case "immutable":
-            data["notes"] = ("welcome", 1, frozenset({"all"}))
+            data["notes"] = NOTICE
         case "equal":
             data["notes"] = list(BOARD.notes)
 
