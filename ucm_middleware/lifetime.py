@@ -283,10 +283,6 @@ class Lifetime:
             if self._resources and resource in self._resources:
                 self._resources.remove(resource)
 
-    def holds(self, target: object) -> bool:
-        with self.transition:
-            return any(resource.target is target for resource in self._resources or ())
-
     def hand_over(self, other: "Lifetime") -> None:
         """Forget the resources that ``other`` holds too: it is the one that lets go of them."""
         with self.transition:

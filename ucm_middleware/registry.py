@@ -254,12 +254,9 @@ class Registry:
         live, limit = (self._anonymous, limits.anonymous) if anonymous else (self._named, limits.total)
         if live < limit:
             return
-        deadlines = self._deadlines[anonymous]
-        due = [entry for entry in deadlines.pop_due(now, SLICE) if isinstance(entry, Entry)]
-        displaced.update((entry.context, "expired") for entry in due)
+        due = [entry for entry in self._deadlines[anonymous].pop_due(now, SLICE) if isinstance(entry, Entry)]
+        displaced.update((entry.context, "expired") for entry in due)  # one is enough to make room
         if live - sum(context.is_anonymous == anonymous for context in displaced) >= limit:
-            for entry in due:  # refused, so nobody will close them now: back to the sweep
-                deadlines.add(entry, now)
             scope = "anonymous" if anonymous else "total"
             raise ContextLimitError(scope, limit, "the server is at its limit; try again shortly")
 
