@@ -27,7 +27,12 @@ steps = st.one_of(
 )
 
 
-def drained(deadlines: Deadlines, now: float, most: int = 100) -> list[Timed]:
+def deadline_of(entry: Timed) -> float:
+    assert entry.deadline is not None
+    return entry.deadline
+
+
+def drained(deadlines: Deadlines[Timed], now: float, most: int = 100) -> list[Timed]:
     """All that is due, taken out slice by slice."""
     due: list[Timed] = []
     while found := deadlines.pop_due(now, most):
@@ -39,11 +44,11 @@ def drained(deadlines: Deadlines, now: float, most: int = 100) -> list[Timed]:
 @example([(ADD, 10.1), (PASS, 0.05), (ADD, 10.0), (PASS, 10.02)], 0.0)
 @given(st.lists(steps, max_size=60), st.sampled_from([0.0, 1e6]))
 def test_agrees_with_a_sorted_list(program: list[tuple[str, float]], start: float) -> None:
-    deadlines, waiting, now = Deadlines(), list[Timed](), start
+    deadlines, waiting, now = Deadlines[Timed](), list[Timed](), start
 
     def compare(due: list[Timed]) -> None:
         """Nothing early, nothing twice, and nothing left longer than the resolution allows."""
-        assert all(entry.deadline <= now for entry in due)
+        assert all(deadline_of(entry) <= now for entry in due)
         assert len(set(due)) == len(due)
         assert set(due) <= set(waiting)
         waiting[:] = [entry for entry in waiting if entry not in due]
@@ -52,7 +57,8 @@ def test_agrees_with_a_sorted_list(program: list[tuple[str, float]], start: floa
         if step == ADD:
             entry = Timed(now + number)
             waiting.append(entry)
-            assert now < deadlines.add(entry, now) <= max(entry.deadline, now) + RESOLUTION
+            deadlines.add(entry, entry, now, number)
+            assert now < entry.wake <= max(deadline_of(entry), now) + RESOLUTION
         elif step == DISCARD and waiting:
             deadlines.discard(waiting.pop(int(number) % len(waiting)))
         elif step == PASS:
@@ -63,7 +69,7 @@ def test_agrees_with_a_sorted_list(program: list[tuple[str, float]], start: floa
             due = deadlines.pop_due(now, int(number))
             assert len(due) <= number
             compare(due)
-        earliest = min((entry.deadline for entry in waiting), default=None)
+        earliest = min((deadline_of(entry) for entry in waiting), default=None)
         wake = deadlines.next_wake()
         if earliest is None:
             assert wake is None
@@ -71,7 +77,7 @@ def test_agrees_with_a_sorted_list(program: list[tuple[str, float]], start: floa
             assert wake is not None
             assert wake <= max(earliest, now) + RESOLUTION
     compare(drained(deadlines, now))
-    assert all(entry.deadline > now - RESOLUTION for entry in waiting)
+    assert all(deadline_of(entry) > now - RESOLUTION for entry in waiting)
     now += 2 * YEAR
     compare(drained(deadlines, now))
     assert waiting == []
@@ -80,8 +86,8 @@ def test_agrees_with_a_sorted_list(program: list[tuple[str, float]], start: floa
 
 @given(st.floats(SHORTEST_WAIT, YEAR))
 def test_who_sleeps_until_each_next_wake_meets_the_deadline_in_a_few_looks(wait: float) -> None:
-    deadlines, entry, now, looks = Deadlines(), Timed(wait), 0.0, 0
-    deadlines.add(entry, now)
+    deadlines, entry, now, looks = Deadlines[Timed](), Timed(wait), 0.0, 0
+    deadlines.add(entry, entry, now, wait)
     while not deadlines.pop_due(now, 1):
         wake = deadlines.next_wake()
         assert wake is not None
@@ -91,12 +97,14 @@ def test_who_sleeps_until_each_next_wake_meets_the_deadline_in_a_few_looks(wait:
 
 
 def test_any_number_of_different_waits_needs_a_bounded_number_of_queues() -> None:
-    deadlines, draw = Deadlines(), random.Random(7)
+    deadlines, draw = Deadlines[None](), random.Random(7)
     for _ in range(20_000):
-        deadlines.add(Timed(10 ** draw.uniform(-6, 7.5)), 0.0)
+        wait = 10 ** draw.uniform(-6, 7.5)
+        deadlines.add(Timed(wait), None, 0.0, wait)
     assert len(deadlines._queues) <= MOST_QUEUES
     for _ in range(20_000):
-        deadlines.add(Timed(10 ** draw.uniform(-6, 7.5)), 0.0)
+        wait = 10 ** draw.uniform(-6, 7.5)
+        deadlines.add(Timed(wait), None, 0.0, wait)
     assert len(deadlines._queues) <= MOST_QUEUES
 
 
@@ -111,13 +119,13 @@ def test_adding_and_taking_out_cost_the_same_among_ten_and_among_ten_thousand() 
 
     costs: list[int] = []
     for others in (10, 10_000):
-        deadlines = Deadlines()
+        deadlines = Deadlines[None]()
         for _ in range(others):
-            deadlines.add(Counted(60.0), 0.0)
+            deadlines.add(Counted(60.0), None, 0.0, 60.0)
         looked_at = 0
         for _ in range(10):
             entry = Counted(60.0)
-            deadlines.add(entry, 0.0)
+            deadlines.add(entry, None, 0.0, 60.0)
             deadlines.next_wake()
             deadlines.discard(entry)
             assert deadlines.pop_due(1.0, 5) == []
@@ -126,18 +134,18 @@ def test_adding_and_taking_out_cost_the_same_among_ten_and_among_ten_thousand() 
 
 
 def test_a_slice_takes_no_more_than_it_may_and_leaves_the_rest() -> None:
-    deadlines, entries = Deadlines(), [Timed(float(second)) for second in range(1, 11)]
+    deadlines, entries = Deadlines[Timed](), [Timed(float(second)) for second in range(1, 11)]
     for entry in entries:
-        deadlines.add(entry, 0.0)
+        deadlines.add(entry, entry, 0.0, deadline_of(entry))
     taken = [deadlines.pop_due(100.0, 4) for _ in range(4)]
     assert [len(part) for part in taken] == [4, 4, 2, 0]
     assert {entry for part in taken for entry in part} == set(entries)
 
 
 def test_discarding_what_is_out_already_changes_nothing() -> None:
-    deadlines, entry, other = Deadlines(), Timed(1.0), Timed(1.0)
-    deadlines.add(entry, 0.0)
-    deadlines.add(other, 0.0)
+    deadlines, entry, other = Deadlines[Timed](), Timed(1.0), Timed(1.0)
+    deadlines.add(entry, entry, 0.0, 1.0)
+    deadlines.add(other, other, 0.0, 1.0)
     deadlines.discard(entry)
     deadlines.discard(entry)
     assert deadlines.pop_due(2.0, 10) == [other]

@@ -143,15 +143,15 @@ class TestOneCloser:
     def test_a_closer_that_comes_before_the_first_has_said_so_leaves_it_to_that_one(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        begin_release = UserExecutionContext._begin_release
+        say_closing = UserExecutionContext._say_closing
 
         def racing(context: UserExecutionContext) -> object:
             second = threading.Thread(target=context.close)
             second.start()
             second.join()
-            return begin_release(context)
+            return say_closing(context)
 
-        monkeypatch.setattr(UserExecutionContext, "_begin_release", racing)
+        monkeypatch.setattr(UserExecutionContext, "_say_closing", racing)
         manager, released = UserContextManager(), list[int]()
         context = of_user(manager)
         context.callback(released.append, 1)

@@ -20,12 +20,13 @@ from ucm_middleware import (
     create_isolated_execution_context,
 )
 from ucm_middleware.lifetime import Lifetime, State
-from ucm_middleware.registry import Displaced, Entry, Key, Registry
+from ucm_middleware.registry import Displaced, Key, Registry
 
 PER_USER, TOTAL, ANONYMOUS = 2, 4, 2
 USERS = ("alice", "bob", "carol")
 KEYS = (*USERS, "desk", "acme_x")
 PAIR = "pair"  # stands for the pair (owner, request id) of the context at hand
+ADMITTED = "admitted"  # the same, by the short way of new contexts
 ALIAS = "alias"  # stands for another pair of that owner
 
 
@@ -58,8 +59,9 @@ def context_of(manager: UserContextManager, user_id: str | None) -> UserExecutio
 def anonymous(
     manager: UserContextManager, kind: type[UserExecutionContext] = UserExecutionContext
 ) -> UserExecutionContext:
-    core = manager.ids.generate_core()
-    return kind._open(manager.ids.generate_anonymous_id(), f"request_{core}", core, Lifetime(State.UNBOUND, "a test"))
+    return kind._open(
+        manager.ids.generate_anonymous_id(), manager.ids.generate_request_id(), Lifetime(State.UNBOUND, "a test")
+    )
 
 
 def pair_of(context: UserExecutionContext) -> Key:
@@ -152,7 +154,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule(
         user=st.sampled_from([*USERS, None]),
-        key=st.sampled_from([*KEYS, PAIR, ALIAS]),
+        key=st.sampled_from([*KEYS, PAIR, ADMITTED, ALIAS]),
         ttl=st.sampled_from([None, 1.0, 5.0, 60.0]),
     )
     def insert_a_new_one(self, user: str | None, key: str, ttl: float | None) -> None:
@@ -171,7 +173,8 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def insert(self, known: Known, text: str, ttl: float | None) -> None:
         context, owner, new = known.context, known.owner, known not in self.known
-        key: Key = {PAIR: pair_of(context), ALIAS: (owner, "desk")}.get(text, text)
+        key: Key = {PAIR: pair_of(context), ADMITTED: pair_of(context), ALIAS: (owner, "desk")}.get(text, text)
+        put = self.admit if text == ADMITTED else self.registry.insert
         if self.is_foreign(owner, key):
             with pytest.raises(CrossUserAccessError):
                 self.registry.insert(context, key, ttl)
@@ -179,10 +182,10 @@ class RegistryMachine(RuleBasedStateMachine):
         going = self.must_go(owner, key, context)
         if new and (scope := self.limit_reached(owner, known.anonymous, going)) is not None:
             with pytest.raises(ContextLimitError) as caught:
-                self.registry.insert(context, key, ttl)
+                put(context, key, ttl)
             assert caught.value.scope == scope
             return
-        displaced = self.registry.insert(context, key, ttl)
+        displaced = put(context, key, ttl)
         self.settle(displaced, going)
         self.take_key_from_squatter(owner)
         if new:
@@ -191,6 +194,9 @@ class RegistryMachine(RuleBasedStateMachine):
             known.keys.append(key)
         if ttl is not None:
             self.set_deadline(known, self.clock.now + ttl)
+
+    def admit(self, context: UserExecutionContext, key: Key, ttl: float | None) -> Displaced:
+        return self.registry.admit(context, ttl)
 
     def set_deadline(self, known: Known, deadline: float) -> None:
         known.deadline = deadline if known.latest is None else min(deadline, known.latest)
@@ -316,7 +322,11 @@ def test_an_empty_registry_keeps_nothing_of_whom_it_knew() -> None:
         context = context_of(manager, f"alice-{number}")
         registry.insert(context, f"desk-{number}", 5.0)
         context.close()
-    assert (registry._by_key, registry._by_owner, len(registry), registry.next_wake()) == ({}, {}, 0, None)
+        lone = context_of(manager, f"bob-{number}")
+        registry.admit(lone, 5.0)
+        lone.close()
+    assert (registry._lone, registry._by_key, registry._by_owner) == ({}, {}, {})
+    assert (len(registry), registry.next_wake()) == (0, None)
 
 
 def test_an_owner_that_changes_at_the_moment_of_removal_is_removed() -> None:
@@ -361,12 +371,13 @@ def _threads_switch_often() -> Iterator[None]:
 def test_no_thread_slips_in_beyond_the_limit(
     per_user: int, total: int, users: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class SlowlyMade(Entry):
-        def __init__(self, context: UserExecutionContext, key: Key) -> None:
-            time.sleep(0)  # between the check and the taking of the place, let the other threads run
-            super().__init__(context, key)
+    evict = Registry._evict_squatter
 
-    monkeypatch.setattr("ucm_middleware.registry.Entry", SlowlyMade)
+    def evict_slowly(registry: Registry, owner: str, context: UserExecutionContext) -> None:
+        time.sleep(0)  # between the check and the taking of the place, let the other threads run
+        evict(registry, owner, context)
+
+    monkeypatch.setattr(Registry, "_evict_squatter", evict_slowly)
     manager = manager_with(Clock(), per_user, total)
     counting = threading.Lock()
     live, most, opened, refused = 0, 0, 0, 0
@@ -427,7 +438,11 @@ def test_operations_cost_the_same_among_ten_and_among_ten_thousand(anonymous: bo
         registry = manager._registry
         for number in range(others):
             context = context_of(manager, None if anonymous else f"user-{number}")
-            registry.insert(context, pair_of(context), 60.0)
+            if number % 2:
+                registry.admit(context, 60.0)
+            else:
+                registry.insert(context, pair_of(context), 60.0)
+        registry._lone = Unwalked(registry._lone)
         registry._by_key, registry._by_owner = Unwalked(registry._by_key), Unwalked(registry._by_owner)
         clock.looks = 0
         use_once(registry, context_of(manager, None if anonymous else "alice"))
@@ -437,7 +452,7 @@ def test_operations_cost_the_same_among_ten_and_among_ten_thousand(anonymous: bo
 
 def use_once(registry: Registry, context: UserExecutionContext) -> None:
     """Each operation that a request needs, at the limit too."""
-    registry.insert(context, pair_of(context), 30.0)
+    registry.admit(context, 30.0)
     assert registry.lookup(pair_of(context)) is context
     with pytest.raises(ContextLimitError):
         registry.insert(context_of_same_kind(context), "desk", 30.0)

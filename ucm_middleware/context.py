@@ -11,9 +11,16 @@ from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import ContextIsolationError, ContextLimitError, IdentityConflictError, InvalidContextError
 from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
-from ucm_middleware.ids import MAX_LENGTH, RESERVED_PREFIX, UnifiedIDManager, validate_id
+from ucm_middleware.ids import (
+    MAX_LENGTH,
+    RESERVED_PREFIX,
+    UnifiedIDManager,
+    run_id_of,
+    thread_id_of,
+    validate_id,
+)
 from ucm_middleware.isolation import copy_data
-from ucm_middleware.lifetime import Lifetime, State
+from ucm_middleware.lifetime import OPEN, UNBOUND, Lifetime
 from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource
 from ucm_middleware.sharing import Root, find_shared
@@ -46,7 +53,6 @@ class UserExecutionContext(ResourceHolder):
         "__weakref__",
         "_agent_context",
         "_audit_metadata",
-        "_core",
         "_created",
         "_db_session",
         "_depth",
@@ -58,6 +64,7 @@ class UserExecutionContext(ResourceHolder):
         "_thread_id",
         "_user_id",
         "_websocket_client_id",
+        "registry_keys",
     )
 
     _thread_id: str | None
@@ -69,6 +76,7 @@ class UserExecutionContext(ResourceHolder):
     _db_session: Any
     _environment: IsolatedEnvironment | None
     _host: ContextHost | None
+    registry_keys: tuple[str | tuple[str, str], ...]
 
     def __init_subclass__(cls) -> None:
         if "__hash__" in cls.__dict__:  # defining __eq__ puts it there too
@@ -94,7 +102,7 @@ class UserExecutionContext(ResourceHolder):
         )
         if websocket_client_id is not None:
             websocket_client_id = validate_id(websocket_client_id, "websocket_client_id")
-        self._start(user_id, request_id, "", Lifetime(State.OPEN, _caller()))
+        self._start(user_id, request_id, Lifetime(OPEN, _caller()))
         self._thread_id = thread_id
         self._run_id = run_id
         self._websocket_client_id = websocket_client_id
@@ -102,25 +110,17 @@ class UserExecutionContext(ResourceHolder):
         self._audit_metadata = copy_data(audit_metadata, "audit_metadata")
         self._take_session(db_session)
 
-    def _start(self, user_id: str, request_id: str, core: str, lifetime: Lifetime) -> None:
+    def _start(self, user_id: str, request_id: str, lifetime: Lifetime) -> None:
         """Fill in what every context has."""
         self._user_id = user_id
         self._request_id = request_id
-        self._core = core
-        self._thread_id = None
-        self._run_id = None
-        self._websocket_client_id = None
+        self._lifetime = lifetime
         self._created = time.time()
         self._depth = 0
-        self._parent_request_id = None
-        self._parent = None
-        self._children = None
-        self._agent_context = None
-        self._audit_metadata = None
-        self._db_session = None
-        self._environment = None
-        self._host = None
-        self._lifetime = lifetime
+        self._thread_id = self._run_id = self._websocket_client_id = self._parent_request_id = None
+        self._parent = self._children = self._host = self._environment = None
+        self._agent_context = self._audit_metadata = self._db_session = None
+        self.registry_keys = ()
 
     @classmethod
     def from_request(
@@ -183,13 +183,13 @@ class UserExecutionContext(ResourceHolder):
 
     @property
     def thread_id(self) -> str:
-        # Ids that were not given derive from the core that the request id was made from: no request pays for ids that
-        # it does not read, and two readers cannot see two different ones.
-        return self._thread_id or f"thread_{self._core}"
+        # Ids that were not given derive from the core of the request id: no request pays for ids that it does not
+        # read, and two readers cannot see two different ones.
+        return self._thread_id or thread_id_of(self._request_id)
 
     @property
     def run_id(self) -> str:
-        return self._run_id or f"run_{self._thread_id or f'thread_{self._core}'}_{self._core}"
+        return self._run_id or run_id_of(self._request_id)
 
     @property
     def websocket_client_id(self) -> str | None:
@@ -267,7 +267,7 @@ class UserExecutionContext(ResourceHolder):
         self.require_usable()
         principal = user if isinstance(user, Principal) else Principal(user)
         seconds_left = principal.seconds_left()
-        if self._lifetime.state is not State.UNBOUND:
+        if self._lifetime.state is not UNBOUND:
             if principal.user_id != self._user_id:
                 raise IdentityConflictError(
                     "this context already has an identity, and it is another one; open a new context"
@@ -302,8 +302,10 @@ class UserExecutionContext(ResourceHolder):
         _check_operation_name(operation_name)
         if self._depth >= MAX_DEPTH:
             raise ContextLimitError("depth", MAX_DEPTH, "children nest too deeply: open siblings instead")
-        core = (UnifiedIDManager() if self._host is None else self._host.ids).generate_core()
-        child = UserExecutionContext._open(self._user_id, f"request_{core}", core, Lifetime(State.OPEN, _caller()))
+        ids = UnifiedIDManager() if self._host is None else self._host.ids
+        child = UserExecutionContext._open(
+            self._user_id, ids.generate_request_id(), Lifetime(OPEN, _caller())
+        )
         child._thread_id, child._run_id = self.thread_id, self.run_id
         child._websocket_client_id = self._websocket_client_id
         child._parent_request_id = self._request_id
@@ -407,10 +409,10 @@ class UserExecutionContext(ResourceHolder):
     # For the manager and the middleware.
 
     @classmethod
-    def _open(cls, user_id: str, request_id: str, core: str, lifetime: Lifetime) -> Self:
+    def _open(cls, user_id: str, request_id: str, lifetime: Lifetime) -> Self:
         """A context without data, from ids that are already checked: the short way, on the path of each request."""
         context = object.__new__(cls)
-        context._start(user_id, request_id, core, lifetime)
+        context._start(user_id, request_id, lifetime)
         return context
 
     @property
@@ -437,10 +439,10 @@ class UserExecutionContext(ResourceHolder):
         """The one transition from unbound to open. False when it was made already, or came too late."""
         lifetime = self._lifetime
         with Lifetime.transition:
-            if lifetime.state is not State.UNBOUND or self._is_used:
+            if lifetime.state is not UNBOUND or self._is_used:
                 return False
             self._user_id = user_id
-            lifetime.state = State.OPEN
+            lifetime.state = OPEN
             return True
 
     @property
@@ -464,25 +466,31 @@ class UserExecutionContext(ResourceHolder):
         if session is not None and (hasattr(session, "aclose") or hasattr(session, "close")):
             self._lifetime.add(closing_resource(session, "db_session", DEFAULT_RELEASE_TIMEOUT))
 
-    def _begin_release(self) -> Release:
+    def _say_closing(self) -> None:
         if self._host is not None:
             self._host.context_closing(self)
+
+    def _releasing(self) -> Release:
         return Release(self)
 
-    def _wipe(self) -> Mapping[str, object]:
-        metadata = self.metadata_given()
-        for data in (self._agent_context, self._audit_metadata):
-            if data:
-                data.clear()
+    def _wipe(self) -> Mapping[str, object] | None:
+        metadata = None
+        if self._audit_metadata:
+            metadata = self.metadata_given()
+            self._audit_metadata.clear()
+        if self._agent_context:
+            self._agent_context.clear()
         if self._environment is not None:
             self._environment.clear()
-        for name in list(self.__dict__):
-            if not hasattr(type(self), name):  # what shadows a method is a test's mock, which takes itself away
-                del self.__dict__[name]
+        attributes = self.__dict__
+        if attributes:
+            for name in list(attributes):
+                if not hasattr(type(self), name):  # what shadows a method is a test's mock, which takes itself away
+                    del attributes[name]
         self._db_session = self._environment = None
         return metadata
 
-    def _say_closed(self, metadata: Mapping[str, object]) -> None:
+    def _say_closed(self, metadata: Mapping[str, object] | None) -> None:
         host, self._host = self._host, None
         if host is not None:
             host.context_closed(self, metadata)

@@ -7,9 +7,11 @@ the same whatever the number of entries, and an entry that is discarded leaves n
 """
 
 import math
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from ucm_middleware.errors import InvalidContextError
+
+T = TypeVar("T")
 
 SHORTEST_WAIT: Final = 0.001
 """Seconds. The resolution of the sweep; whoever looks at a deadline in between sees it exactly."""
@@ -40,29 +42,30 @@ class Timed:
 
     __slots__ = ("deadline", "wait", "wake")
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
-        self.wake = 0.0
-        self.wait = 0.0
+        self.wake = self.wait = 0.0
 
 
-class Deadlines:
-    """The entries that have a deadline. Not thread-safe: its owner holds a lock."""
+class Deadlines(Generic[T]):
+    """What has a deadline, and whose it is. Not thread-safe: its owner holds a lock."""
 
     __slots__ = ("_queues",)
 
     def __init__(self) -> None:
-        self._queues: dict[float, dict[Timed, None]] = {}
+        self._queues: dict[float, dict[Timed, T]] = {}
 
-    def add(self, entry: Timed, now: float, shortest: float = SHORTEST_WAIT) -> float:
-        """Take an entry in, to be looked at in ``shortest`` seconds at the soonest. Returns when to look at it next."""
-        entry.wait = wait = _round_down(max(entry.deadline - now, shortest))
-        entry.wake = now + wait
-        queue = self._queues.get(wait)
+    def add(self, entry: Timed, of: T, now: float, seconds: float) -> None:
+        """Take an entry in, to be looked at in so many seconds at the latest, but not at once."""
+        queue = self._queues.get(seconds)  # the usual time to live: nothing to round
         if queue is None:
-            queue = self._queues[wait] = {}
-        queue[entry] = None
-        return entry.wake
+            seconds = _round_down(seconds)
+            queue = self._queues.get(seconds)
+            if queue is None:
+                queue = self._queues[seconds] = {}
+        entry.wait = seconds
+        entry.wake = now + seconds
+        queue[entry] = of
 
     def discard(self, entry: Timed) -> None:
         """Take an entry out, if it is in."""
@@ -70,16 +73,19 @@ class Deadlines:
         if queue is not None:
             queue.pop(entry, None)
 
-    def pop_due(self, now: float, most: int) -> list[Timed]:
-        """Take out entries whose deadline has come, so many at most: the owner's lock is held meanwhile."""
-        due: list[Timed] = []
+    def pop_due(self, now: float, most: int) -> list[T]:
+        """Take out what is due, so many at most: the owner's lock is held meanwhile."""
+        due: list[T] = []
         for queue in list(self._queues.values()):
             while len(due) < most and (entry := next(iter(queue), None)) is not None and entry.wake <= now:
-                queue.pop(entry, None)
-                if entry.deadline <= now:
-                    due.append(entry)
+                of = queue.pop(entry, None)
+                left = 0.0 if entry.deadline is None else entry.deadline - now
+                if of is None:
+                    continue  # a finalizer has just taken it out
+                if left <= 0:
+                    due.append(of)
                 else:
-                    self.add(entry, now)
+                    self.add(entry, of, now, left)
         return due
 
     def next_wake(self) -> float | None:

@@ -2,25 +2,17 @@
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import Context, ContextVar, copy_context
-from types import coroutine
+from types import CoroutineType, coroutine
 from typing import Any, Final, TypeVar, cast
 
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 _T = TypeVar("_T")
 _UNSET: Final = object()
+_DONE: Final = object()
 
 BOUNDARY: Final = "ucm_middleware.boundary"
 """The scope key under which the firewall leaves the Boundary of the request."""
-
-
-class Boundary:
-    """The Context a request runs in. Emptied when it ends, since what runs in a Context may refer to its scope."""
-
-    __slots__ = ("context",)
-
-    def __init__(self) -> None:
-        self.context: Context | None = Context()
 
 
 class ContextFirewall:
@@ -41,8 +33,12 @@ class ContextFirewall:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or is_enclosed(scope):
             await self.app(scope, receive, send)
-        else:
-            await run_enclosed(self.app, scope, receive, send, self.keep)
+            return
+        boundary = raise_boundary(scope, self.keep)
+        try:
+            await boundary.run(self.app, scope, receive, send)
+        finally:
+            boundary.context = None
 
 
 def is_enclosed(scope: Scope) -> bool:
@@ -51,48 +47,72 @@ def is_enclosed(scope: Scope) -> bool:
     return boundary is not None and boundary.context is not None
 
 
-async def run_enclosed(
-    app: ASGIApp, scope: Scope, receive: Receive, send: Send, keep: tuple[ContextVar[Any], ...]
-) -> None:
-    """Run the app in a fresh Context, with a state that it shares with no other request.
+def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary":
+    """A boundary for a request, with a fresh Context in it. Whoever raises it empties it in the end.
 
-    The scope stays the same object: outer middlewares read from it what the router wrote, such as the route.
+    The scope stays the same object, since outer middlewares read from it what the router wrote, such as the route; but
+    its state is from now on shared with no other request.
     """
     scope[BOUNDARY] = boundary = Boundary()
     state = scope.get("state")
-    if isinstance(state, dict):
-        scope["state"] = dict(cast("dict[str, Any]", state))
-    try:
-        await _run_within(boundary, app, scope, receive, send, keep)
-    finally:
-        boundary.context = None
-
-
-async def _run_within(
-    boundary: Boundary, app: ASGIApp, scope: Scope, receive: Receive, send: Send, keep: tuple[ContextVar[Any], ...]
-) -> None:
-    """Step the app in the boundary's Context, in the task that awaits this: no task more, and cancelled as ever.
-
-    The server's ``receive`` and ``send`` are stepped outside again: a server may start the next request of the
-    connection from within them, and it, its log and the middlewares around us would then inherit the boundary's
-    Context.
-    """
-    context = boundary.context
-    assert context is not None
+    if state is not None:
+        scope["state"] = dict(state)
     for variable in keep:
         if (value := variable.get(_UNSET)) is not _UNSET:
-            context.run(variable.set, value)
-    # A copy, since a Context cannot be entered twice, and the one we are in is entered.
-    outside = copy_context().run
+            boundary.context.run(variable.set, value)
+    return boundary
 
-    def receive_outside() -> Awaitable[Message]:
-        return _step(outside, outside(receive))
 
-    def send_outside(message: Message) -> Awaitable[None]:
-        return _step(outside, outside(send, message))
+class Boundary:
+    """The Context a request runs in. Emptied when it ends, since what runs in a Context may refer to its scope."""
 
-    run = context.run
-    await _step(run, run(app, scope, receive_outside, send_outside))
+    __slots__ = ("context",)
+
+    context: Context | None
+
+    def __init__(self) -> None:
+        self.context = Context()
+
+    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Step the app in here, in the task that awaits this: no task more, and cancelled as ever.
+
+        The server's ``receive`` and ``send`` are stepped outside again: a server may start the next request of the
+        connection from within them, and it, its log and the middlewares around us would then inherit this Context. A
+        WebSocket is the last exchange of its connection: there it is done for the variables that are set outside, and
+        messages cost nothing where there are none.
+        """
+        assert self.context is not None
+        # A copy, since a Context cannot be entered twice, and the one we are in is entered.
+        outside = copy_context()
+        if scope["type"] == "http" or len(outside):
+            receive, send = _outside(outside.run, receive, send)
+        run = self.context.run
+        running = run(app, scope, receive, send)
+        if type(running) is CoroutineType:
+            steps = running.__await__()
+            waiting = run(next, steps, _DONE)
+            if waiting is not _DONE:
+                await _go_on(run, steps, waiting)
+        else:
+            await _step(run, running)
+
+
+def _outside(run: Callable[..., Any], receive: Receive, send: Send) -> tuple[Receive, Send]:
+    # Coroutine functions, as those of servers are: an app may make a task of a message.
+    async def receive_outside() -> Message:
+        return await _step(run, run(receive))
+
+    async def send_outside(message: Message) -> None:
+        sending = run(send, message)
+        if type(sending) is CoroutineType:
+            steps = sending.__await__()
+            waiting = run(next, steps, _DONE)
+            if waiting is not _DONE:
+                await _go_on(run, steps, waiting)
+        else:
+            await _step(run, sending)
+
+    return receive_outside, send_outside
 
 
 @coroutine
@@ -101,9 +121,18 @@ def _step(run: Callable[..., Any], work: Awaitable[_T]) -> Generator[Any, Any, _
     steps: Any = work if hasattr(work, "send") else run(work.__await__)
     if not hasattr(steps, "send"):
         return cast("_T", (yield from steps))  # a bare iterator, of some C type: it has no steps to put anywhere
-    step, throw = steps.send, steps.throw
     try:
-        waiting = run(step, None)
+        waiting = run(steps.send, None)
+    except StopIteration as stop:
+        return cast("_T", stop.value)
+    return (yield from _go_on(run, steps, waiting))
+
+
+@coroutine
+def _go_on(run: Callable[..., Any], steps: Any, waiting: object) -> Generator[Any, Any, Any]:
+    """The rest of something that has been begun, and waits."""
+    send, throw = steps.send, steps.throw
+    try:
         while True:
             try:
                 value = yield waiting
@@ -113,6 +142,6 @@ def _step(run: Callable[..., Any], work: Awaitable[_T]) -> Generator[Any, Any, _
             except BaseException as error:  # noqa: BLE001 - passed on to the app, as any await would
                 waiting = run(throw, error)
             else:
-                waiting = run(step, value)
+                waiting = run(send, value)
     except StopIteration as stop:
-        return cast("_T", stop.value)
+        return stop.value

@@ -28,8 +28,8 @@ class ContextHost(Protocol):
         """The context is no longer live; its resources are about to be released."""
         ...
 
-    def context_closed(self, context: "UserExecutionContext", metadata: Mapping[str, object]) -> None:
-        """The teardown is through. ``metadata`` is what the application had added by then."""
+    def context_closed(self, context: "UserExecutionContext", metadata: Mapping[str, object] | None) -> None:
+        """The teardown is through. ``metadata`` is what the application had added by then, None for nothing."""
         ...
 
     def bind_context(self, context: "UserExecutionContext", user_id: str) -> None:

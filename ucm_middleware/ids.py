@@ -121,7 +121,8 @@ def _shape_error(text: str, field: str) -> InvalidContextError:
 IDKind = Literal["thread", "run", "request", "websocket", "anonymous"]
 
 _OWN_ID: Final = re.compile(r"(?:(thread|request|websocket|anonymous)|run_(.+))_([0-9a-f]{32})")
-_RUN_OVERHEAD: Final = len("run__") + 32
+CORE_LENGTH: Final = 32
+_RUN_OVERHEAD: Final = len("run__") + CORE_LENGTH
 _POOL_CHUNKS: Final = 128
 _DIGIT_17: Final = 1 << 64  # added to a number, it keeps the leading zeros of the other 16; half the cost of a format
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -154,6 +155,22 @@ class _Source:
         chunk = fresh.pop()
         self.chunks.extend(fresh)
         return chunk
+
+
+def is_own_request_id(request_id: str) -> bool:
+    """Whether this has the shape of a request id that was made here."""
+    return len(request_id) == len("request_") + CORE_LENGTH and request_id.startswith("request_")
+
+
+def thread_id_of(request_id: str) -> str:
+    """The thread of a request that was given none: made from the core of its id."""
+    return f"thread_{request_id[-CORE_LENGTH:]}"
+
+
+def run_id_of(request_id: str) -> str:
+    """The run of a request that was given none, in the thread that was made for it."""
+    core = request_id[-CORE_LENGTH:]
+    return f"run_thread_{core}_{core}"
 
 
 class UnifiedIDManager:

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, ParamSpec, Protocol
 import anyio
 
 from ucm_middleware.errors import ConfigurationError
+from ucm_middleware.expiry import Timed
 from ucm_middleware.resources import ReleaseFailure, Resource, awaiting, is_only
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,12 @@ class State(enum.Enum):
     CLOSING = "closing"
     CLOSED = "closed"
 
+
+# An attribute of an enum class costs ten times as much as a global.
+UNBOUND: Final = State.UNBOUND
+OPEN: Final = State.OPEN
+CLOSING: Final = State.CLOSING
+CLOSED: Final = State.CLOSED
 
 CloseReason = Literal[
     "finished",
@@ -76,7 +83,7 @@ class Releasing(Protocol):
         ...
 
 
-class Lifetime:
+class Lifetime(Timed):
     """The state, the deadline and the resources of one context. Every method may be called from any thread."""
 
     __slots__ = (
@@ -86,7 +93,6 @@ class Lifetime:
         "_latest",
         "_resources",
         "_waiters",
-        "deadline",
         "failures",
         "interrupted",
         "loop",
@@ -100,6 +106,19 @@ class Lifetime:
         "variables",
     )
 
+    reason: CloseReason | None
+    loop: asyncio.AbstractEventLoop | None
+    task: asyncio.Task[Any] | None
+    variables: Context | None
+    overdue: asyncio.TimerHandle | None
+    releasing: Releasing | None
+    failures: tuple[ReleaseFailure, ...]
+    stop: BaseException | None
+    _latest: float | None
+    _clock: Callable[[], float] | None
+    _resources: list[Resource] | None
+    _waiters: list[asyncio.Future[None]] | None
+
     # One lock for all: it is held for a few instructions, and a lock for each context would cost every request an
     # allocation that almost none needs. Reentrant, because a finalizer or a signal handler may close a context in the
     # middle of them: so nothing is called between a check and the step that it allows, or the check is made again.
@@ -108,26 +127,17 @@ class Lifetime:
     def __init__(self, state: State, opened_by: str | tuple[str, int]) -> None:
         self.state = state
         self.opened_by = opened_by
-        self.reason: CloseReason | None = None
-        self.deadline: float | None = None
-        self._latest: float | None = None
-        self._clock: Callable[[], float] | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.variables: Context | None = None
-        self.interrupted = False
-        self.overdue: asyncio.TimerHandle | None = None
+        self.reason = None
+        self.failures = ()
         self._cancelling = 0
-        self._claimed = False
-        self.releasing: Releasing | None = None
-        self.failures: tuple[ReleaseFailure, ...] = ()
-        self.stop: BaseException | None = None
-        self._resources: list[Resource] | None = None
-        self._waiters: list[asyncio.Future[None]] | None = None
+        self.interrupted = self._claimed = False
+        self.deadline = self._latest = self._clock = self._resources = self._waiters = None
+        self.loop = self.task = self.variables = self.overdue = self.releasing = self.stop = None
 
     @property
     def is_open(self) -> bool:
-        return self.state is State.OPEN or self.state is State.UNBOUND
+        state = self.state
+        return state is OPEN or state is UNBOUND
 
     @property
     def is_expired(self) -> bool:
@@ -138,9 +148,9 @@ class Lifetime:
     def permits_use(self) -> bool:
         """Whether the context may be used now, here: until its deadline, and in its own releases."""
         state = self.state
-        if state is State.OPEN or state is State.UNBOUND:
+        if state is OPEN or state is UNBOUND:
             return self.deadline is None or not self.is_expired
-        return state is State.CLOSING and self.releasing is not None and self.releasing.is_here()
+        return state is CLOSING and self.releasing is not None and self.releasing.is_here()
 
     @property
     def handler_runs_elsewhere(self) -> bool:
@@ -170,15 +180,22 @@ class Lifetime:
 
     def begin_closing(self, reason: CloseReason) -> bool:
         """Move to closing. True for exactly one caller."""
-        closing, is_unbound, is_open = State.CLOSING, State.UNBOUND, State.OPEN
         with self.transition:
-            state = self.state
-            if state is not is_open and state is not is_unbound:
+            if self.state is not OPEN and self.state is not UNBOUND:
                 return False
-            self.state = closing
+            self.state = CLOSING
             self.reason = reason
             self._claimed = True
             return True
+
+    def end_if_empty(self, reason: CloseReason) -> bool:
+        """Move to closing, and claim the teardown, when there is nothing to release. The caller holds the lock."""
+        if self._resources or (self.state is not OPEN and self.state is not UNBOUND):
+            return False
+        self.state = CLOSING
+        self.reason = reason
+        self._claimed = True
+        return True
 
     def offer_teardown(self) -> None:
         """Let someone claim the teardown, now that whoever began the closing has said so where it must be known."""
@@ -187,7 +204,7 @@ class Lifetime:
     def claim_teardown(self) -> bool:
         """True for exactly one caller, once the lifetime is closing: that one does the teardown."""
         with self.transition:
-            if self._claimed or self.state is not State.CLOSING:
+            if self._claimed or self.state is not CLOSING:
                 return False
             self._claimed = True
             return True
@@ -195,7 +212,7 @@ class Lifetime:
     def finish_closing(self) -> None:
         """Move to closed, and wake whoever waits for it."""
         with self.transition:
-            self.state = State.CLOSED
+            self.state = CLOSED
             waiters, self._waiters = self._waiters, None
         self.releasing = None
         overdue, self.overdue = self.overdue, None
@@ -211,15 +228,16 @@ class Lifetime:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self.transition:
             self._waiters = [*(self._waiters or ()), waiter]
-            if self.state is State.CLOSED:  # looked at last: who closed before found no waiter
+            if self.state is CLOSED:  # looked at last: who closed before found no waiter
                 return
         await _uncancelled(waiter)
 
     def run_in_current_task(self) -> None:
         """Note that the handler runs in this task, on this event loop: it is cancelled when the context is cut off."""
-        self.loop = asyncio.get_running_loop()
-        self.task = asyncio.current_task()
-        self._cancelling = 0 if self.task is None else self.task.cancelling()
+        self.loop = loop = asyncio.get_running_loop()
+        self.task = task = asyncio.current_task(loop)
+        if task is not None:
+            self._cancelling = task.cancelling()
 
     def absorb_interrupt(self) -> bool:
         """Take back the cancellation of an interrupt, in the task of the handler, after it has ended.

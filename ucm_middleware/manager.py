@@ -36,7 +36,7 @@ from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
-from ucm_middleware.lifetime import CloseReason, Lifetime, loop_is_live, running_loop
+from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Lifetime, loop_is_live, running_loop
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
@@ -196,7 +196,7 @@ class UserContextManager:
             audit_metadata=audit_metadata,
         )
         context.verify_isolation()
-        self._register(context, (context.user_id, context.request_id), ttl, "create_context")
+        self._register(context, None, self.ttl if ttl is None else ttl, "create_context")
         return context
 
     def create_managed_context(
@@ -230,17 +230,23 @@ class UserContextManager:
         return self.create_isolated_context(user_id)
 
     def _open_for_connection(
-        self, user_id: str | None, lifetime: Lifetime, ttl: float | None, websocket: bool
+        self, user_id: str | None, ttl: float | None, variables: Context | None, *, websocket: bool
     ) -> UserExecutionContext:
         """A context for a request or connection; anonymous without a user. For the middleware, which has checked
         the id.
         """
-        core = self.ids.generate_core()
-        user_id = self.ids.generate_anonymous_id() if user_id is None else user_id
-        context = UserExecutionContext._open(user_id, f"request_{core}", core, lifetime)
+        ids = self.ids
+        core = ids.generate_core()
+        if user_id is None:
+            user_id, state = ids.generate_anonymous_id(), UNBOUND
+        else:
+            state = OPEN
+        lifetime = Lifetime(state, "a WebSocket connection" if websocket else "an HTTP request")
+        lifetime.variables = variables
+        context = UserExecutionContext._open(user_id, f"request_{core}", lifetime)
         if websocket:
             context._websocket_client_id = f"websocket_{core}"
-        self._register(context, (context.user_id, context.request_id), ttl, "connection")
+        self._register(context, None, ttl, "connection")
         return context
 
     # What is there.
@@ -358,7 +364,7 @@ class UserContextManager:
         self._closing.add(context)
         self._registry.remove(context)
 
-    def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object]) -> None:
+    def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._closing.discard(context)
         try:
             self._trail.closed(context, metadata)
@@ -419,18 +425,22 @@ class UserContextManager:
             return key
         return key if self._guard.is_granted(key) else (user_id, key)
 
-    def _register(self, context: UserExecutionContext, key: Key, ttl: float | None, source: str) -> None:
+    def _register(self, context: UserExecutionContext, key: Key | None, ttl: float | None, source: str) -> None:
+        """Let a context live here: under a key, or when it is new, under the pair of its user and its request."""
         if self._draining and self._guard.acting_user() is None:  # what runs already may still finish
             raise ManagerDrainingError("the server is shutting down")
-        was_here = context.host is self
+        was_here = context._host is self
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
         displaced: Displaced = {}
         try:
-            displaced.update(self._registry.insert(context, key, ttl, self.ttl))
-            if isinstance(key, str) and key != context.user_id:
-                # So that the user too finds it by this text: from inside, it means the pair.
-                displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
+            if key is None:
+                displaced = self._registry.admit(context, ttl)
+            else:
+                displaced.update(self._registry.insert(context, key, ttl, self.ttl))
+                if isinstance(key, str) and key != context.user_id:
+                    # So that the user too finds it by this text: from inside, it means the pair.
+                    displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
             if not context.is_open:  # closed in the middle of it, by a thread, a finalizer or a signal handler
                 self._registry.remove(context)
                 raise context._closed_error()
@@ -447,7 +457,9 @@ class UserContextManager:
             self._close_displaced(displaced, context)
         try:
             self._trail.opened(context, source)
-            self._plan(context.lifetime.deadline)
+            deadline = context.lifetime.deadline
+            if deadline is not None:
+                self._sweeper.plan(deadline)
         except BaseException:
             context.close("failed")  # what is not on record does not live
             raise

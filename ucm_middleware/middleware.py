@@ -19,9 +19,10 @@ from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.disconnect import ReadAhead
 from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
 from ucm_middleware.expiry import checked_ttl
-from ucm_middleware.firewall import BOUNDARY, Boundary, is_enclosed, run_enclosed
+from ucm_middleware.firewall import BOUNDARY, Boundary, is_enclosed, raise_boundary
 from ucm_middleware.identity import Identified, Identify
-from ucm_middleware.lifetime import CloseReason, Lifetime, State
+from ucm_middleware.ids import validate_id
+from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
 from ucm_middleware.principal import Principal
 from ucm_middleware.refusal import refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
@@ -77,18 +78,25 @@ class UserContextMiddleware:
         elif is_enclosed(scope):
             await self._serve(scope, receive, send)
         else:
-            await run_enclosed(self._serve, scope, receive, send, self.keep)
+            boundary = raise_boundary(scope, self.keep)
+            try:
+                await boundary.run(self._serve, scope, receive, send)
+            finally:
+                boundary.context = None
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outer = scope.get(CONTEXT)
-        if outer is not None:
-            if outer.host is self.manager:
+        if CONTEXT in scope:
+            if scope[CONTEXT].host is self.manager:
                 await self.app(scope, receive, send)
                 return
             # Another manager's context: the app between the two middlewares goes on seeing its own.
             scope = {**scope, "state": dict(scope["state"])}
         try:
-            context = await self._open(scope)
+            principal = None
+            if self.identify is not None:
+                found = self.identify(HTTPConnection(scope))
+                principal = self._principal(found if type(found) is str else await _settled(found))
+            context = self._open(scope, principal)
         except UserContextError as error:
             await self._refuse(error, scope, send)
             return
@@ -98,35 +106,40 @@ class UserContextMiddleware:
             self.manager.record_refusal(f"identify raised {type(error).__name__} ({refusal.status})")
             await send_refusal(refusal, scope, send, None)
             return
-        await self._run(context, scope, receive, send)
+        if self.cancel_on_disconnect and scope["type"] == "http":
+            ahead = ReadAhead(receive, send, partial(context.close, "disconnected"))
+            try:
+                await self._run(context, scope, ahead.receive, ahead.send)
+            finally:
+                ahead.stop()
+        else:
+            await self._run(context, scope, receive, send)
 
-    async def _open(self, scope: Scope) -> UserExecutionContext:
+    def _open(self, scope: Scope, principal: Principal | str | None) -> UserExecutionContext:
         user_id = seconds_left = None
-        if self.identify is not None:
-            found = self.identify(HTTPConnection(scope))
-            if isawaitable(found):
-                found = await found
-            principal = self._principal(found)
-            if principal is not None:
-                user_id = principal.user_id
-                seconds_left = principal.seconds_left()
-        if user_id is None and self.require_identity:
+        if type(principal) is str:
+            user_id = principal
+        elif isinstance(principal, Principal):
+            user_id = principal.user_id
+            seconds_left = principal.seconds_left()
+        elif self.require_identity:
             raise UnauthenticatedError("a user is required here")
-        is_websocket = scope["type"] == "websocket"
-        lifetime = Lifetime(
-            State.UNBOUND if user_id is None else State.OPEN,
-            "a WebSocket connection" if is_websocket else "an HTTP request",
-        )
         boundary: Boundary = scope[BOUNDARY]
-        lifetime.variables = boundary.context
-        context = self.manager._open_for_connection(user_id, lifetime, self.ttl, is_websocket)
+        context = self.manager._open_for_connection(
+            user_id, self.ttl, boundary.context, websocket=scope["type"] == "websocket"
+        )
         if seconds_left is not None:
             self.manager.end_within(context, seconds_left)
         scope[CONTEXT] = context
-        scope.setdefault("state", {})["user_context"] = context
+        if "state" in scope:
+            scope["state"]["user_context"] = context
+        else:
+            scope["state"] = {"user_context": context}
         return context
 
-    def _principal(self, found: Identified) -> Principal | None:
+    def _principal(self, found: Identified) -> Principal | str | None:
+        if type(found) is str:
+            return validate_id(found, "user_id")
         if found is None or isinstance(found, Principal):
             return found
         if not isinstance(found, str):  # pyright: ignore[reportUnnecessaryIsInstance] - resolvers are not all typed
@@ -134,19 +147,9 @@ class UserContextMiddleware:
                 f"{getattr(self.identify, '__qualname__', self.identify)} answered with a {type(found).__name__}; "
                 "a resolver answers with a Principal, a user id as text, or None"
             )
-        return Principal(found)
+        return validate_id(found, "user_id")
 
     async def _run(self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.cancel_on_disconnect and scope["type"] == "http":
-            ahead = ReadAhead(receive, send, partial(context.close, "disconnected"))
-            try:
-                await self._run_app(context, scope, ahead.receive, ahead.send)
-            finally:
-                ahead.stop()
-        else:
-            await self._run_app(context, scope, receive, send)
-
-    async def _run_app(self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send) -> None:
         last_sent: str | None = None
 
         def watched(message: Message) -> Awaitable[None]:
@@ -176,8 +179,10 @@ class UserContextMiddleware:
             raise
         else:
             lifetime.task = None
-            lifetime.absorb_interrupt()
-            await self._close(context, "finished", None)
+            if lifetime.interrupted:
+                lifetime.absorb_interrupt()
+            if not context.end("finished"):
+                await self._close(context, "finished", None)
         finally:
             leave(token)
 
@@ -207,3 +212,7 @@ class UserContextMiddleware:
             return message
 
         await self.app(scope, watched, send)
+
+
+async def _settled(found: Identified | Awaitable[Identified]) -> Identified:
+    return await found if isawaitable(found) else found

@@ -6,7 +6,7 @@ from typing import Final
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
-from ucm_middleware.expiry import Deadlines, Timed
+from ucm_middleware.expiry import Deadlines
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.lifetime import CloseReason
 
@@ -16,23 +16,11 @@ Key = str | tuple[str, str]
 Displaced = dict[UserExecutionContext, CloseReason]
 """Contexts that must be closed, once the lock is released, and why."""
 
-NO_DEADLINE: Final = float("inf")
 RETRY: Final = 1.0
 """Seconds until a context that could not be closed is tried again."""
 
 SLICE: Final = 256
 """How many expired contexts are taken out at a time, so that the lock is never held for long."""
-
-
-class Entry(Timed):
-    """One live context and the keys it stands under."""
-
-    __slots__ = ("context", "keys")
-
-    def __init__(self, context: UserExecutionContext, key: Key) -> None:
-        super().__init__(NO_DEADLINE)
-        self.context = context
-        self.keys: tuple[Key, ...] = (key,)
 
 
 class Limits:
@@ -47,7 +35,12 @@ class Limits:
 
 
 class Registry:
-    """Thread-safe. Its lock is held for single operations, whose cost does not grow with the number of contexts."""
+    """Thread-safe. Its lock is held for single operations, whose cost does not grow with the number of contexts.
+
+    Most users have one context, under the pair (user id, request id): those stand in one table, by their owner alone.
+    Whatever else an owner has, a second context or another key, unfolds that entry into the tables of keys and of
+    owners.
+    """
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.limits = limits
@@ -61,11 +54,13 @@ class Registry:
 
     def _start_empty(self) -> None:
         # The lock is reentrant: a finalizer or a signal handler may close a context in the middle of an operation. So
-        # what is walked is a snapshot, and what was checked before a step is checked again after it.
+        # what is walked is a snapshot, and what was checked before a call is checked again after it: only between
+        # calls can nothing happen.
         self._lock = threading.RLock()
-        self._by_key: dict[Key, Entry] = {}
-        self._by_owner: dict[str, dict[UserExecutionContext, Entry]] = {}
-        self._deadlines = (Deadlines(), Deadlines())  # of named users, of anonymous ones
+        self._lone: dict[str, UserExecutionContext] = {}
+        self._by_key: dict[Key, UserExecutionContext] = {}
+        self._by_owner: dict[str, dict[UserExecutionContext, None]] = {}
+        self._deadlines = (Deadlines[UserExecutionContext](), Deadlines[UserExecutionContext]())  # named, anonymous
         self._named = 0
         self._anonymous = 0
 
@@ -74,8 +69,13 @@ class Registry:
 
     def lookup(self, key: Key) -> UserExecutionContext | None:
         """The context under a key, expired or not."""
-        entry = self._by_key.get(key)
-        return None if entry is None else entry.context
+        context = self._by_key.get(key)
+        if context is None and isinstance(key, tuple):
+            lone = self._lone.get(key[0])
+            if lone is not None and lone.request_id == key[1]:
+                return lone
+            context = self._by_key.get(key)  # it may have been unfolded in between
+        return context
 
     def insert(
         self, context: UserExecutionContext, key: Key, ttl: float | None, usual_ttl: float | None = None
@@ -89,43 +89,93 @@ class Registry:
         """
         owner = context.user_id
         with self._lock:
-            now = self.clock()
             if not context.is_open:  # whoever closed it has looked for it here already, or waits for the lock
                 raise _closed(context)
             displaced = self._make_way(context, key)
-            mine = self._by_owner.get(owner)
-            entry = None if mine is None else mine.get(context)
-            if entry is None:
-                self._make_room(owner, context.is_anonymous, displaced, now)
+            mine = self._unfold(owner)
+            if mine is None or context not in mine:
+                self._make_room(owner, context.is_anonymous, displaced)
                 self._evict_squatter(owner, context)
-                entry = Entry(context, key)
-                self._by_owner.setdefault(owner, {})[context] = entry
+                context.registry_keys = (key,)
+                group = {context: None}
+                if owner in self._by_owner:
+                    self._by_owner[owner][context] = None
+                else:
+                    self._by_owner[owner] = group
                 self._count(context.is_anonymous, 1)
                 ttl = usual_ttl if ttl is None else ttl
-            elif key not in entry.keys:
-                entry.keys += (key,)
-            self._by_key[key] = entry
+            elif key not in context.registry_keys:
+                context.registry_keys += (key,)
+            self._by_key[key] = context
             if ttl is not None:
-                self._set_deadline(entry, now + ttl, now)
+                self._set_deadline(context, ttl)
         return displaced
+
+    def admit(self, context: UserExecutionContext, ttl: float | None) -> Displaced:
+        """The same for a new context under the pair of its user and its request, which is nearly always alone."""
+        owner, anonymous = context.user_id, context.is_anonymous
+        with self._lock:
+            live, limit = (
+                (self._anonymous, self.limits.anonymous) if anonymous else (self._named, self.limits.total)
+            )
+            if (
+                owner not in self._lone
+                and owner not in self._by_owner
+                and owner not in self._by_key  # a squatter
+                and live < limit
+            ):
+                self._lone[owner] = context
+                if anonymous:
+                    self._anonymous += 1
+                else:
+                    self._named += 1
+                if ttl is not None:
+                    self._set_deadline(context, ttl)
+                return {}
+        return self.insert(context, (owner, context.request_id), ttl)
+
+    def _unfold(self, owner: str) -> dict[UserExecutionContext, None] | None:
+        """An owner's contexts in the general form."""
+        while owner in self._lone:
+            context = self._lone[owner]
+            keys: tuple[Key, ...] = ((owner, context.request_id),)
+            group: dict[UserExecutionContext, None] = {context: None}
+            if owner in self._lone and self._lone[owner] is context:
+                context.registry_keys = keys
+                self._by_key[keys[0]] = context
+                self._by_owner[owner] = group
+                del self._lone[owner]
+        return self._by_owner.get(owner)
 
     def remove(self, context: UserExecutionContext) -> bool:
         """Take a context out, and free its keys. False when it was not in."""
         with self._lock:
             owner = context.user_id  # a late binding may just have changed it, under this lock
-            mine = self._by_owner.get(owner)
-            entry = None if mine is None else mine.pop(context, None)
-            if mine is None or entry is None:
+            if owner in self._lone and self._lone[owner] is context:
+                del self._lone[owner]
+            elif not self._remove_from_group(owner, context):
                 return False
-            if not mine:
-                del self._by_owner[owner]
-            self._count(context.is_anonymous, -1)
-            for key in entry.keys:
-                if self._by_key.get(key) is entry:
-                    del self._by_key[key]
-            if entry.deadline != NO_DEADLINE:
-                self._deadlines[context.is_anonymous].discard(entry)
+            anonymous = context.is_anonymous
+            if anonymous:
+                self._anonymous -= 1
+            else:
+                self._named -= 1
+            lifetime = context.lifetime
+            if lifetime.deadline is not None:
+                self._deadlines[anonymous].discard(lifetime)
             return True
+
+    def _remove_from_group(self, owner: str, context: UserExecutionContext) -> bool:
+        mine = self._by_owner.get(owner)
+        if mine is None or context not in mine:
+            return False
+        del mine[context]
+        if not mine:
+            del self._by_owner[owner]
+        for key in context.registry_keys:
+            if self._by_key.get(key) is context:
+                del self._by_key[key]
+        return True
 
     def rebind(self, context: UserExecutionContext, user_id: str, transition: Callable[[], bool]) -> Displaced:
         """Move an anonymous context to its user. ``transition`` does the binding, with the lock held.
@@ -135,74 +185,86 @@ class Registry:
         old = context.user_id
         displaced: Displaced = {}
         with self._lock:
-            entry = self._by_owner.get(old, {}).get(context)
-            if entry is None:
+            if not self._is_in(context, old):
                 return displaced
-            now = self.clock()
-            self._make_room(user_id, False, displaced, now)
+            self._unfold(old)
+            self._unfold(user_id)
+            self._make_room(user_id, False, displaced)
+            group = {context: None}
             if transition():
                 self._evict_squatter(user_id, context)
-                if entry.deadline != NO_DEADLINE:
-                    self._deadlines[True].discard(entry)
-                    self._deadlines[False].add(entry, now)
-                del self._by_owner[old]
-                self._by_owner.setdefault(user_id, {})[context] = entry
+                lifetime = context.lifetime
+                if lifetime.deadline is not None:
+                    self._deadlines[True].discard(lifetime)
+                    self._queue(context)
+                self._by_owner.pop(old, None)
+                if user_id in self._by_owner:
+                    self._by_owner[user_id][context] = None
+                else:
+                    self._by_owner[user_id] = group
                 self._count(True, -1)
                 self._count(False, 1)
-                self._rename(entry, old, user_id, displaced)
+                self._rename(context, old, user_id, displaced)
         return displaced
 
-    def _rename(self, entry: Entry, old: str, user_id: str, displaced: Displaced) -> None:
-        """Put an entry under its owner's new id, in each pair that it stands under."""
+    def _rename(self, context: UserExecutionContext, old: str, user_id: str, displaced: Displaced) -> None:
+        """Put a context under its owner's new id, in each pair that it stands under."""
         renamed: list[Key] = []
-        for key in entry.keys:
+        for key in context.registry_keys:
             if key[0] == old and isinstance(key, tuple):
                 self._by_key.pop(key, None)
                 key = (user_id, key[1])
                 present = self._by_key.get(key)
                 if present is not None:
-                    displaced[present.context] = "replaced"
-                self._by_key[key] = entry
+                    displaced[present] = "replaced"
+                self._by_key[key] = context
             renamed.append(key)
-        entry.keys = tuple(renamed)
+        context.registry_keys = tuple(renamed)
 
     def limit(self, context: UserExecutionContext, seconds: float) -> float | None:
         """Let a context live so many seconds more at most, whatever it is given later. Returns its deadline."""
         with self._lock:
-            entry = self._by_owner.get(context.user_id, {}).get(context)
-            if entry is None:
+            if not self._is_in(context, context.user_id):
                 return None
-            now = self.clock()
-            context.lifetime.limit(now + seconds, self.clock)
-            self._set_deadline(entry, entry.deadline, now)
-            return entry.deadline
+            lifetime = context.lifetime
+            if lifetime.deadline is not None:
+                self._deadlines[context.is_anonymous].discard(lifetime)
+            lifetime.limit(self.clock() + seconds, self.clock)
+            self._queue(context)
+            return lifetime.deadline
 
     def live(self) -> list[tuple[Key, UserExecutionContext]]:
         """A snapshot: every live context with the first key it stands under."""
         with self._lock:
-            entries = [entry for mine in list(self._by_owner.values()) for entry in list(mine.values())]
-            return [(entry.keys[0], entry.context) for entry in entries]
+            return self._shown(list(self._lone.values()), list(self._by_owner.values()))
 
     def live_of(self, user_ids: Iterable[str]) -> list[tuple[Key, UserExecutionContext]]:
         """A snapshot of some users' live contexts."""
         with self._lock:
-            entries = [entry for user_id in user_ids for entry in list(self._by_owner.get(user_id, {}).values())]
-            return [(entry.keys[0], entry.context) for entry in entries]
+            users = list(user_ids)
+            lone = [self._lone[user] for user in users if user in self._lone]
+            return self._shown(lone, [self._by_owner[user] for user in users if user in self._by_owner])
+
+    def _shown(
+        self, lone: list[UserExecutionContext], groups: list[dict[UserExecutionContext, None]]
+    ) -> list[tuple[Key, UserExecutionContext]]:
+        shown: list[tuple[Key, UserExecutionContext]] = [
+            ((context.user_id, context.request_id), context) for context in lone
+        ]
+        shown += [(context.registry_keys[0], context) for group in groups for context in list(group)]
+        return shown
 
     def take_due(self) -> list[UserExecutionContext]:
         """Some contexts whose deadline has come; call again until there are none. They stay in until they close."""
         with self._lock:
             now = self.clock()
-            due = [entry for deadlines in self._deadlines for entry in deadlines.pop_due(now, SLICE)]
-            return [entry.context for entry in due if isinstance(entry, Entry)]
+            return [context for deadlines in self._deadlines for context in deadlines.pop_due(now, SLICE)]
 
     def postpone(self, context: UserExecutionContext) -> None:
         """Let ``take_due`` offer a context again, a second from now."""
         with self._lock:
-            entry = self._by_owner.get(context.user_id, {}).get(context)
-            if entry is not None:
-                now = self.clock()
-                self._deadlines[context.is_anonymous].add(entry, now, RETRY)
+            if self._is_in(context, context.user_id):
+                self._deadlines[context.is_anonymous].add(context.lifetime, context, self.clock(), RETRY)
 
     def next_wake(self) -> float | None:
         """When the next deadline must be looked at, on the registry's clock."""
@@ -210,23 +272,26 @@ class Registry:
             wakes = [deadlines.next_wake() for deadlines in self._deadlines]
             return min((wake for wake in wakes if wake is not None), default=None)
 
+    def _is_in(self, context: UserExecutionContext, owner: str) -> bool:
+        return self._lone.get(owner) is context or context in self._by_owner.get(owner, ())
+
     def _make_way(self, context: UserExecutionContext, key: Key) -> Displaced:
         """Who must go so that the context can stand under the key."""
         owner = context.user_id
         displaced: Displaced = {}
         if isinstance(key, tuple) and key[0] != owner:
             raise _foreign_key()
-        present = self._by_key.get(key)
-        if present is not None and present.context is not context:
-            if not self._is_live(present.context):
-                displaced[present.context] = "expired"
-            elif present.context.user_id == owner:
-                displaced[present.context] = "replaced"
+        present = self.lookup(key)
+        if present is not None and present is not context:
+            if not self._is_live(present):
+                displaced[present] = "expired"
+            elif present.user_id == owner:
+                displaced[present] = "replaced"
             elif key == owner:
-                displaced[present.context] = "evicted"
+                displaced[present] = "evicted"
             else:
                 raise _foreign_key()
-        if key != owner and isinstance(key, str) and any(map(self._is_live, list(self._by_owner.get(key, ())))):
+        if key != owner and isinstance(key, str) and any(self._is_live(other) for _, other in self.live_of([key])):
             raise _foreign_key()
         return displaced
 
@@ -236,14 +301,14 @@ class Registry:
         Whoever did loses the key, and lives on under the pair that every context has.
         """
         squatter = self._by_key.get(owner)
-        if squatter is None or squatter.context is context or squatter.context.user_id == owner:
+        if squatter is None or squatter is context or squatter.user_id == owner:
             return
         del self._by_key[owner]
-        pair = (squatter.context.user_id, squatter.context.request_id)
-        squatter.keys = tuple(key for key in squatter.keys if key != owner) or (pair,)
-        self._by_key.setdefault(squatter.keys[0], squatter)
+        pair = (squatter.user_id, squatter.request_id)
+        squatter.registry_keys = tuple(key for key in squatter.registry_keys if key != owner) or (pair,)
+        self._by_key.setdefault(squatter.registry_keys[0], squatter)
 
-    def _make_room(self, owner: str, anonymous: bool, displaced: Displaced, now: float) -> None:
+    def _make_room(self, owner: str, anonymous: bool, displaced: Displaced) -> None:
         """Check the limits. Contexts that have expired do not count: they are displaced."""
         limits = self.limits
         mine = self._by_owner.get(owner)
@@ -254,8 +319,8 @@ class Registry:
         live, limit = (self._anonymous, limits.anonymous) if anonymous else (self._named, limits.total)
         if live < limit:
             return
-        due = [entry for entry in self._deadlines[anonymous].pop_due(now, SLICE) if isinstance(entry, Entry)]
-        displaced.update((entry.context, "expired") for entry in due)  # one is enough to make room
+        due = self._deadlines[anonymous].pop_due(self.clock(), SLICE)
+        displaced.update((context, "expired") for context in due)  # one is enough to make room
         if live - sum(context.is_anonymous == anonymous for context in displaced) >= limit:
             scope = "anonymous" if anonymous else "total"
             raise ContextLimitError(scope, limit, "the server is at its limit; try again shortly")
@@ -270,12 +335,22 @@ class Registry:
         else:
             self._named += by
 
-    def _set_deadline(self, entry: Entry, deadline: float, now: float) -> None:
-        deadlines = self._deadlines[entry.context.is_anonymous]
-        if entry.deadline != NO_DEADLINE:
-            deadlines.discard(entry)
-        entry.deadline = entry.context.lifetime.expire_at(deadline, self.clock)
-        deadlines.add(entry, now)
+    def _set_deadline(self, context: UserExecutionContext, ttl: float) -> None:
+        lifetime = context.lifetime
+        now = self.clock()
+        anonymous = context.is_anonymous
+        if lifetime.deadline is not None:
+            self._deadlines[anonymous].discard(lifetime)
+        deadline = now + ttl
+        allowed = lifetime.expire_at(deadline, self.clock)
+        self._deadlines[anonymous].add(lifetime, context, now, ttl if allowed == deadline else allowed - now)
+
+    def _queue(self, context: UserExecutionContext) -> None:
+        """Have the sweep look at a context's deadline, whatever set it."""
+        deadline = context.lifetime.deadline
+        if deadline is not None:
+            now = self.clock()
+            self._deadlines[context.is_anonymous].add(context.lifetime, context, now, deadline - now)
 
 
 def _foreign_key() -> CrossUserAccessError:

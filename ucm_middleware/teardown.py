@@ -11,13 +11,14 @@ from typing import Final
 from ucm_middleware.current import ambient
 from ucm_middleware.errors import ContextClosedError, ContextLimitError
 from ucm_middleware.lifetime import (
+    CLOSED,
+    CLOSING,
     HANDLER_GRACE,
     INTERRUPTING,
     Cancelled,
     CloseReason,
     Lifetime,
     Releasing,
-    State,
     in_background,
     loop_is_live,
     running_loop,
@@ -59,7 +60,7 @@ class Closable:
     def needs_waiting(self) -> bool:
         """True when something must be released or closed with this context, or somebody is closing it already."""
         lifetime = self._lifetime
-        return lifetime.has_resources or bool(self._children) or lifetime.state is State.CLOSING
+        return lifetime.has_resources or bool(self._children) or lifetime.state is CLOSING
 
     def require_usable(self) -> None:
         """Raise ContextClosedError from the closing on, and from the deadline on even when nothing has noticed it
@@ -112,18 +113,34 @@ class Closable:
             await lifetime.wait_closed()
         return lifetime.failures
 
+    def end(self, reason: CloseReason) -> bool:
+        """Close a context that holds nothing, from the task that ran its handler: the short way of most requests.
+
+        False when it holds something, or something else is closing it: then nothing was done.
+        """
+        with Lifetime.transition:
+            if self._children or not self._lifetime.end_if_empty(reason):
+                return False
+        self._say_closing()
+        self._finish()
+        return True
+
     # What a context adds.
 
     @abstractmethod
-    def _begin_release(self) -> Releasing:
-        """The closing has begun: say so. Returns what marks the releases."""
+    def _say_closing(self) -> None:
+        """The closing has begun: say so."""
 
     @abstractmethod
-    def _wipe(self) -> Mapping[str, object]:
-        """Empty the data. Returns what the record of the end needs of it."""
+    def _releasing(self) -> Releasing:
+        """What marks the releases."""
 
     @abstractmethod
-    def _say_closed(self, metadata: Mapping[str, object]) -> None:
+    def _wipe(self) -> Mapping[str, object] | None:
+        """Empty the data. Returns what the record of the end needs of it, None for nothing."""
+
+    @abstractmethod
+    def _say_closed(self, metadata: Mapping[str, object] | None) -> None:
         """The teardown is through: say so."""
 
     # The tree.
@@ -155,7 +172,8 @@ class Closable:
         lifetime = self._lifetime
         if not lifetime.begin_closing(reason):
             return False
-        lifetime.releasing = self._begin_release()
+        self._say_closing()
+        lifetime.releasing = self._releasing()
         if reason in INTERRUPTING:
             lifetime.interrupt()
         lifetime.offer_teardown()
@@ -197,7 +215,7 @@ class Closable:
         self._tear_down_overdue()
 
     def _wait_for_handler(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._lifetime.state is State.CLOSING:
+        if self._lifetime.state is CLOSING:
             # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
             timer = loop.call_later(HANDLER_GRACE, self._tear_down_overdue, context=Context())
             self._lifetime.overdue = timer
@@ -239,7 +257,7 @@ class Closable:
         """Close the children, last first, until one must be waited for. Returns the loop that this one closes on."""
         for child in reversed(tuple(self._children or ())):
             child.close(self._lifetime.reason or "closed", error)
-            if child.lifetime.state is not State.CLOSED:
+            if child.lifetime.state is not CLOSED:
                 return child.lifetime.loop
         return None
 

@@ -468,8 +468,9 @@ class TestPerformance:
             for number in range(1000):
                 manager.clear_context(f"nobody-{number}")
                 manager.get_audit_trail(f"nobody-{number}")
-            sizes.append((len(manager._registry._by_key), len(manager._registry._by_owner)))
-        assert sizes == [(0, 0), (0, 0)]
+            registry = manager._registry
+            sizes.append((len(registry._lone), len(registry._by_key), len(registry._by_owner)))
+        assert sizes == [(0, 0, 0), (0, 0, 0)]
 
     def test_contexts_share_one_thread_and_need_no_task(self) -> None:
         before = set(threading.enumerate())

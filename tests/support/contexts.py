@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from ucm_middleware import UserContextManager, UserExecutionContext, managed_user_context
-from ucm_middleware.lifetime import Lifetime, State
 
 
 @contextmanager
@@ -17,7 +16,7 @@ def running_as(manager: UserContextManager, user_id: str) -> Iterator[UserExecut
 
 def visitor(manager: UserContextManager, ttl: float | None = None) -> UserExecutionContext:
     """What the middleware opens for somebody that it does not know yet."""
-    return manager._open_for_connection(None, Lifetime(State.UNBOUND, "a test"), ttl, websocket=False)
+    return manager._open_for_connection(None, ttl, None, websocket=False)
 
 
 def events(manager: UserContextManager, user_id: str, *kinds: str) -> list[dict[str, Any]]:

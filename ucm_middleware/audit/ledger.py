@@ -49,8 +49,10 @@ class MemoryLedger:
 
     def __init__(self, *, records_per_user: int = 128, users: int = 4096, anonymous_users: int = 256) -> None:
         self.records_per_user = records_per_user
-        self._bounds = {False: users, True: anonymous_users}
-        self._kept: dict[bool, OrderedDict[str, _Kept]] = {False: OrderedDict(), True: OrderedDict()}
+        self.users = users
+        self.anonymous_users = anonymous_users
+        self._named: OrderedDict[str, _Kept] = OrderedDict()
+        self._anonymous: OrderedDict[str, _Kept] = OrderedDict()
         self._system = _Kept()
         self._refused = _Kept()  # apart: strangers must not push out what trusted code did
         self.after_fork()
@@ -62,17 +64,21 @@ class MemoryLedger:
 
     def append(self, record: AuditRecord) -> None:
         """Keep a record, dropping that user's oldest when there are too many."""
+        user_id = record.user_id
         with self._lock:
-            if record.user_id is not None:
-                kept = self._kept_of(record.user_id)
-            else:
+            if user_id is None:
                 kept = self._refused if record.event == "refused" else self._system
+            elif user_id.startswith(RESERVED_PREFIX):
+                kept = _kept_of(user_id, self._anonymous, self.anonymous_users)
+            else:
+                kept = _kept_of(user_id, self._named, self.users)
             if record.event == "opened":
                 kept.opening = record
-            if len(kept.records) >= self.records_per_user:
-                del kept.records[0]
+            records = kept.records
+            if len(records) >= self.records_per_user:
+                del records[0]
                 kept.dropped += 1
-            kept.records.append(record)
+            records.append(record)
 
     def trail(self, user_id: str | None) -> Trail | None:
         """As the port says, a copy; None too for a user seen so long ago that others took the place."""
@@ -80,16 +86,18 @@ class MemoryLedger:
             if user_id is None:
                 records = sorted((*self._system.records, *self._refused.records), key=lambda record: record.at)
                 return Trail(None, tuple(records), self._system.dropped + self._refused.dropped)
-            kept = self._kept[user_id.startswith(RESERVED_PREFIX)].get(user_id)
+            users = self._anonymous if user_id.startswith(RESERVED_PREFIX) else self._named
+            kept = users.get(user_id)
             return None if kept is None else Trail(kept.opening, tuple(kept.records), kept.dropped)
 
-    def _kept_of(self, user_id: str) -> _Kept:
-        anonymous = user_id.startswith(RESERVED_PREFIX)
-        users = self._kept[anonymous]
-        kept = users.get(user_id)
-        if kept is None:
-            if len(users) >= self._bounds[anonymous]:
-                users.popitem(last=False)
-            kept = users[user_id] = _Kept()
-        users.move_to_end(user_id)  # the users seen last stay longest
+
+def _kept_of(user_id: str, users: OrderedDict[str, _Kept], most: int) -> _Kept:
+    """What is kept of a user, who stays longest from now on: the users seen last do."""
+    kept = users.get(user_id)
+    if kept is not None:
+        users.move_to_end(user_id)
         return kept
+    if len(users) >= most:
+        users.popitem(last=False)
+    kept = users[user_id] = _Kept()
+    return kept

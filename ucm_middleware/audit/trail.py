@@ -1,5 +1,8 @@
 """Writes what happens to contexts into a ledger, and reads one user's trail back."""
 
+# A record takes the ids that a context was given, and derives the others only when it is read, as the context does.
+# pyright: reportPrivateUsage=false
+
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -22,17 +25,7 @@ class AuditTrail:
 
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
-        self._ledger.append(
-            AuditRecord(
-                "opened",
-                time.time(),
-                context.user_id,
-                context.request_id,
-                context.thread_id,
-                context.run_id,
-                data=_opening(source, context),
-            )
-        )
+        self._about(context, "opened", data=_opening(source, context))
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
         """A part of a context's work began in a context of its own."""
@@ -47,17 +40,16 @@ class AuditTrail:
             AuditRecord("bound", time.time(), anonymous_id, context.request_id, data={"user_id": context.user_id})
         )
 
-    def closed(self, context: UserExecutionContext, metadata: Mapping[str, object]) -> None:
-        """A context's teardown is through. ``metadata`` is what the application had added by then."""
+    def closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
+        """A context's teardown is through. ``metadata`` is what the application had added by then, None for nothing."""
         lifetime = context.lifetime
-        failures = lifetime.failures
-        ended_well = not failures and lifetime.reason in _ENDED_WELL
+        reason, failures = lifetime.reason, lifetime.failures
         data: dict[str, object] = {"seconds": round(context.age_seconds, 6)}
         if failures:
             data["unreleased"] = [str(failure) for failure in failures]
         if metadata:
             data["audit_metadata"] = metadata
-        self._about(context, "closed", "ok" if ended_well else "failed", lifetime.reason, data)
+        self._about(context, "closed", "ok" if reason in _ENDED_WELL and not failures else "failed", reason, data)
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: str) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
@@ -126,8 +118,8 @@ class AuditTrail:
                 time.time(),
                 context.user_id,
                 context.request_id,
-                context.thread_id,
-                context.run_id,
+                context._thread_id,
+                context._run_id,
                 outcome,
                 reason,
                 data,
