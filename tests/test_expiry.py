@@ -101,11 +101,11 @@ def test_any_number_of_different_waits_needs_a_bounded_number_of_queues() -> Non
     for _ in range(20_000):
         wait = 10 ** draw.uniform(-6, 7.5)
         deadlines.add(Timed(wait), None, 0.0, wait)
-    assert len(deadlines._queues) <= MOST_QUEUES
+    assert len(deadlines.queues) <= MOST_QUEUES
     for _ in range(20_000):
         wait = 10 ** draw.uniform(-6, 7.5)
         deadlines.add(Timed(wait), None, 0.0, wait)
-    assert len(deadlines._queues) <= MOST_QUEUES
+    assert len(deadlines.queues) <= MOST_QUEUES
 
 
 def test_adding_and_taking_out_cost_the_same_among_ten_and_among_ten_thousand() -> None:

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -338,31 +337,28 @@ def test_ids_of_a_kind_ascend_whatever_the_clock_does(kind: IDKind, readings: li
     assert {len(i) for i in made} == {len(made[0])}
 
 
-class Yielding(int):
-    """A clock reading that lets other threads run in the middle of being compared."""
-
-    def __le__(self, other: int) -> bool:
-        time.sleep(0)
-        return int.__le__(self, other)
-
-
 def test_ids_ascend_across_threads_while_the_clock_stands_still() -> None:
-    ids = UnifiedIDManager(clock_ns=lambda: Yielding(1000))
+    ids = UnifiedIDManager(clock_ns=lambda: 1000)
     barrier = threading.Barrier(4)
     made: list[list[str]] = []
 
     def draw() -> None:
         barrier.wait()
-        made.append([ids.generate_core() for _ in range(200)])
+        made.append([ids.generate_core() for _ in range(20_000)])
 
     threads = [threading.Thread(target=draw) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the interpreter goes to another thread wherever it may
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     assert all(cores == sorted(cores) for cores in made)
-    # 800 different instants: had two threads been given one, neither would come before the other.
-    assert len({core[:16] for cores in made for core in cores}) == 800
+    # As many different instants: had two threads been given one, neither would come before the other.
+    assert len({core[:16] for cores in made for core in cores}) == 80_000
 
 
 def test_an_id_can_be_made_while_the_same_thread_makes_one() -> None:

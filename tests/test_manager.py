@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -36,6 +35,7 @@ from ucm_middleware import (
     managed_user_context,
 )
 from ucm_middleware.ambient import ambient_grant
+from ucm_middleware.registry import Exclusion
 
 HOUR = 3600.0
 
@@ -491,7 +491,7 @@ class TestRaces:
         self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         context = visitor(manager)
-        lock = Signalling(manager._registry._lock)
+        lock = Signalling()
         monkeypatch.setattr(manager._registry, "_lock", lock)
         closing = threading.Thread(target=context.close)
         become = UserExecutionContext._become
@@ -510,19 +510,16 @@ class TestRaces:
         assert manager.get_active_contexts() == {}
 
 
-class Signalling:
+class Signalling(Exclusion):
     """A lock that tells when somebody else comes for it."""
 
-    def __init__(self, lock: AbstractContextManager[object]) -> None:
-        self._lock = lock
+    def __init__(self) -> None:
+        super().__init__()
         self.wanted = threading.Event()
 
     def __enter__(self) -> None:
         self.wanted.set()
-        self._lock.__enter__()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._lock.__exit__(*exc_info)
+        super().__enter__()
 
 
 class TestTheEnd:

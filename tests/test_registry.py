@@ -60,7 +60,7 @@ def anonymous(
     manager: UserContextManager, kind: type[UserExecutionContext] = UserExecutionContext
 ) -> UserExecutionContext:
     return kind._open(
-        manager.ids.generate_anonymous_id(), manager.ids.generate_request_id(), Lifetime(State.UNBOUND, "a test")
+        manager.ids.generate_anonymous_id(), manager.ids.generate_request_id(), Lifetime(State.UNBOUND, "a test"), True
     )
 
 
@@ -185,7 +185,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 put(context, key, ttl)
             assert caught.value.scope == scope
             return
-        displaced = put(context, key, ttl)
+        displaced = put(context, key, ttl) or {}
         self.settle(displaced, going)
         self.take_key_from_squatter(owner)
         if new:
@@ -195,7 +195,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if ttl is not None:
             self.set_deadline(known, self.clock.now + ttl)
 
-    def admit(self, context: UserExecutionContext, key: Key, ttl: float | None) -> Displaced:
+    def admit(self, context: UserExecutionContext, key: Key, ttl: float | None) -> Displaced | None:
         return self.registry.admit(context, ttl)
 
     def set_deadline(self, known: Known, deadline: float) -> None:

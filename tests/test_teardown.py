@@ -409,7 +409,7 @@ class TestInTheMiddleOfAnything:
                 context.close()
                 super().append(item)
 
-        context.lifetime._resources = Interrupted()
+        context.lifetime.resources = Interrupted()
         with pytest.raises(ContextClosedError):
             context.callback(log.append, "released")
         assert log == ["released"]

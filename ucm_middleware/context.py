@@ -13,7 +13,6 @@ from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
     MAX_LENGTH,
-    RESERVED_PREFIX,
     UnifiedIDManager,
     run_id_of,
     thread_id_of,
@@ -52,6 +51,7 @@ class UserExecutionContext(ResourceHolder):
         "__dict__",
         "__weakref__",
         "_agent_context",
+        "_anonymous",
         "_audit_metadata",
         "_created",
         "_db_session",
@@ -102,7 +102,7 @@ class UserExecutionContext(ResourceHolder):
         )
         if websocket_client_id is not None:
             websocket_client_id = validate_id(websocket_client_id, "websocket_client_id")
-        self._start(user_id, request_id, Lifetime(OPEN, _caller()))
+        self._start(user_id, request_id, Lifetime(OPEN, _caller()), False)
         self._thread_id = thread_id
         self._run_id = run_id
         self._websocket_client_id = websocket_client_id
@@ -110,9 +110,10 @@ class UserExecutionContext(ResourceHolder):
         self._audit_metadata = copy_data(audit_metadata, "audit_metadata")
         self._take_session(db_session)
 
-    def _start(self, user_id: str, request_id: str, lifetime: Lifetime) -> None:
+    def _start(self, user_id: str, request_id: str, lifetime: Lifetime, anonymous: bool) -> None:
         """Fill in what every context has."""
         self._user_id = user_id
+        self._anonymous = anonymous
         self._request_id = request_id
         self._lifetime = lifetime
         self._created = time.time()
@@ -217,7 +218,7 @@ class UserExecutionContext(ResourceHolder):
     @property
     def is_anonymous(self) -> bool:
         """True while no user is bound: ``user_id`` is then an unguessable id that no other context has."""
-        return self._user_id.startswith(RESERVED_PREFIX)
+        return self._anonymous
 
     # The user's data.
 
@@ -304,7 +305,7 @@ class UserExecutionContext(ResourceHolder):
             raise ContextLimitError("depth", MAX_DEPTH, "children nest too deeply: open siblings instead")
         ids = UnifiedIDManager() if self._host is None else self._host.ids
         child = UserExecutionContext._open(
-            self._user_id, ids.generate_request_id(), Lifetime(OPEN, _caller())
+            self._user_id, ids.generate_request_id(), Lifetime(OPEN, _caller()), self._anonymous
         )
         child._thread_id, child._run_id = self.thread_id, self.run_id
         child._websocket_client_id = self._websocket_client_id
@@ -409,10 +410,10 @@ class UserExecutionContext(ResourceHolder):
     # For the manager and the middleware.
 
     @classmethod
-    def _open(cls, user_id: str, request_id: str, lifetime: Lifetime) -> Self:
+    def _open(cls, user_id: str, request_id: str, lifetime: Lifetime, anonymous: bool) -> Self:
         """A context without data, from ids that are already checked: the short way, on the path of each request."""
         context = object.__new__(cls)
-        context._start(user_id, request_id, lifetime)
+        context._start(user_id, request_id, lifetime, anonymous)
         return context
 
     @property
@@ -439,9 +440,11 @@ class UserExecutionContext(ResourceHolder):
         """The one transition from unbound to open. False when it was made already, or came too late."""
         lifetime = self._lifetime
         with Lifetime.transition:
-            if lifetime.state is not UNBOUND or self._is_used:
+            # The state is looked at last: from there on nothing is called, so nothing can close the context.
+            if self._is_used or lifetime.state is not UNBOUND:
                 return False
             self._user_id = user_id
+            self._anonymous = False
             lifetime.state = OPEN
             return True
 
@@ -469,6 +472,11 @@ class UserExecutionContext(ResourceHolder):
     def _say_closing(self) -> None:
         if self._host is not None:
             self._host.context_closing(self)
+
+    def _say_ended(self, metadata: Mapping[str, object] | None) -> None:
+        host, self._host = self._host, None
+        if host is not None:
+            host.context_ended(self, metadata)
 
     def _releasing(self) -> Release:
         return Release(self)

@@ -48,35 +48,36 @@ class Timed:
 
 
 class Deadlines(Generic[T]):
-    """What has a deadline, and whose it is. Not thread-safe: its owner holds a lock."""
+    """What has a deadline, and whose it is: ``queues`` by how long they wait. Not thread-safe: its owner holds a lock."""
 
-    __slots__ = ("_queues",)
+    __slots__ = ("queues",)
 
     def __init__(self) -> None:
-        self._queues: dict[float, dict[Timed, T]] = {}
+        self.queues: dict[float, dict[Timed, T]] = {}
 
     def add(self, entry: Timed, of: T, now: float, seconds: float) -> None:
         """Take an entry in, to be looked at in so many seconds at the latest, but not at once."""
-        queue = self._queues.get(seconds)  # the usual time to live: nothing to round
-        if queue is None:
+        self.queue_for(entry, now, seconds)[entry] = of
+
+    def queue_for(self, entry: Timed, now: float, seconds: float) -> dict[Timed, T]:
+        """The queue that an entry must be put into, which has been told when it is to be looked at."""
+        if seconds not in self.queues:
             seconds = _round_down(seconds)
-            queue = self._queues.get(seconds)
-            if queue is None:
-                queue = self._queues[seconds] = {}
+            self.queues.setdefault(seconds, {})
         entry.wait = seconds
         entry.wake = now + seconds
-        queue[entry] = of
+        return self.queues[seconds]
 
     def discard(self, entry: Timed) -> None:
         """Take an entry out, if it is in."""
-        queue = self._queues.get(entry.wait)
+        queue = self.queues.get(entry.wait)
         if queue is not None:
             queue.pop(entry, None)
 
     def pop_due(self, now: float, most: int) -> list[T]:
         """Take out what is due, so many at most: the owner's lock is held meanwhile."""
         due: list[T] = []
-        for queue in list(self._queues.values()):
+        for queue in list(self.queues.values()):
             while len(due) < most and (entry := next(iter(queue), None)) is not None and entry.wake <= now:
                 of = queue.pop(entry, None)
                 left = 0.0 if entry.deadline is None else entry.deadline - now
@@ -90,7 +91,7 @@ class Deadlines(Generic[T]):
 
     def next_wake(self) -> float | None:
         """When to look next; None when there is nothing to wait for."""
-        fronts = [next(iter(queue), None) for queue in list(self._queues.values())]
+        fronts = [next(iter(queue), None) for queue in list(self.queues.values())]
         return min((entry.wake for entry in fronts if entry is not None), default=None)
 
 

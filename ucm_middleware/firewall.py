@@ -36,15 +36,16 @@ class ContextFirewall:
             return
         boundary = raise_boundary(scope, self.keep)
         try:
-            await boundary.run(self.app, scope, receive, send)
+            rest = boundary.start(self.app, scope, receive, send)
+            if rest is not None:
+                await rest
         finally:
             boundary.context = None
 
 
 def is_enclosed(scope: Scope) -> bool:
     """Whether a firewall is outside already. A boundary that has ended does not count: the scope was used again."""
-    boundary = scope.get(BOUNDARY)
-    return boundary is not None and boundary.context is not None
+    return BOUNDARY in scope and scope[BOUNDARY].context is not None
 
 
 def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary":
@@ -53,13 +54,13 @@ def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary
     The scope stays the same object, since outer middlewares read from it what the router wrote, such as the route; but
     its state is from now on shared with no other request.
     """
-    scope[BOUNDARY] = boundary = Boundary()
-    state = scope.get("state")
-    if state is not None:
-        scope["state"] = dict(state)
+    context = Context()
+    scope[BOUNDARY] = boundary = Boundary(context)
+    if "state" in scope:
+        scope["state"] = scope["state"].copy()
     for variable in keep:
         if (value := variable.get(_UNSET)) is not _UNSET:
-            boundary.context.run(variable.set, value)
+            context.run(variable.set, value)
     return boundary
 
 
@@ -68,18 +69,17 @@ class Boundary:
 
     __slots__ = ("context",)
 
-    context: Context | None
+    def __init__(self, context: Context) -> None:
+        self.context: Context | None = context
 
-    def __init__(self) -> None:
-        self.context = Context()
-
-    async def run(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Step the app in here, in the task that awaits this: no task more, and cancelled as ever.
+    def start(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
+        """Run the app in here, in the task that calls this: no task more, and cancelled as ever. Returns what is left
+        to await, None when the app had nothing to wait for.
 
         The server's ``receive`` and ``send`` are stepped outside again: a server may start the next request of the
         connection from within them, and it, its log and the middlewares around us would then inherit this Context. A
-        WebSocket is the last exchange of its connection: there it is done for the variables that are set outside, and
-        messages cost nothing where there are none.
+        WebSocket is the last exchange of its connection: there it is done for the sake of what is set outside, and
+        messages cost nothing where nothing is.
         """
         assert self.context is not None
         # A copy, since a Context cannot be entered twice, and the one we are in is entered.
@@ -88,13 +88,11 @@ class Boundary:
             receive, send = _outside(outside.run, receive, send)
         run = self.context.run
         running = run(app, scope, receive, send)
-        if type(running) is CoroutineType:
-            steps = running.__await__()
-            waiting = run(next, steps, _DONE)
-            if waiting is not _DONE:
-                await _go_on(run, steps, waiting)
-        else:
-            await _step(run, running)
+        if type(running) is not CoroutineType:
+            return _step(run, running)
+        steps = running.__await__()
+        waiting = run(next, steps, _DONE)
+        return None if waiting is _DONE else _go_on(run, steps, waiting)
 
 
 def _outside(run: Callable[..., Any], receive: Receive, send: Send) -> tuple[Receive, Send]:

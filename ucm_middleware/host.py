@@ -28,6 +28,10 @@ class ContextHost(Protocol):
         """The context is no longer live; its resources are about to be released."""
         ...
 
+    def context_ended(self, context: "UserExecutionContext", metadata: Mapping[str, object] | None) -> None:
+        """Both at once, for a context that had nothing to release."""
+        ...
+
     def context_closed(self, context: "UserExecutionContext", metadata: Mapping[str, object] | None) -> None:
         """The teardown is through. ``metadata`` is what the application had added by then, None for nothing."""
         ...

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from os import getpid, urandom
-from threading import RLock
 from typing import Final, Literal, cast
 
 from ucm_middleware.environment import ENVIRONMENT_VARIABLE, Environment, process_environment
@@ -53,6 +52,10 @@ _INVISIBLE: Final = frozenset(
 _BIDIRECTIONAL: Final = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
+# Most ids: visible ASCII without an underscore, and with a digit, which no placeholder has. For the others, the rules.
+_PLAIN_ID: Final = re.compile(r"[!-/:-^`-~]*[0-9][!-^`-~]*")
+
+
 def validate_id(value: object, field: str) -> str:
     """Return ``value`` as an exact ``str`` when it may serve as an id; it is never altered.
 
@@ -62,6 +65,8 @@ def validate_id(value: object, field: str) -> str:
     ``test_...`` under 20 characters is accepted where ``UCM_ENVIRONMENT`` of the process is ``testing``.
     """
     text = value if type(value) is str else _exact_text(value, field)
+    if len(text) <= MAX_LENGTH and _PLAIN_ID.fullmatch(text):
+        return text
     # isprintable() is false for exactly the categories C* and Z*, U+0020 excepted.
     if not 0 < len(text) <= MAX_LENGTH or not text.isprintable() or text[0] == " " or text[-1] == " ":
         raise _shape_error(text, field)
@@ -142,13 +147,11 @@ class ParsedID:
 class _Source:
     """What cores are made from within one process: the last time given out, and random chunks cut in advance."""
 
-    __slots__ = ("chunks", "last_ns", "lock")
+    __slots__ = ("chunks", "last_ns")
 
     def __init__(self) -> None:
         self.chunks: list[str] = []
         self.last_ns = 0
-        # Reentrant, since a signal handler or a finaliser that makes an id may interrupt its holder.
-        self.lock = RLock()
 
     def refill(self) -> str:
         fresh = urandom(8 * _POOL_CHUNKS).hex(" ", 8).split()
@@ -198,10 +201,10 @@ class UnifiedIDManager:
             source = self._sources[pid]
         except KeyError:
             source = self._enter_process(pid)
-        with source.lock:
-            if now <= source.last_ns:
-                now = source.last_ns + 1
-            source.last_ns = now
+        # No lock: these three lines call nothing, and under the GIL threads and signal handlers come in between calls.
+        if now <= source.last_ns:
+            now = source.last_ns + 1
+        source.last_ns = now
         try:
             chunk = source.chunks.pop()
         except IndexError:

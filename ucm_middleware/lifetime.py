@@ -91,7 +91,6 @@ class Lifetime(Timed):
         "_claimed",
         "_clock",
         "_latest",
-        "_resources",
         "_waiters",
         "failures",
         "interrupted",
@@ -100,6 +99,7 @@ class Lifetime(Timed):
         "overdue",
         "reason",
         "releasing",
+        "resources",
         "state",
         "stop",
         "task",
@@ -116,7 +116,7 @@ class Lifetime(Timed):
     stop: BaseException | None
     _latest: float | None
     _clock: Callable[[], float] | None
-    _resources: list[Resource] | None
+    resources: list[Resource] | None
     _waiters: list[asyncio.Future[None]] | None
 
     # One lock for all: it is held for a few instructions, and a lock for each context would cost every request an
@@ -129,9 +129,10 @@ class Lifetime(Timed):
         self.opened_by = opened_by
         self.reason = None
         self.failures = ()
-        self._cancelling = 0
-        self.interrupted = self._claimed = False
-        self.deadline = self._latest = self._clock = self._resources = self._waiters = None
+        self._cancelling = self.wait = 0
+        self.interrupted = False
+        self._claimed = True  # until someone has begun to close it, and said so
+        self.deadline = self._latest = self._clock = self.resources = self._waiters = None
         self.loop = self.task = self.variables = self.overdue = self.releasing = self.stop = None
 
     @property
@@ -160,7 +161,7 @@ class Lifetime(Timed):
 
     @property
     def has_resources(self) -> bool:
-        return bool(self._resources)
+        return bool(self.resources)
 
     def where(self) -> str:
         """Where the context was opened, as text for an error."""
@@ -188,15 +189,6 @@ class Lifetime(Timed):
             self._claimed = True
             return True
 
-    def end_if_empty(self, reason: CloseReason) -> bool:
-        """Move to closing, and claim the teardown, when there is nothing to release. The caller holds the lock."""
-        if self._resources or (self.state is not OPEN and self.state is not UNBOUND):
-            return False
-        self.state = CLOSING
-        self.reason = reason
-        self._claimed = True
-        return True
-
     def offer_teardown(self) -> None:
         """Let someone claim the teardown, now that whoever began the closing has said so where it must be known."""
         self._claimed = False
@@ -211,17 +203,16 @@ class Lifetime(Timed):
 
     def finish_closing(self) -> None:
         """Move to closed, and wake whoever waits for it."""
-        with self.transition:
-            self.state = CLOSED
-            waiters, self._waiters = self._waiters, None
-        self.releasing = None
-        overdue, self.overdue = self.overdue, None
-        if overdue is not None:
-            overdue.cancel()
-        self.loop = self.variables = None
-        for waiter in waiters or ():
-            with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
-                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+        self.state = CLOSED  # first: who comes to wait from now on sees it
+        waiters = self._waiters
+        self._waiters = self.releasing = self.loop = self.task = self.variables = None
+        if self.overdue is not None:
+            self.overdue.cancel()
+            self.overdue = None
+        if waiters is not None:
+            for waiter in waiters:
+                with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
+                    waiter.get_loop().call_soon_threadsafe(_wake, waiter)
 
     async def wait_closed(self) -> None:
         """Wait until whoever owns the teardown is through with it. A cancellation is raised after, not instead."""
@@ -286,9 +277,9 @@ class Lifetime(Timed):
                 return False
             if self.loop is None:
                 self.loop = running
-            resources = self._resources
+            resources = self.resources
             if resources is None:
-                resources = self._resources = []
+                resources = self.resources = []
             resources.append(resource)
             if self.is_open or resource not in resources:  # kept, or released already by a teardown in between
                 return True
@@ -298,15 +289,15 @@ class Lifetime(Timed):
     def discard(self, resource: Resource) -> None:
         """Forget a resource whose entering failed."""
         with self.transition:
-            if self._resources and resource in self._resources:
-                self._resources.remove(resource)
+            if self.resources and resource in self.resources:
+                self.resources.remove(resource)
 
     def hand_over(self, other: "Lifetime") -> None:
         """Forget the resources that ``other`` holds too: it is the one that lets go of them."""
         with self.transition:
-            kept = {id(resource.target) for resource in other._resources or ()}
-            if kept and self._resources:
-                self._resources = [resource for resource in self._resources if id(resource.target) not in kept]
+            kept = {id(resource.target) for resource in other.resources or ()}
+            if kept and self.resources:
+                self.resources = [resource for resource in self.resources if id(resource.target) not in kept]
 
     def release_here(self, error: BaseException | None) -> bool:
         """Release from the top until an asynchronous resource is met. True when nothing is left."""
@@ -372,16 +363,16 @@ class Lifetime(Timed):
 
     def _pop(self) -> Resource | None:
         with self.transition:
-            return self._resources.pop() if self._resources else None
+            return self.resources.pop() if self.resources else None
 
     def _put_back(self, resource: Resource) -> None:
         with self.transition:
-            assert self._resources is not None
-            self._resources.append(resource)
+            assert self.resources is not None
+            self.resources.append(resource)
 
     def targets(self) -> list[tuple[str, object]]:
         """The resources by name, for the search for what two users share."""
-        return [(resource.name, resource.target) for resource in tuple(self._resources or ())]
+        return [(resource.name, resource.target) for resource in tuple(self.resources or ())]
 
     def _fail(self, failure: ReleaseFailure) -> None:
         failure.error.add_note(f"while releasing {failure.name}: {failure.outcome}")

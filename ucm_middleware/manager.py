@@ -5,6 +5,7 @@
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -90,6 +91,11 @@ class UserContextManager:
         )
         if guard not in ("closed", "open"):
             raise ConfigurationError(f"guard must be 'closed' or 'open', not {guard!r}")
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            raise ConfigurationError(
+                "this interpreter runs without the GIL, on which the table of live contexts relies; "
+                "start it with PYTHON_GIL=1, or use a build that has it"
+            )
         self.ttl = checked_ttl(ttl)
         self.environment = IsolatedEnvironment() if environment is None else environment
         self.ids = UnifiedIDManager()
@@ -230,20 +236,21 @@ class UserContextManager:
         return self.create_isolated_context(user_id)
 
     def _open_for_connection(
-        self, user_id: str | None, ttl: float | None, variables: Context | None, *, websocket: bool
+        self, user_id: str | None, ttl: float | None, variables: Context | None, websocket: bool
     ) -> UserExecutionContext:
         """A context for a request or connection; anonymous without a user. For the middleware, which has checked
         the id.
         """
         ids = self.ids
         core = ids.generate_core()
-        if user_id is None:
-            user_id, state = ids.generate_anonymous_id(), UNBOUND
-        else:
-            state = OPEN
-        lifetime = Lifetime(state, "a WebSocket connection" if websocket else "an HTTP request")
+        anonymous = user_id is None
+        lifetime = Lifetime(
+            UNBOUND if anonymous else OPEN, "a WebSocket connection" if websocket else "an HTTP request"
+        )
         lifetime.variables = variables
-        context = UserExecutionContext._open(user_id, f"request_{core}", lifetime)
+        context = UserExecutionContext._open(
+            ids.generate_anonymous_id() if user_id is None else user_id, "request_" + core, lifetime, anonymous
+        )
         if websocket:
             context._websocket_client_id = f"websocket_{core}"
         self._register(context, None, ttl, "connection")
@@ -364,8 +371,13 @@ class UserContextManager:
         self._closing.add(context)
         self._registry.remove(context)
 
+    def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
+        self._registry.remove(context)
+        self.context_closed(context, metadata)
+
     def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
-        self._closing.discard(context)
+        if context in self._closing:
+            self._closing.discard(context)
         try:
             self._trail.closed(context, metadata)
         except Exception:
@@ -430,22 +442,26 @@ class UserContextManager:
         if self._draining and self._guard.acting_user() is None:  # what runs already may still finish
             raise ManagerDrainingError("the server is shutting down")
         was_here = context._host is self
-        if not context._attach(self):
+        if not was_here and not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
-        displaced: Displaced = {}
+        displaced: Displaced | None = None
         try:
             if key is None:
                 displaced = self._registry.admit(context, ttl)
             else:
+                displaced = {}
                 displaced.update(self._registry.insert(context, key, ttl, self.ttl))
                 if isinstance(key, str) and key != context.user_id:
                     # So that the user too finds it by this text: from inside, it means the pair.
                     displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
-            if not context.is_open:  # closed in the middle of it, by a thread, a finalizer or a signal handler
+            state = context._lifetime.state
+            if (
+                state is not OPEN and state is not UNBOUND
+            ):  # closed in the middle of it, by a thread, a finalizer or a signal handler
                 self._registry.remove(context)
                 raise context._closed_error()
         except UserContextError as error:
-            self._close_displaced(displaced)
+            self._close_displaced(displaced or {})
             if not was_here:
                 context._detach()
             if isinstance(error, CrossUserAccessError):
@@ -456,8 +472,11 @@ class UserContextManager:
         if displaced:
             self._close_displaced(displaced, context)
         try:
-            self._trail.opened(context, source)
-            deadline = context.lifetime.deadline
+            if source == "connection":
+                self._trail.connected(context)
+            else:
+                self._trail.opened(context, source)
+            deadline = context._lifetime.deadline
             if deadline is not None:
                 self._sweeper.plan(deadline)
         except BaseException:

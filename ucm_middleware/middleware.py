@@ -6,7 +6,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
@@ -14,12 +14,13 @@ from typing import Any, Final
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 
-from ucm_middleware.ambient import enter, leave
+from ucm_middleware.ambient import leave
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
 from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
 from ucm_middleware.expiry import checked_ttl
-from ucm_middleware.firewall import BOUNDARY, Boundary, is_enclosed, raise_boundary
+from ucm_middleware.firewall import BOUNDARY, is_enclosed, raise_boundary
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.ids import validate_id
 from ucm_middleware.lifetime import CloseReason
@@ -80,54 +81,51 @@ class UserContextMiddleware:
         else:
             boundary = raise_boundary(scope, self.keep)
             try:
-                await boundary.run(self._serve, scope, receive, send)
+                rest = boundary.start(self._serve, scope, receive, send)
+                if rest is not None:
+                    await rest
             finally:
                 boundary.context = None
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _serve(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Open the context, and answer with what runs the app in it: a function, since few resolvers wait."""
         if CONTEXT in scope:
             if scope[CONTEXT].host is self.manager:
-                await self.app(scope, receive, send)
-                return
+                return self.app(scope, receive, send)
             # Another manager's context: the app between the two middlewares goes on seeing its own.
             scope = {**scope, "state": dict(scope["state"])}
         try:
-            principal = None
-            if self.identify is not None:
-                found = self.identify(HTTPConnection(scope))
-                principal = self._principal(found if type(found) is str else await _settled(found))
-            context = self._open(scope, principal)
-        except UserContextError as error:
+            found = None if self.identify is None else self.identify(HTTPConnection(scope))
+            if found is not None and type(found) is not str and isawaitable(found):
+                return self._serve_when_identified(found, scope, receive, send)
+            context = self._open(scope, found)
+        except (UserContextError, HTTPException, WebSocketException) as error:
+            return self._refuse(error, scope, send)
+        return self._run(context, scope, receive, send)
+
+    async def _serve_when_identified(
+        self, found: Awaitable[Identified], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            context = self._open(scope, await found)
+        except (UserContextError, HTTPException, WebSocketException) as error:
             await self._refuse(error, scope, send)
-            return
-        except (HTTPException, WebSocketException) as error:
-            # What people raise in a resolver; here nobody outside would turn it into an answer.
-            refusal = refusal_for_starlette(error)
-            self.manager.record_refusal(f"identify raised {type(error).__name__} ({refusal.status})")
-            await send_refusal(refusal, scope, send, None)
-            return
-        if self.cancel_on_disconnect and scope["type"] == "http":
-            ahead = ReadAhead(receive, send, partial(context.close, "disconnected"))
-            try:
-                await self._run(context, scope, ahead.receive, ahead.send)
-            finally:
-                ahead.stop()
         else:
             await self._run(context, scope, receive, send)
 
-    def _open(self, scope: Scope, principal: Principal | str | None) -> UserExecutionContext:
+    def _open(self, scope: Scope, found: Identified) -> UserExecutionContext:
         user_id = seconds_left = None
-        if type(principal) is str:
-            user_id = principal
-        elif isinstance(principal, Principal):
-            user_id = principal.user_id
-            seconds_left = principal.seconds_left()
+        if type(found) is str:
+            user_id = validate_id(found, "user_id")
+        elif isinstance(found, Principal):
+            user_id = found.user_id
+            seconds_left = found.seconds_left()
+        elif found is not None:
+            user_id = self._checked(found)
         elif self.require_identity:
             raise UnauthenticatedError("a user is required here")
-        boundary: Boundary = scope[BOUNDARY]
-        context = self.manager._open_for_connection(
-            user_id, self.ttl, boundary.context, websocket=scope["type"] == "websocket"
-        )
+        variables: Context | None = scope[BOUNDARY].context
+        context = self.manager._open_for_connection(user_id, self.ttl, variables, scope["type"] == "websocket")
         if seconds_left is not None:
             self.manager.end_within(context, seconds_left)
         scope[CONTEXT] = context
@@ -137,19 +135,19 @@ class UserContextMiddleware:
             scope["state"] = {"user_context": context}
         return context
 
-    def _principal(self, found: Identified) -> Principal | str | None:
-        if type(found) is str:
+    def _checked(self, found: object) -> str:
+        if isinstance(found, str):
             return validate_id(found, "user_id")
-        if found is None or isinstance(found, Principal):
-            return found
-        if not isinstance(found, str):  # pyright: ignore[reportUnnecessaryIsInstance] - resolvers are not all typed
-            raise ConfigurationError(
-                f"{getattr(self.identify, '__qualname__', self.identify)} answered with a {type(found).__name__}; "
-                "a resolver answers with a Principal, a user id as text, or None"
-            )
-        return validate_id(found, "user_id")
+        raise ConfigurationError(
+            f"{getattr(self.identify, '__qualname__', self.identify)} answered with a {type(found).__name__}; "
+            "a resolver answers with a Principal, a user id as text, or None"
+        )
 
     async def _run(self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send) -> None:
+        ahead = None
+        if self.cancel_on_disconnect and scope["type"] == "http":
+            ahead = ReadAhead(receive, send, partial(context.close, "disconnected"))
+            receive, send = ahead.receive, ahead.send
         last_sent: str | None = None
 
         def watched(message: Message) -> Awaitable[None]:
@@ -157,9 +155,9 @@ class UserContextMiddleware:
             last_sent = message["type"]
             return send(message)
 
-        lifetime = context.lifetime
+        lifetime = context._lifetime
         lifetime.run_in_current_task()
-        token = enter(context)
+        token = ambient.set(context)
         try:
             await self.app(scope, receive, watched)
         except (Exception, asyncio.CancelledError) as error:
@@ -185,6 +183,8 @@ class UserContextMiddleware:
                 await self._close(context, "finished", None)
         finally:
             leave(token)
+            if ahead is not None:
+                ahead.stop()
 
     async def _close(self, context: UserExecutionContext, reason: CloseReason, error: BaseException | None) -> None:
         if context.needs_waiting:
@@ -192,13 +192,19 @@ class UserContextMiddleware:
         else:
             context.close(reason, error)
 
-    async def _refuse(self, error: UserContextError, scope: Scope, send: Send) -> None:
-        refusal = refusal_for(error)
-        if refusal is None:
-            raise error
-        logger.info("refused with %d: %s", refusal.status, error)
+    async def _refuse(
+        self, error: UserContextError | HTTPException | WebSocketException, scope: Scope, send: Send
+    ) -> None:
+        if isinstance(error, UserContextError):
+            refusal, reason = refusal_for(error), str(error)
+            if refusal is None:
+                raise error
+        else:  # what people raise in a resolver; here nobody outside would turn it into an answer
+            refusal = refusal_for_starlette(error)
+            reason = f"identify raised {type(error).__name__} ({refusal.status})"
+        logger.info("refused with %d: %s", refusal.status, reason)
         if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
-            self.manager.record_refusal(str(error))
+            self.manager.record_refusal(reason)
         await send_refusal(refusal, scope, send, None)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -212,7 +218,3 @@ class UserContextMiddleware:
             return message
 
         await self.app(scope, watched, send)
-
-
-async def _settled(found: Identified | Awaitable[Identified]) -> Identified:
-    return await found if isawaitable(found) else found

@@ -1,5 +1,8 @@
 """The table of live contexts: under which keys, whose they are, how many, and until when."""
 
+# pyright: reportPrivateUsage=false
+# Each request comes through here twice: the fields of the context are read where they are.
+
 import threading
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -34,6 +37,29 @@ class Limits:
         self.anonymous = anonymous
 
 
+class Exclusion:
+    """A reentrant lock that says whether it is held.
+
+    Under the GIL, threads, finalizers and signal handlers come in between calls only. So a few lines that call nothing
+    are atomic by themselves: where they find ``held`` at 0, no operation under the lock is in its middle, and they need
+    not take it.
+    """
+
+    __slots__ = ("_lock", "held")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.held = 0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self.held += 1
+
+    def __exit__(self, *error: object) -> None:
+        self.held -= 1
+        self._lock.release()
+
+
 class Registry:
     """Thread-safe. Its lock is held for single operations, whose cost does not grow with the number of contexts.
 
@@ -56,16 +82,17 @@ class Registry:
         # The lock is reentrant: a finalizer or a signal handler may close a context in the middle of an operation. So
         # what is walked is a snapshot, and what was checked before a call is checked again after it: only between
         # calls can nothing happen.
-        self._lock = threading.RLock()
+        self._lock = Exclusion()
         self._lone: dict[str, UserExecutionContext] = {}
         self._by_key: dict[Key, UserExecutionContext] = {}
         self._by_owner: dict[str, dict[UserExecutionContext, None]] = {}
-        self._deadlines = (Deadlines[UserExecutionContext](), Deadlines[UserExecutionContext]())  # named, anonymous
-        self._named = 0
-        self._anonymous = 0
+        self._deadlines = (Deadlines[UserExecutionContext](), Deadlines[UserExecutionContext]())
+        # Each for the named and for the anonymous ones, in this order.
+        self._live = [0, 0]
+        self._most = (self.limits.total, self.limits.anonymous)
 
     def __len__(self) -> int:
-        return self._named + self._anonymous
+        return sum(self._live)
 
     def lookup(self, key: Key) -> UserExecutionContext | None:
         """The context under a key, expired or not."""
@@ -102,7 +129,7 @@ class Registry:
                     self._by_owner[owner][context] = None
                 else:
                     self._by_owner[owner] = group
-                self._count(context.is_anonymous, 1)
+                self._live[context.is_anonymous] += 1
                 ttl = usual_ttl if ttl is None else ttl
             elif key not in context.registry_keys:
                 context.registry_keys += (key,)
@@ -111,28 +138,30 @@ class Registry:
                 self._set_deadline(context, ttl)
         return displaced
 
-    def admit(self, context: UserExecutionContext, ttl: float | None) -> Displaced:
-        """The same for a new context under the pair of its user and its request, which is nearly always alone."""
-        owner, anonymous = context.user_id, context.is_anonymous
-        with self._lock:
-            live, limit = (
-                (self._anonymous, self.limits.anonymous) if anonymous else (self._named, self.limits.total)
-            )
-            if (
-                owner not in self._lone
-                and owner not in self._by_owner
-                and owner not in self._by_key  # a squatter
-                and live < limit
-            ):
-                self._lone[owner] = context
-                if anonymous:
-                    self._anonymous += 1
-                else:
-                    self._named += 1
-                if ttl is not None:
-                    self._set_deadline(context, ttl)
-                return {}
-        return self.insert(context, (owner, context.request_id), ttl)
+    def admit(self, context: UserExecutionContext, ttl: float | None) -> Displaced | None:
+        """The same for a new context under the pair of its user and its request, which is nearly always alone.
+
+        None when nothing must be closed.
+        """
+        owner, lifetime, anonymous = context._user_id, context._lifetime, context._anonymous
+        queue = None
+        if ttl is not None:
+            now = self.clock()
+            lifetime.expire_at(now + ttl, self.clock)
+            queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
+        if (  # without the lock, which would cost more than all the rest; see Exclusion
+            self._lock.held == 0
+            and owner not in self._lone
+            and owner not in self._by_owner
+            and owner not in self._by_key  # a squatter
+            and self._live[anonymous] < self._most[anonymous]
+        ):
+            self._lone[owner] = context
+            self._live[anonymous] += 1
+            if queue is not None:
+                queue[lifetime] = context
+            return None
+        return self.insert(context, (owner, context._request_id), ttl)
 
     def _unfold(self, owner: str) -> dict[UserExecutionContext, None] | None:
         """An owner's contexts in the general form."""
@@ -149,20 +178,23 @@ class Registry:
 
     def remove(self, context: UserExecutionContext) -> bool:
         """Take a context out, and free its keys. False when it was not in."""
+        lifetime = context._lifetime
+        owner = context._user_id
+        if self._lock.held == 0 and owner in self._lone and self._lone[owner] is context:  # as above
+            del self._lone[owner]
+            self._live[context._anonymous] -= 1
+            queues = self._deadlines[context._anonymous].queues
+            if lifetime.wait in queues and lifetime in queues[lifetime.wait]:
+                del queues[lifetime.wait][lifetime]
+            return True
         with self._lock:
             owner = context.user_id  # a late binding may just have changed it, under this lock
             if owner in self._lone and self._lone[owner] is context:
                 del self._lone[owner]
             elif not self._remove_from_group(owner, context):
                 return False
-            anonymous = context.is_anonymous
-            if anonymous:
-                self._anonymous -= 1
-            else:
-                self._named -= 1
-            lifetime = context.lifetime
-            if lifetime.deadline is not None:
-                self._deadlines[anonymous].discard(lifetime)
+            self._live[context.is_anonymous] -= 1
+            self._deadlines[context.is_anonymous].discard(lifetime)
             return True
 
     def _remove_from_group(self, owner: str, context: UserExecutionContext) -> bool:
@@ -194,16 +226,15 @@ class Registry:
             if transition():
                 self._evict_squatter(user_id, context)
                 lifetime = context.lifetime
-                if lifetime.deadline is not None:
-                    self._deadlines[True].discard(lifetime)
-                    self._queue(context)
+                self._deadlines[True].discard(lifetime)
+                self._queue(context)
                 self._by_owner.pop(old, None)
                 if user_id in self._by_owner:
                     self._by_owner[user_id][context] = None
                 else:
                     self._by_owner[user_id] = group
-                self._count(True, -1)
-                self._count(False, 1)
+                self._live[True] -= 1
+                self._live[False] += 1
                 self._rename(context, old, user_id, displaced)
         return displaced
 
@@ -227,8 +258,7 @@ class Registry:
             if not self._is_in(context, context.user_id):
                 return None
             lifetime = context.lifetime
-            if lifetime.deadline is not None:
-                self._deadlines[context.is_anonymous].discard(lifetime)
+            self._deadlines[context.is_anonymous].discard(lifetime)
             lifetime.limit(self.clock() + seconds, self.clock)
             self._queue(context)
             return lifetime.deadline
@@ -316,7 +346,7 @@ class Registry:
             displaced.update((context, "expired") for context in list(mine) if not self._is_live(context))
             if len(mine) - sum(context in mine for context in displaced) >= limits.per_user:
                 raise ContextLimitError("user", limits.per_user, "finish or close one of this user's contexts first")
-        live, limit = (self._anonymous, limits.anonymous) if anonymous else (self._named, limits.total)
+        live, limit = self._live[anonymous], self._most[anonymous]
         if live < limit:
             return
         due = self._deadlines[anonymous].pop_due(self.clock(), SLICE)
@@ -329,18 +359,11 @@ class Registry:
         lifetime = context.lifetime
         return lifetime.is_open and not lifetime.is_expired
 
-    def _count(self, anonymous: bool, by: int) -> None:
-        if anonymous:
-            self._anonymous += by
-        else:
-            self._named += by
-
     def _set_deadline(self, context: UserExecutionContext, ttl: float) -> None:
         lifetime = context.lifetime
         now = self.clock()
         anonymous = context.is_anonymous
-        if lifetime.deadline is not None:
-            self._deadlines[anonymous].discard(lifetime)
+        self._deadlines[anonymous].discard(lifetime)
         deadline = now + ttl
         allowed = lifetime.expire_at(deadline, self.clock)
         self._deadlines[anonymous].add(lifetime, context, now, ttl if allowed == deadline else allowed - now)

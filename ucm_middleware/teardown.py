@@ -15,6 +15,8 @@ from ucm_middleware.lifetime import (
     CLOSING,
     HANDLER_GRACE,
     INTERRUPTING,
+    OPEN,
+    UNBOUND,
     Cancelled,
     CloseReason,
     Lifetime,
@@ -118,11 +120,20 @@ class Closable:
 
         False when it holds something, or something else is closing it: then nothing was done.
         """
-        with Lifetime.transition:
-            if self._children or not self._lifetime.end_if_empty(reason):
-                return False
-        self._say_closing()
-        self._finish()
+        lifetime = self._lifetime
+        # No lock: under the GIL threads come in between calls, of which there is none until the state is set.
+        if (
+            self._children
+            or self._parent is not None
+            or lifetime.resources
+            or (lifetime.state is not OPEN and lifetime.state is not UNBOUND)
+        ):
+            return False
+        lifetime.state = CLOSING
+        lifetime.reason = reason
+        metadata = self._wipe()
+        lifetime.finish_closing()
+        self._say_ended(metadata)
         return True
 
     # What a context adds.
@@ -130,6 +141,10 @@ class Closable:
     @abstractmethod
     def _say_closing(self) -> None:
         """The closing has begun: say so."""
+
+    @abstractmethod
+    def _say_ended(self, metadata: Mapping[str, object] | None) -> None:
+        """Closed at once, with nothing to release: say so."""
 
     @abstractmethod
     def _releasing(self) -> Releasing:

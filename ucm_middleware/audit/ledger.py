@@ -1,13 +1,16 @@
 """Where records go: the port, and the bounded ledger in memory that serves unless another is given."""
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from ucm_middleware.audit.records import AuditRecord
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX
+
+BATCH: Final = 256
+"""How many records may wait in line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class MemoryLedger:
         self._anonymous: OrderedDict[str, _Kept] = OrderedDict()
         self._system = _Kept()
         self._refused = _Kept()  # apart: strangers must not push out what trusted code did
+        self._incoming: deque[AuditRecord] = deque()
         self.after_fork()
         renewed_after_fork(self)
 
@@ -63,26 +67,19 @@ class MemoryLedger:
         self._lock = threading.RLock()  # reentrant: a finalizer or a signal handler may close a context meanwhile
 
     def append(self, record: AuditRecord) -> None:
-        """Keep a record, dropping that user's oldest when there are too many."""
-        user_id = record.user_id
-        with self._lock:
-            if user_id is None:
-                kept = self._refused if record.event == "refused" else self._system
-            elif user_id.startswith(RESERVED_PREFIX):
-                kept = _kept_of(user_id, self._anonymous, self.anonymous_users)
-            else:
-                kept = _kept_of(user_id, self._named, self.users)
-            if record.event == "opened":
-                kept.opening = record
-            records = kept.records
-            if len(records) >= self.records_per_user:
-                del records[0]
-                kept.dropped += 1
-            records.append(record)
+        """Keep a record, dropping that user's oldest when there are too many.
+
+        Records wait in line until there are some, or a trail is read: sorting many at once costs a fraction.
+        """
+        incoming = self._incoming
+        incoming.append(record)
+        if len(incoming) >= BATCH:
+            self._sort_in()
 
     def trail(self, user_id: str | None) -> Trail | None:
         """As the port says, a copy; None too for a user seen so long ago that others took the place."""
         with self._lock:
+            self._sort_in()
             if user_id is None:
                 records = sorted((*self._system.records, *self._refused.records), key=lambda record: record.at)
                 return Trail(None, tuple(records), self._system.dropped + self._refused.dropped)
@@ -90,14 +87,35 @@ class MemoryLedger:
             kept = users.get(user_id)
             return None if kept is None else Trail(kept.opening, tuple(kept.records), kept.dropped)
 
+    def _sort_in(self) -> None:
+        """Put what waits in line where it belongs, in the order in which it came."""
+        incoming, most = self._incoming, self.records_per_user
+        with self._lock:
+            while incoming:
+                record = incoming.popleft()
+                kept = self._kept_of(record)
+                if record.event == "opened":
+                    kept.opening = record
+                records = kept.records
+                if len(records) >= most:
+                    del records[0]
+                    kept.dropped += 1
+                records.append(record)
 
-def _kept_of(user_id: str, users: OrderedDict[str, _Kept], most: int) -> _Kept:
-    """What is kept of a user, who stays longest from now on: the users seen last do."""
-    kept = users.get(user_id)
-    if kept is not None:
-        users.move_to_end(user_id)
+    def _kept_of(self, record: AuditRecord) -> _Kept:
+        """What is kept of the record's user, who stays longest from now on: the users seen last do."""
+        user_id = record.user_id
+        if user_id is None:
+            return self._refused if record.event == "refused" else self._system
+        if user_id.startswith(RESERVED_PREFIX):
+            users, most = self._anonymous, self.anonymous_users
+        else:
+            users, most = self._named, self.users
+        kept = users.get(user_id)
+        if kept is not None:
+            users.move_to_end(user_id)
+            return kept
+        if len(users) >= most:
+            users.popitem(last=False)
+        kept = users[user_id] = _Kept()
         return kept
-    if len(users) >= most:
-        users.popitem(last=False)
-    kept = users[user_id] = _Kept()
-    return kept

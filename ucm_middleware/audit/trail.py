@@ -12,20 +12,30 @@ from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import COMPLIANCE_VERSION, AuditRecord, Event, Outcome, iso
 from ucm_middleware.context import UserExecutionContext
 
+_CONNECTED: Final[Mapping[str, object]] = {"source": "connection", "isolation_verified": True}
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 
 
 class AuditTrail:
     """One method for each thing worth a record."""
 
-    __slots__ = ("_ledger",)
+    __slots__ = ("_append", "_ledger")
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._append = ledger.append
 
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
         self._about(context, "opened", data=_opening(source, context))
+
+    def connected(self, context: UserExecutionContext) -> None:
+        """The same for the context of a connection, which begins without any data: on the path of each request."""
+        self._append(
+            AuditRecord(
+                "opened", context._created, context._user_id, context._request_id, None, None, "ok", None, _CONNECTED
+            )
+        )
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
         """A part of a context's work began in a context of its own."""
@@ -36,32 +46,45 @@ class AuditTrail:
         """An anonymous context learned its user; stands in the trails of both."""
         self._about(context, "opened", data=_opening("bind", context))
         self._about(context, "bound", data={"anonymous_id": anonymous_id})
-        self._ledger.append(
+        self._append(
             AuditRecord("bound", time.time(), anonymous_id, context.request_id, data={"user_id": context.user_id})
         )
 
     def closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         """A context's teardown is through. ``metadata`` is what the application had added by then, None for nothing."""
-        lifetime = context.lifetime
+        lifetime = context._lifetime
         reason, failures = lifetime.reason, lifetime.failures
-        data: dict[str, object] = {"seconds": round(context.age_seconds, 6)}
+        now = time.time()
+        data: dict[str, object] = {"seconds": round(now - context._created, 6)}
         if failures:
             data["unreleased"] = [str(failure) for failure in failures]
         if metadata:
             data["audit_metadata"] = metadata
-        self._about(context, "closed", "ok" if reason in _ENDED_WELL and not failures else "failed", reason, data)
+        self._append(
+            AuditRecord(
+                "closed",
+                now,
+                context._user_id,
+                context._request_id,
+                context._thread_id,
+                context._run_id,
+                "ok" if reason in _ENDED_WELL and not failures else "failed",
+                reason,
+                data,
+            )
+        )
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: str) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
         data = {"action": action, "asked_for": asked_for}
         if actor is None:
-            self._ledger.append(AuditRecord("denied", time.time(), None, outcome="denied", data=data))
+            self._append(AuditRecord("denied", time.time(), None, outcome="denied", data=data))
         else:
             self._about(actor, "denied", "denied", data=data)
 
     def refused(self, user_id: str | None, reason: str) -> None:
         """No context was opened: a limit, a bad id, no identity, or the server is draining."""
-        self._ledger.append(AuditRecord("refused", time.time(), user_id, outcome="denied", reason=reason))
+        self._append(AuditRecord("refused", time.time(), user_id, outcome="denied", reason=reason))
 
     def privileged(self, actor: UserExecutionContext | None, reason: str, users: Sequence[str] | None) -> None:
         """Someone was granted access to others' contexts, or to everyone's.
@@ -70,14 +93,14 @@ class AuditTrail:
         """
         actor_id = None if actor is None else actor.user_id
         data = {"users": "everyone" if users is None else list(users)}
-        self._ledger.append(AuditRecord("privileged", time.time(), actor_id, reason=reason, data=data))
+        self._append(AuditRecord("privileged", time.time(), actor_id, reason=reason, data=data))
         for user_id in users or ():
             if user_id != actor_id and self._ledger.trail(user_id) is not None:  # a typo makes no user
-                self._ledger.append(AuditRecord("privileged", time.time(), user_id, reason=reason))
+                self._append(AuditRecord("privileged", time.time(), user_id, reason=reason))
 
     def isolation_violated(self, findings: Sequence[str]) -> None:
         """Two users' contexts were found to share something."""
-        self._ledger.append(
+        self._append(
             AuditRecord("isolation_violated", time.time(), None, outcome="failed", data={"findings": list(findings)})
         )
 
@@ -112,7 +135,7 @@ class AuditTrail:
         reason: str | None = None,
         data: Mapping[str, object] | None = None,
     ) -> None:
-        self._ledger.append(
+        self._append(
             AuditRecord(
                 event,
                 time.time(),
