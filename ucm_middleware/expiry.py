@@ -48,7 +48,7 @@ class Timed:
 
 
 class Deadlines(Generic[T]):
-    """What has a deadline, and whose it is: ``queues`` by how long they wait. Not thread-safe: its owner holds a lock."""
+    """What has a deadline, and whose it is, in queues by how long they wait. Not thread-safe: its owner has a lock."""
 
     __slots__ = ("queues",)
 

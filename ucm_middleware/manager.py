@@ -146,7 +146,7 @@ class UserContextManager:
         self._guard.require(context.user_id, "set_context")
         if context.verify_isolation() is not True:
             raise ContextIsolationError("the context does not vouch for its isolation")
-        self._register(context, key, ttl, "set_context")
+        self._register(context, key, ttl)
 
     def clear_context(self, user_id: Key) -> bool:
         """Close the context under a key. True when there was one.
@@ -202,7 +202,13 @@ class UserContextManager:
             audit_metadata=audit_metadata,
         )
         context.verify_isolation()
-        self._register(context, None, self.ttl if ttl is None else ttl, "create_context")
+        if self._draining:
+            self._refuse_while_draining()
+        context._host = self
+        displaced = self._admit(context, self.ttl if ttl is None else ttl, "create_context")
+        if displaced is not None:
+            self._close_displaced(displaced, context)
+        self._record_opening(context, "create_context")
         return context
 
     def create_managed_context(
@@ -252,8 +258,14 @@ class UserContextManager:
             ids.generate_anonymous_id() if user_id is None else user_id, "request_" + core, lifetime, anonymous
         )
         if websocket:
-            context._websocket_client_id = f"websocket_{core}"
-        self._register(context, None, ttl, "connection")
+            context._websocket_client_id = "websocket_" + core
+        if self._draining:
+            self._refuse_while_draining()
+        context._host = self
+        displaced = self._admit(context, ttl, "connection")
+        if displaced is not None:
+            self._close_displaced(displaced, context)
+        self._record_opening(context, None)
         return context
 
     # What is there.
@@ -373,11 +385,13 @@ class UserContextManager:
 
     def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._registry.remove(context)
-        self.context_closed(context, metadata)
+        self._record_end(context, metadata)
 
     def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
-        if context in self._closing:
-            self._closing.discard(context)
+        self._closing.discard(context)
+        self._record_end(context, metadata)
+
+    def _record_end(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         try:
             self._trail.closed(context, metadata)
         except Exception:
@@ -437,42 +451,63 @@ class UserContextManager:
             return key
         return key if self._guard.is_granted(key) else (user_id, key)
 
-    def _register(self, context: UserExecutionContext, key: Key | None, ttl: float | None, source: str) -> None:
-        """Let a context live here: under a key, or when it is new, under the pair of its user and its request."""
-        if self._draining and self._guard.acting_user() is None:  # what runs already may still finish
-            raise ManagerDrainingError("the server is shutting down")
+    def _register(self, context: UserExecutionContext, key: Key, ttl: float | None) -> None:
+        """Let a context live here under a key."""
+        if self._draining:
+            self._refuse_while_draining()
         was_here = context._host is self
-        if not was_here and not context._attach(self):
+        if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
-        displaced: Displaced | None = None
+        displaced: Displaced = {}
         try:
-            if key is None:
-                displaced = self._registry.admit(context, ttl)
-            else:
-                displaced = {}
-                displaced.update(self._registry.insert(context, key, ttl, self.ttl))
-                if isinstance(key, str) and key != context.user_id:
-                    # So that the user too finds it by this text: from inside, it means the pair.
-                    displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
-            state = context._lifetime.state
-            if (
-                state is not OPEN and state is not UNBOUND
-            ):  # closed in the middle of it, by a thread, a finalizer or a signal handler
-                self._registry.remove(context)
-                raise context._closed_error()
+            displaced.update(self._registry.insert(context, key, ttl, self.ttl))
+            if isinstance(key, str) and key != context.user_id:
+                # So that the user too finds it by this text: from inside, it means the pair.
+                displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
+            self._require_still_open(context)
         except UserContextError as error:
-            self._close_displaced(displaced or {})
+            self._close_displaced(displaced)
             if not was_here:
                 context._detach()
-            if isinstance(error, CrossUserAccessError):
-                raise self._guard.denied(source, str(key)) from None
-            if isinstance(error, ContextLimitError):
-                self._trail.refused(context.user_id, str(error))
-            raise
-        if displaced:
-            self._close_displaced(displaced, context)
+            raise self._recorded(error, context, "set_context", str(key)) from None
+        self._close_displaced(displaced, context)
+        self._record_opening(context, "set_context")
+
+    def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> Displaced | None:
+        """Let a new context live here, under the pair of its user and its request."""
         try:
-            if source == "connection":
+            displaced = self._registry.admit(context, ttl)
+            self._require_still_open(context)
+        except UserContextError as error:
+            context._detach()
+            raise self._recorded(error, context, source, context.request_id) from None
+        return displaced
+
+    def _refuse_while_draining(self) -> None:
+        if self._guard.acting_user() is None:  # what runs already may still finish
+            raise ManagerDrainingError("the server is shutting down")
+
+    def _require_still_open(self, context: UserExecutionContext) -> None:
+        """Refuse what was closed in the middle of it, by a thread, a finalizer or a signal handler."""
+        state = context._lifetime.state
+        if state is not OPEN and state is not UNBOUND:
+            self._registry.remove(context)
+            raise context._closed_error()
+
+    def _recorded(
+        self, error: UserContextError, context: UserExecutionContext, source: str, key: str
+    ) -> UserContextError:
+        """The error to raise for a context that could not live here, once it is on record."""
+        if isinstance(error, CrossUserAccessError):
+            return self._guard.denied(source, key)
+        if isinstance(error, ContextLimitError):
+            self._trail.refused(context.user_id, str(error))
+        return error
+
+    def _record_opening(self, context: UserExecutionContext, source: str | None) -> None:
+        """What is not on record does not live. None stands for a connection."""
+        try:
+            if source is None:
                 self._trail.connected(context)
             else:
                 self._trail.opened(context, source)
@@ -480,7 +515,7 @@ class UserContextManager:
             if deadline is not None:
                 self._sweeper.plan(deadline)
         except BaseException:
-            context.close("failed")  # what is not on record does not live
+            context.close("failed")
             raise
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
