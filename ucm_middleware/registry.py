@@ -148,7 +148,13 @@ class Registry:
         if ttl is not None:
             now = self.clock()
             lifetime.expire_at(now + ttl, self.clock)
-            queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
+            queues = self._deadlines[anonymous].queues
+            if ttl in queues:
+                queue = queues[ttl]
+                lifetime.wake = now + ttl
+                lifetime.wait = ttl
+            else:
+                queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
         if (  # without the lock, which would cost more than all the rest; see Exclusion
             self._lock.held == 0
             and owner not in self._lone
@@ -247,7 +253,7 @@ class Registry:
                 key = (user_id, key[1])
                 present = self._by_key.get(key)
                 if present is not None:
-                    displaced[present] = "replaced"
+                    displaced[present] = "replaced" if self._is_live(present) else "expired"
                 self._by_key[key] = context
             renamed.append(key)
         context.registry_keys = tuple(renamed)

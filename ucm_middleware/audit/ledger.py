@@ -5,7 +5,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.audit.records import AuditRecord, Event
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX
 
@@ -54,8 +54,8 @@ class MemoryLedger:
         self.records_per_user = records_per_user
         self.users = users
         self.anonymous_users = anonymous_users
-        self._named: OrderedDict[str, _Kept] = OrderedDict()
-        self._anonymous: OrderedDict[str, _Kept] = OrderedDict()
+        self._named: OrderedDict[str | None, _Kept] = OrderedDict()
+        self._anonymous: OrderedDict[str | None, _Kept] = OrderedDict()
         self._system = _Kept()
         self._refused = _Kept()  # apart: strangers must not push out what trusted code did
         self._incoming: deque[AuditRecord] = deque()
@@ -89,33 +89,34 @@ class MemoryLedger:
 
     def _sort_in(self) -> None:
         """Put what waits in line where it belongs, in the order in which it came."""
-        incoming, most = self._incoming, self.records_per_user
+        incoming, named, most = self._incoming, self._named, self.records_per_user
         with self._lock:
             while incoming:
                 record = incoming.popleft()
-                kept = self._kept_of(record)
+                kept = named.get(record.user_id) or self._kept_of(record.user_id, record.event)
                 if record.event == "opened":
                     kept.opening = record
+                    if record.user_id in named:
+                        named.move_to_end(record.user_id)  # the users seen last stay longest
                 records = kept.records
                 if len(records) >= most:
                     del records[0]
                     kept.dropped += 1
                 records.append(record)
 
-    def _kept_of(self, record: AuditRecord) -> _Kept:
-        """What is kept of the record's user, who stays longest from now on: the users seen last do."""
-        user_id = record.user_id
+    def _kept_of(self, user_id: str | None, event: Event) -> _Kept:
+        """Where the records of an anonymous user belong, or of one not known yet, or of none."""
         if user_id is None:
-            return self._refused if record.event == "refused" else self._system
+            return self._refused if event == "refused" else self._system
         if user_id.startswith(RESERVED_PREFIX):
             users, most = self._anonymous, self.anonymous_users
         else:
             users, most = self._named, self.users
         kept = users.get(user_id)
-        if kept is not None:
+        if kept is None:
+            if len(users) >= most:
+                users.popitem(last=False)
+            kept = users[user_id] = _Kept()
+        else:
             users.move_to_end(user_id)
-            return kept
-        if len(users) >= most:
-            users.popitem(last=False)
-        kept = users[user_id] = _Kept()
         return kept

@@ -65,10 +65,15 @@ class AuditRecord:
         for name in ("request_id", "thread_id", "run_id", "reason"):
             if (value := getattr(self, name)) is not None:
                 shown[name] = value
-        shown.update({name: deepcopy(value) for name, value in (self.data or {}).items() if name not in shown})
+        shown.update({name: _shown(value) for name, value in (self.data or {}).items() if name not in shown})
         return shown
 
 
 def iso(at: float) -> str:
     """A time in seconds since the epoch as ISO 8601 in UTC."""
     return datetime.fromtimestamp(at, UTC).isoformat()
+
+
+def _shown(value: object) -> object:
+    """A copy; of a number of seconds, as far as it means something."""
+    return round(value, 6) if isinstance(value, float) else deepcopy(value)

@@ -55,7 +55,7 @@ class AuditTrail:
         lifetime = context._lifetime
         reason, failures = lifetime.reason, lifetime.failures
         now = time.time()
-        data: dict[str, object] = {"seconds": round(now - context._created, 6)}
+        data: dict[str, object] = {"seconds": now - context._created}
         if failures:
             data["unreleased"] = [str(failure) for failure in failures]
         if metadata:
