@@ -123,7 +123,7 @@ def _step(run: Callable[..., Any], work: Awaitable[_T]) -> Generator[Any, Any, _
         waiting = run(steps.send, None)
     except StopIteration as stop:
         return cast("_T", stop.value)
-    return (yield from _go_on(run, steps, waiting))
+    return cast("_T", (yield from _go_on(run, steps, waiting)))
 
 
 @coroutine

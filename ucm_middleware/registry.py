@@ -147,11 +147,11 @@ class Registry:
         queue = None
         if ttl is not None:
             now = self.clock()
-            lifetime.expire_at(now + ttl, self.clock)
+            deadline = lifetime.expire_at(now + ttl, self.clock)
             queues = self._deadlines[anonymous].queues
             if ttl in queues:
                 queue = queues[ttl]
-                lifetime.wake = now + ttl
+                lifetime.wake = deadline
                 lifetime.wait = ttl
             else:
                 queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
