@@ -83,11 +83,15 @@ def run_row(row: str, operations: int) -> None:
         gc.collect()
         gc.freeze()
         for cell in measured:
-            runner.run(cell(WARM_UP // 3))
-            gc.collect()
-            os.getsid(0)
-            runner.run(cell(operations))
-            os.getsid(0)
+            runner.run(_marked(cell, operations))
+
+
+async def _marked(cell: Cell, operations: int) -> None:
+    await cell(WARM_UP // 3)
+    gc.collect()
+    os.getsid(0)
+    await cell(operations)
+    os.getsid(0)
 
 
 def count_row(row: str, operations: int) -> Counts:

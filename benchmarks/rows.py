@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Final
+from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection, Request
@@ -17,13 +17,13 @@ Wrap = Callable[[ASGIApp], ASGIApp]
 
 _SCOPE: ContextVar[Scope] = ContextVar("scope")
 
-_START: Final = {
+_START: Final[dict[str, Any]] = {
     "type": "http.response.start",
     "status": 200,
     "headers": [(b"content-type", b"text/plain"), (b"content-length", b"5")],
 }
-_BODY: Final = {"type": "http.response.body", "body": b"hello"}
-_ACCEPT: Final = {"type": "websocket.accept", "subprotocol": None, "headers": []}
+_BODY: Final[dict[str, Any]] = {"type": "http.response.body", "body": b"hello"}
+_ACCEPT: Final[dict[str, Any]] = {"type": "websocket.accept", "subprotocol": None, "headers": []}
 
 
 async def raw_app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +57,8 @@ class Floor:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
+        kind = scope["type"]
+        if kind != "http" and kind != "websocket":
             await self.app(scope, receive, send)
             return
         token = _SCOPE.set(scope)
