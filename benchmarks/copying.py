@@ -63,8 +63,8 @@ def main() -> None:
         ],
     )
     found = figures[TYPICAL]["ratio"]
-    above = [f"the typical data: {found:.2f} of deepcopy, at most {RATIO:.2f}"] if found > RATIO else []
-    finish(options, figures, above)
+    missed = [f"the typical data: {found:.2f} of deepcopy, at most {RATIO:.2f}"] if found > RATIO else []
+    finish(options, figures, missed)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def http_scope() -> Scope:
 
 def websocket_scope() -> Scope:
     """A handshake at ``/``."""
-    scope = {**http_scope(), "type": "websocket", "scheme": "ws", "subprotocols": []}
+    scope: Scope = {**http_scope(), "type": "websocket", "scheme": "ws", "subprotocols": []}
     del scope["method"]
     return scope
 

@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ CONTEXT: Final = "create_isolated_context"
 
 CASES: Final[dict[str, Callable[[], Hold]]] = {
     CONTEXT: made_by_hand,
-    **{name: lambda wrap=wrap: through(wrap) for name, wrap in WRAPS.items()},
+    **{name: partial(through, wrap) for name, wrap in WRAPS.items()},
 }
 """The contexts made by hand, and one live request of each row: its context, coroutines and closures."""
 
@@ -109,7 +110,7 @@ def main() -> None:
             if case != BARE
         ],
     )
-    above = [
+    missed = [
         f"{CONTEXT} at {live:,}: {own[CONTEXT].traced:.0f} bytes, at most {CONTEXT_BYTES:g}"
         for live, own in sizes.items()
         if own[CONTEXT].traced > CONTEXT_BYTES
@@ -117,7 +118,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         str(live): {case: asdict(bytes_) for case, bytes_ in own.items()} for live, own in sizes.items()
     }
-    finish(options, {"live": figures}, above)
+    finish(options, {"live": figures}, missed)
 
 
 if __name__ == "__main__":

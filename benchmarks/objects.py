@@ -57,10 +57,15 @@ def cyclic_cells(wrap: Wrap) -> dict[str, Operations]:
 
 def census() -> Counter[str]:
     """How many of each watched kind there are in the process."""
-    types = Counter(map(type, gc.get_objects()))
-    found = Counter({kind: sum(types[one] for one in kinds) for kind, kinds in WATCHED.items()})
-    found["threads"] = threading.active_count()
+    found: Counter[str] = Counter(threads=threading.active_count())
+    for type_, number in Counter(map(type, gc.get_objects())).items():
+        found[_kind(type_)] += number
     return found
+
+
+def _kind(type_: type) -> str:
+    """The first watched kind it belongs to: a task is a future as well."""
+    return next((kind for kind, types in WATCHED.items() if issubclass(type_, types)), "others")
 
 
 async def made(hold: Hold, live: int) -> dict[str, float]:
@@ -109,7 +114,7 @@ def main() -> None:
         rows = figures[part]
         columns = list(next(iter(rows.values())))
         show(title, ["", *columns], [[row, *(f"{own[kind]:.2f}" for kind in columns)] for row, own in rows.items()])
-    above = [
+    missed = [
         f"{row}, {what}: {number:.2f} {'cyclic objects' if part == 'cyclic' else 'made'}, at most {limit:g}"
         for part, limit in (("cyclic", CYCLIC), ("made", MADE))
         for row, own in figures[part].items()
@@ -117,7 +122,7 @@ def main() -> None:
         for what, number in own.items()
         if number > limit
     ]
-    finish(options, figures, above)
+    finish(options, figures, missed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: a table, a JSON file, and the limits that were passed."""
+"""What every benchmark prints and writes: a table, a JSON file, and the limits that were not held."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """An argument parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    made.add_argument("--gate", action="store_true", help="exit with 1 when a figure is above its limit")
+    made.add_argument("--gate", action="store_true", help="exit with 1 when a figure misses its limit")
     return made
 
 
@@ -33,12 +33,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
     console.print(table)
 
 
-def finish(options: argparse.Namespace, figures: Mapping[str, Any], above: Sequence[str]) -> None:
-    """Write the JSON, say what is above its limit, and with ``--gate`` exit with 1 for it."""
+def finish(options: argparse.Namespace, figures: Mapping[str, Any], missed: Sequence[str]) -> None:
+    """Write the JSON, say which limits are missed, and with ``--gate`` exit with 1 for it."""
     if options.json is not None:
         document = {"python": platform.python_version(), "machine": platform.machine(), **figures}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
-    for line in above:
-        print(f"above its limit: {line}")
-    if options.gate and above:
+    for line in missed:
+        print(f"misses its limit: {line}")
+    if options.gate and missed:
         sys.exit(1)
