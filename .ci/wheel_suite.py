@@ -9,7 +9,7 @@ import sysconfig
 from importlib.metadata import distribution
 from pathlib import Path
 
-FOLDERS = ("tests", "examples")
+FOLDERS = ("tests", "examples", "benchmarks")
 FILES = ("pyproject.toml", "README.md")
 
 

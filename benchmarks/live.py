@@ -1,0 +1,104 @@
+"""Holds many requests, connections or contexts open at once, for the benchmarks that look at them meanwhile."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from itertools import count
+from typing import Final
+
+from starlette.requests import HTTPConnection
+
+from benchmarks.drive import Conversation, Exchange, http_scope, websocket_scope
+from benchmarks.rows import BARE, EVERYTHING, FLOOR, ROWS, Wrap, raw_app
+from ucm_middleware import UserContextManager, UserContextMiddleware
+from ucm_middleware.audit import AuditRecord, Trail
+from ucm_middleware.types import ASGIApp, Receive, Scope, Send
+
+Hold = Callable[[int], AbstractAsyncContextManager[None]]
+"""``async with hold(number):`` so many are live in the block."""
+
+TTL: Final = 3600.0
+MOST: Final = 10_000_000
+
+
+class _NoLedger:
+    """Keeps nothing: a ledger is bounded as a whole, and would blur what is held for each context."""
+
+    def append(self, record: AuditRecord) -> None:
+        pass
+
+    def trail(self, user_id: str | None) -> Trail | None:
+        return None
+
+
+def _manager() -> UserContextManager:
+    return UserContextManager(max_contexts=MOST, max_anonymous_contexts=MOST, ttl=TTL, ledger=_NoLedger())
+
+
+def _many_users(app: ASGIApp) -> ASGIApp:
+    """Everything on, each request another user's."""
+    numbers = count()
+
+    def identify(connection: HTTPConnection) -> str:
+        return f"user-{next(numbers):09}"
+
+    return UserContextMiddleware(app, manager=_manager(), identify=identify)
+
+
+WRAPS: Final[dict[str, Wrap]] = {**{name: ROWS[name] for name in (BARE, FLOOR, "firewall")}, EVERYTHING: _many_users}
+"""The rows, with everything on for as many users as there are requests."""
+
+
+def through(wrap: Wrap, *, websocket: bool = False) -> Hold:
+    """Requests or connections that have come through the wrap and wait in the app, each in a task of its own."""
+    go = asyncio.Event()
+    arrived = 0
+
+    async def waiting_app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal arrived
+        arrived += 1
+        await go.wait()
+        await raw_app(scope, receive, send)
+
+    app = wrap(waiting_app)
+
+    def start() -> asyncio.Task[None]:
+        peer = Conversation(0) if websocket else Exchange()
+        scope = websocket_scope() if websocket else http_scope()
+        return asyncio.ensure_future(_serve(app, scope, peer))
+
+    @asynccontextmanager
+    async def hold(number: int) -> AsyncGenerator[None]:
+        already = arrived
+        tasks = [start() for _ in range(number)]
+        await asyncio.sleep(0)
+        try:
+            if arrived - already != number:
+                raise RuntimeError(f"{arrived - already} of {number} requests reached the app; nothing was measured")
+            yield
+        finally:
+            go.set()
+            await asyncio.gather(*tasks)
+            go.clear()
+
+    return hold
+
+
+async def _serve(app: ASGIApp, scope: Scope, peer: Exchange | Conversation) -> None:
+    await app(scope, peer.receive, peer.send)
+
+
+def made_by_hand() -> Hold:
+    """Contexts from ``create_isolated_context``, which the manager alone holds. The user ids are the app's own."""
+    manager = _manager()
+    users = [f"user-{number:09}" for number in range(1_000_000)]
+    next_user = iter(users)
+
+    @asynccontextmanager
+    async def hold(number: int) -> AsyncGenerator[None]:
+        for _ in range(number):
+            manager.create_isolated_context(next(next_user))
+        yield
+        manager.cleanup_all_contexts()
+
+    return hold
