@@ -80,8 +80,8 @@ class OwnerKeys:
         self._reported.add(fingerprint)
         logger.error(
             "a stored key of kind %s was made under the secret %s, and known here are only %s: its owner is refused "
-            "like everybody else. If the secret was rotated, set UCM_SECRET_PREVIOUS to the earlier one. If none was set, "
-            "one was made at each start, and what is stored under it is lost: set UCM_SECRET, and %s",
+            "like everybody else. If the secret was rotated, set UCM_SECRET_PREVIOUS to the earlier one. If none was "
+            "set, one was made at each start, and what is stored under it is lost: set UCM_SECRET, and %s",
             kind,
             fingerprint,
             ", ".join(known),
