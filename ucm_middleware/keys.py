@@ -60,7 +60,7 @@ class OwnerKeys:
         current = candidates[0]
         # As long as a key, and never one: no id has a NUL in it.
         missing = "\0" + current[1:]
-        asked = missing if found is None else _checked_found(found)
+        asked = _checked_found(missing if found is None else found)
         encoded = asked.encode(errors="surrogatepass")
         matches = [hmac.compare_digest(candidate.encode(), encoded) for candidate in candidates]
         if not any(matches):
