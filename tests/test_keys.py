@@ -405,6 +405,14 @@ class TestRotation:
         after = managed().create_isolated_context("alice")
         assert store[after.check_key("thread", "t-1", current)] == "stored long ago"
 
+    def test_workers_before_and_after_the_exchange_find_each_others(self) -> None:
+        before = managed(secret=OLDER, previous=(SECRET,)).create_isolated_context("alice")
+        after = managed(secret=SECRET, previous=(OLDER,)).create_isolated_context("alice")
+        for one, other in ((before, after), (after, before)):
+            key = one.derive_key("thread", "t-1")
+            assert key in other.candidate_keys("thread", "t-1")
+            assert other.check_key("thread", "t-1", key) == other.derive_key("thread", "t-1") != key
+
     def test_a_previous_secret_makes_nobody_elses_pass(self) -> None:
         older_bobs = managed(secret=OLDER).create_isolated_context("bob").derive_key("thread", "t-1")
         alice = managed(previous=(OLDER,)).create_isolated_context("alice")
