@@ -8,7 +8,13 @@ from typing import Any, Final, NoReturn, Protocol, Self
 
 from ucm_middleware.current import Release
 from ucm_middleware.environment import IsolatedEnvironment
-from ucm_middleware.errors import ContextIsolationError, ContextLimitError, IdentityConflictError, InvalidContextError
+from ucm_middleware.errors import (
+    ConfigurationError,
+    ContextIsolationError,
+    ContextLimitError,
+    IdentityConflictError,
+    InvalidContextError,
+)
 from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
@@ -19,6 +25,7 @@ from ucm_middleware.ids import (
     validate_id,
 )
 from ucm_middleware.isolation import copy_data
+from ucm_middleware.keys import OwnerKeys, checked_names
 from ucm_middleware.lifetime import OPEN, UNBOUND, Lifetime
 from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource
@@ -256,19 +263,83 @@ class UserExecutionContext(ResourceHolder):
                 self._environment = made if self._environment is None else self._environment
         return self._environment
 
+    # Keys.
+
+    def derive_key(self, kind: str, client_id: str) -> str:
+        """The key under which to store what this user's client calls ``client_id``: a keyed hash of both, and of kind.
+
+        ``kind`` is a name in the code, such as "thread": lowercase letters, digits and underscores. The key is the same
+        for the same user in every context and process that has the secret, and no other user's. See the module
+        ``keys`` for its form.
+
+        Whoever derives a key of an anonymous context settles it: the context has keys under its own unguessable id,
+        which nothing later can find again, and binding it raises IdentityConflictError from then on.
+
+        Raises InvalidContextError for a bad kind or id, CrossUserAccessError for code of another user,
+        ContextClosedError, and ConfigurationError without a manager, and without a secret in production.
+        """
+        return self.candidate_keys(kind, client_id)[0]
+
+    def candidate_keys(self, kind: str, client_id: str) -> tuple[str, ...]:
+        """Every key that this may be stored under: ``derive_key``'s, then those under the previous secrets.
+
+        One, except during a rotation. Raises as ``derive_key`` does.
+        """
+        return self._candidates("derive_key", kind, client_id)[1]
+
+    def check_key(self, kind: str, client_id: str, found: str | None) -> str:
+        """Return ``derive_key``'s answer when a record that was loaded is this user's own.
+
+        ``found`` is the key that is stored with the record, None when there is no record. When the answer is another
+        than ``found``, the record stands under a previous secret: store it under the answer.
+
+        Raises CrossUserAccessError when the record is somebody else's and when there is none, which cannot be told
+        apart, and as ``derive_key`` does.
+        """
+        keys, candidates = self._candidates("check_key", kind, client_id)
+        return keys.check(candidates, kind, found)
+
+    def _candidates(self, action: str, kind: str, client_id: str) -> tuple[OwnerKeys, tuple[str, ...]]:
+        self.require_usable()
+        kind, client_id = checked_names(kind, client_id)
+        host = self._host
+        if host is None:
+            raise ConfigurationError(
+                "the context lives under no manager, which has the secret that keys are derived by; open it with "
+                "manager.create_isolated_context(), or put it under one with manager.set_context()"
+            )
+        host.require_owner(self._user_id, action)
+        self._settle()
+        return host.keys, host.keys.candidates(self._user_id, kind, client_id)
+
+    def _settle(self) -> None:
+        """Let an anonymous context stay what it is: what is stored under its keys would be lost by a bind."""
+        context: object = self
+        while isinstance(context, UserExecutionContext) and context.is_anonymous:
+            with Lifetime.transition:
+                if context._lifetime.state is UNBOUND:
+                    context._lifetime.state = OPEN
+            context = context._parent
+
     # Life.
 
     def bind(self, user: Principal | str) -> None:
         """Give an anonymous context its user. Once; the same user again changes nothing.
 
         A principal whose credentials end brings the context's deadline forward to that. Raises IdentityConflictError
-        for a second, different user, and when a session, a resource or a child was opened while the context was
-        anonymous; ContextLimitError when that user has too many contexts; UnauthenticatedError for expired credentials.
+        for a second, different user, and when a session, a resource or a child was opened, or a key derived, while the
+        context was anonymous; ContextLimitError when that user has too many contexts; UnauthenticatedError for expired
+        credentials.
         """
         self.require_usable()
         principal = user if isinstance(user, Principal) else Principal(user)
         seconds_left = principal.seconds_left()
         if self._lifetime.state is not UNBOUND:
+            if self.is_anonymous:
+                raise IdentityConflictError(
+                    "the context is settled as an anonymous one: a key was derived, or it is a child; "
+                    "bind the identity first"
+                )
             if principal.user_id != self._user_id:
                 raise IdentityConflictError(
                     "this context already has an identity, and it is another one; open a new context"

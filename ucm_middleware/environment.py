@@ -17,6 +17,10 @@ from dotenv.parser import parse_stream
 from ucm_middleware.errors import ConfigurationError, ContextIsolationError
 
 ENVIRONMENT_VARIABLE = "UCM_ENVIRONMENT"
+SECRET_VARIABLE = "UCM_SECRET"
+PREVIOUS_SECRETS_VARIABLE = "UCM_SECRET_PREVIOUS"
+
+_PROCESS_WIDE = (ENVIRONMENT_VARIABLE, SECRET_VARIABLE, PREVIOUS_SECRETS_VARIABLE)
 
 
 class Environment(StrEnum):
@@ -136,7 +140,8 @@ class IsolatedEnvironment:
         """Set ``name`` in this overlay.
 
         Raises ``ContextIsolationError`` on the root, and ``ConfigurationError`` for a name that is empty or contains
-        ``=`` or NUL, for a value with NUL, and for ``UCM_ENVIRONMENT``: no context may loosen the rules for itself.
+        ``=`` or NUL, for a value with NUL, and for ``UCM_ENVIRONMENT``, ``UCM_SECRET`` and ``UCM_SECRET_PREVIOUS``: no
+        context may loosen the rules for itself.
         """
         self._writable(name)[_checked_name(name)] = _checked_value(name, value)
 
@@ -154,7 +159,7 @@ class IsolatedEnvironment:
                 "the settings of the process are shared by every user and cannot be changed; "
                 "change context.environment, or an overlay() of these"
             )
-        if name == ENVIRONMENT_VARIABLE:
+        if name in _PROCESS_WIDE:
             raise ConfigurationError(f"{name} holds for the whole process; set it there before the process starts")
         return self._own
 

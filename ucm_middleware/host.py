@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.ids import UnifiedIDManager
+from ucm_middleware.keys import OwnerKeys
 
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
@@ -14,6 +15,7 @@ class ContextHost(Protocol):
     """Told of each step in a context's life, and asked where a context cannot decide by itself."""
 
     ids: UnifiedIDManager
+    keys: OwnerKeys
 
     @property
     def guard(self) -> object:

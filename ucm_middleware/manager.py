@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from contextvars import Context
 from dataclasses import dataclass
@@ -37,8 +37,10 @@ from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
+from ucm_middleware.keys import OwnerKeys
 from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Lifetime, loop_is_live, running_loop
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
+from ucm_middleware.secret import SecretRing
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
 
@@ -64,7 +66,9 @@ class UserContextManager:
     from inside a user's context is answered for that user only; see ``privileged``.
 
     ``ttl`` is the life of a context in seconds when none is given; None for no deadline. ``guard`` "open" trusts code
-    outside of any context even when the manager serves a middleware. ``clock`` is monotonic, in seconds.
+    outside of any context even when the manager serves a middleware. ``secret`` is what stored hashes are keyed by,
+    32 random bytes or more, ``UCM_SECRET`` by default; ``previous_secrets`` are those before it, newest first,
+    ``UCM_SECRET_PREVIOUS`` by default. ``clock`` is monotonic, in seconds.
     """
 
     MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
@@ -82,6 +86,8 @@ class UserContextManager:
         environment: IsolatedEnvironment | None = None,
         ledger: Ledger | None = None,
         guard: Literal["closed", "open"] = "closed",
+        secret: str | bytes | None = None,
+        previous_secrets: Sequence[str | bytes] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limits = Limits(
@@ -102,6 +108,8 @@ class UserContextManager:
         self._clock = clock
         self._trail = AuditTrail(MemoryLedger() if ledger is None else ledger)
         self._guard = Guard(self._trail, is_open=guard == "open")
+        self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)
+        self.keys = OwnerKeys(self._secrets, self._guard.denied)
         self._registry = Registry(limits, clock)
         self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
         self.after_fork()
@@ -167,6 +175,14 @@ class UserContextManager:
             return False
         await context.aclose("cleared")
         return True
+
+    def require_secret(self, feature: str) -> None:
+        """For an adapter, at its start: raise ConfigurationError in production when no secret is set.
+
+        Elsewhere one was made for this process, of which a warning tells once. ``feature`` names, in the plural, what
+        the secret is for.
+        """
+        self._secrets.require(feature)
 
     # Making contexts.
 

@@ -42,7 +42,9 @@ _CHALLENGE: Final = ((b"www-authenticate", b"Bearer"),)
 _DRAINING: Final = Refusal(503, TRY_AGAIN_LATER, "The server is shutting down.", _RETRY)
 _UNAUTHENTICATED: Final = Refusal(401, POLICY_VIOLATION, "Valid credentials are required.", _CHALLENGE)
 
-_ID_FIELDS: Final = frozenset({"user_id", "thread_id", "run_id", "request_id", "websocket_client_id", "key"})
+_ID_FIELDS: Final = frozenset(
+    {"user_id", "thread_id", "run_id", "request_id", "websocket_client_id", "client_id", "key"}
+)
 
 _BY_ERROR: Final[tuple[tuple[type[UserContextError], Refusal], ...]] = (
     (UnauthenticatedError, _UNAUTHENTICATED),
