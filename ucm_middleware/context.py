@@ -1,14 +1,15 @@
 """UserExecutionContext: who a request or connection runs for, their data, and what must be released after."""
 
-import inspect
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn, Protocol, Self
+from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
+from ucm_middleware.callsite import caller
 from ucm_middleware.current import Release
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import ContextIsolationError, ContextLimitError, IdentityConflictError, InvalidContextError
+from ucm_middleware.handles import Ownership, own
 from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import MAX_LENGTH, RESERVED_PREFIX, UnifiedIDManager, validate_id
@@ -18,10 +19,10 @@ from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource
 from ucm_middleware.sharing import Root, find_shared
 
+T = TypeVar("T")
+
 MAX_DEPTH: Final = 10
 """How deep children may nest below a root context."""
-
-_PACKAGE: Final = __name__.partition(".")[0]
 
 
 class Connection(Protocol):
@@ -51,6 +52,7 @@ class UserExecutionContext(ResourceHolder):
         "_db_session",
         "_depth",
         "_environment",
+        "_handles",
         "_host",
         "_parent_request_id",
         "_request_id",
@@ -68,6 +70,7 @@ class UserExecutionContext(ResourceHolder):
     _audit_metadata: dict[str, Any] | None
     _db_session: Any
     _environment: IsolatedEnvironment | None
+    _handles: dict[int, Ownership] | None
     _host: ContextHost | None
 
     def __init_subclass__(cls) -> None:
@@ -94,12 +97,12 @@ class UserExecutionContext(ResourceHolder):
         )
         if websocket_client_id is not None:
             websocket_client_id = validate_id(websocket_client_id, "websocket_client_id")
-        self._start(user_id, request_id, "", Lifetime(State.OPEN, _caller()))
+        self._start(user_id, request_id, "", Lifetime(State.OPEN, caller()))
         self._thread_id = thread_id
         self._run_id = run_id
         self._websocket_client_id = websocket_client_id
-        self._agent_context = copy_data(agent_context, "agent_context")
-        self._audit_metadata = copy_data(audit_metadata, "audit_metadata")
+        self._agent_context = copy_data(agent_context, "agent_context", user_id)
+        self._audit_metadata = copy_data(audit_metadata, "audit_metadata", user_id)
         self._take_session(db_session)
 
     def _start(self, user_id: str, request_id: str, core: str, lifetime: Lifetime) -> None:
@@ -119,6 +122,7 @@ class UserExecutionContext(ResourceHolder):
         self._audit_metadata = None
         self._db_session = None
         self._environment = None
+        self._handles = None
         self._host = None
         self._lifetime = lifetime
 
@@ -255,6 +259,23 @@ class UserExecutionContext(ResourceHolder):
                 self._environment = made if self._environment is None else self._environment
         return self._environment
 
+    def own(self, target: T, *, name: str | None = None) -> T:
+        """A handle that passes for ``target``, for this user's code, until this context closes.
+
+        From another user's context its use raises CrossUserAccessError, which is recorded; after the teardown,
+        ContextClosedError that says where the handle was made; after ``revoke_handle``, HandleRevokedError. ``name``
+        stands for it in errors, its type's name when not given. Closing the target stays the caller's business.
+
+        Raises InvalidContextError for a class, for plain data, which no handle can guard, and for a handle.
+        """
+        self.require_usable()
+        if self._handles is None:
+            with Lifetime.transition:
+                self._handles = {} if self._handles is None else self._handles
+        handle = own(self, target, name)
+        self.require_usable()  # it may have closed meanwhile, and its teardown has then not seen this handle
+        return handle
+
     # Life.
 
     def bind(self, user: Principal | str) -> None:
@@ -303,15 +324,19 @@ class UserExecutionContext(ResourceHolder):
         if self._depth >= MAX_DEPTH:
             raise ContextLimitError("depth", MAX_DEPTH, "children nest too deeply: open siblings instead")
         core = (UnifiedIDManager() if self._host is None else self._host.ids).generate_core()
-        child = UserExecutionContext._open(self._user_id, f"request_{core}", core, Lifetime(State.OPEN, _caller()))
+        child = UserExecutionContext._open(self._user_id, f"request_{core}", core, Lifetime(State.OPEN, caller()))
         child._thread_id, child._run_id = self.thread_id, self.run_id
         child._websocket_client_id = self._websocket_client_id
         child._parent_request_id = self._request_id
         child._parent = self
         child._depth = self._depth + 1
         child._db_session = self._db_session
-        child._agent_context = copy_data({**self.agent_context, **(agent_context or {})}, "agent_context")
-        child._audit_metadata = copy_data({**self.audit_metadata, **(audit_metadata or {})}, "audit_metadata")
+        child._agent_context = copy_data(
+            {**self.agent_context, **(agent_context or {})}, "agent_context", self._user_id
+        )
+        child._audit_metadata = copy_data(
+            {**self.audit_metadata, **(audit_metadata or {})}, "audit_metadata", self._user_id
+        )
         child._host = self._host
         if not self._adopt(child):
             raise self._closed_error()
@@ -336,7 +361,7 @@ class UserExecutionContext(ResourceHolder):
                 for root in self._parent._own_roots()
                 if not root.opaque
             ]
-        if findings := find_shared(roots):
+        if findings := find_shared(roots, self._user_id):
             raise ContextIsolationError(
                 "the context shares mutable data with its parent", [str(finding) for finding in findings]
             )
@@ -361,6 +386,9 @@ class UserExecutionContext(ResourceHolder):
         if self._db_session is not None:
             roots.append(Root(owner, f"{owner}.db_session", self._db_session, opaque=True))
         roots += [Root(owner, f"{owner}.{name}", target, opaque=True) for name, target in self._lifetime.targets()]
+        for owned in list((self._handles or {}).values()):
+            targets = list(owned.targets.values())
+            roots += [Root(owner, f"{owner}.{owned.name}", target, opaque=True) for target in targets]
         return roots
 
     def metadata_given(self) -> dict[str, Any]:
@@ -446,7 +474,12 @@ class UserExecutionContext(ResourceHolder):
     @property
     def _is_used(self) -> bool:
         """Whether a session, a resource or a child is open, each of which knows the user that was there then."""
-        return self._db_session is not None or self._lifetime.has_resources or bool(self._children)
+        return (
+            self._db_session is not None
+            or self._handles is not None
+            or self._lifetime.has_resources
+            or bool(self._children)
+        )
 
     # Inside.
 
@@ -479,6 +512,9 @@ class UserExecutionContext(ResourceHolder):
         for name in list(self.__dict__):
             if not hasattr(type(self), name):  # what shadows a method is a test's mock, which takes itself away
                 del self.__dict__[name]
+        handles, self._handles = self._handles, None
+        for owned in list((handles or {}).values()):
+            owned.end()
         self._db_session = self._environment = None
         return metadata
 
@@ -499,11 +535,3 @@ def _copied(value: object) -> object:
         return copy_data({"value": value}, "audit_metadata")["value"]
     except InvalidContextError:
         return f"<{type(value).__name__}>"
-
-
-def _caller() -> str | tuple[str, int]:
-    """The file and line that the package was called from."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        frame = frame.f_back
-    return ("?", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
