@@ -9,12 +9,13 @@ from ucm_middleware.callsite import caller
 from ucm_middleware.current import Release
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import ContextIsolationError, ContextLimitError, IdentityConflictError, InvalidContextError
-from ucm_middleware.handles import Ownership, own
+from ucm_middleware.handles import own
 from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import MAX_LENGTH, RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.isolation import copy_data
 from ucm_middleware.lifetime import Lifetime, State
+from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource
 from ucm_middleware.sharing import Root, find_shared
@@ -387,8 +388,7 @@ class UserExecutionContext(ResourceHolder):
             roots.append(Root(owner, f"{owner}.db_session", self._db_session, opaque=True))
         roots += [Root(owner, f"{owner}.{name}", target, opaque=True) for name, target in self._lifetime.targets()]
         for owned in list((self._handles or {}).values()):
-            targets = list(owned.targets.values())
-            roots += [Root(owner, f"{owner}.{owned.name}", target, opaque=True) for target in targets]
+            roots += [Root(owner, f"{owner}.{owned.name}", target, opaque=True) for target in owned.targets()]
         return roots
 
     def metadata_given(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Owned handles: stand-ins for what a context gives out, that work for its user, until it closes.
 
-``isinstance`` takes a handle for its target, and so do the frameworks that ask it. Every use is checked: attributes,
-calls, special methods, each step of what is lazy. What comes out of a use is
+``isinstance`` takes a handle for its target, and so do the frameworks that ask it. Every use is checked: reading and
+writing attributes, calls, special methods, each step of what is lazy. What comes out of a use is
 
 - the target itself: its handle;
 - a method, an awaitable, an iterator, a context manager or another callable: owned like the handle it came from;
@@ -10,15 +10,22 @@ calls, special methods, each step of what is lazy. What comes out of a use is
 """
 
 import inspect
-import types
 from collections.abc import Callable, Coroutine, Generator
+from types import BuiltinMethodType, CoroutineType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, cast, final
 
-from ucm_middleware.current import ambient
 from ucm_middleware.errors import ContextClosedError, InvalidContextError
-from ucm_middleware.isolation import COPIED_FOR, SCALARS, Memo, RefusedError
-from ucm_middleware.ownership import Ownership
-from ucm_middleware.proxies import FORWARDED, KindTable, is_lazy, proxy_class
+from ucm_middleware.isolation import COPIED_FOR, SCALARS, Memo, RefusedError, type_name
+from ucm_middleware.ownership import Cell, Ownership
+from ucm_middleware.proxies import (
+    BUILTIN_METHODS,
+    FORWARDED,
+    METHOD_DESCRIPTORS,
+    KindTable,
+    is_lazy,
+    plain_methods,
+    proxy_class,
+)
 
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
@@ -26,34 +33,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _DATA: Final = SCALARS | {list, dict, tuple, set, frozenset, bytearray}
-_UNOWNED: Final[tuple[type, ...]] = (type, types.ModuleType)
-_DESCRIPTORS: Final = frozenset({types.MethodDescriptorType, types.WrapperDescriptorType})
-_BUILTIN_METHODS: Final = frozenset({types.BuiltinMethodType, types.MethodWrapperType})
+_PROCESS_WIDE: Final = (type, ModuleType)
 
 
 def own(owner: "UserExecutionContext", target: T, name: str | None) -> T:
     """See ``UserExecutionContext.own``."""
     kind = type(target)
-    if kind in _DATA or issubclass(kind, _UNOWNED):
+    if kind in _DATA or issubclass(kind, _PROCESS_WIDE):
         raise InvalidContextError("target", "is plain data, a class or a module", "give it out as it is")
-    if issubclass(kind, (Handle, OwnedMethod, OwnedCoroutine)):
-        raise InvalidContextError("target", "is owned already", "own what the handle was made for, or pass the handle")
-    ownership = Ownership(owner, name or kind.__name__)
-    handles = owner._handles
-    if handles is not None:
-        handles[id(ownership)] = ownership
-    return cast("T", _handle(ownership, target, None))
+    if issubclass(kind, (Handle, OwnedMethod)):
+        raise InvalidContextError("target", "is owned already", "pass it on, or own what it was made for")
+    return cast("T", _handle(Ownership(owner, name or type_name(target)), target, None))
 
 
 def revoke_handle(handle: object) -> None:
     """Refuse every use of a handle from now on, and of all that came out of it; a call under way is not stopped.
 
     From any thread, and as often as one likes. Raises CrossUserAccessError in another user's context, and
-    InvalidContextError for what is no handle from ``context.own``.
+    InvalidContextError for what is no handle.
     """
     if not issubclass(type(handle), Handle):
-        raise InvalidContextError("handle", f"is a {type(handle).__name__}, not owned", "give what context.own() gave")
-    ownership = _ownership_of(handle)
+        raise InvalidContextError("handle", f"is a {type_name(handle)}, not owned", "give what context.own() gave")
+    ownership = _cell_of(handle).ownership
     ownership.require_user()
     ownership.revoke()
 
@@ -63,51 +64,39 @@ def _refuse_copy(self: object, *_: object) -> NoReturn:
 
 
 class Handle:
-    """The base of all proxy classes. All that is looked up on an instance is the target's, but for ``_KEPT``."""
+    """The base of all proxy classes. What is looked up on an instance is the target's, but for the names ``_KEPT``."""
 
-    __slots__ = ("__kind", "__ownership", "__parent", "__weakref__")
-
-    # Not declared by name: nothing of a handle can be read through the handle.
+    __slots__ = ("__cell", "__weakref__")
 
     def __getattribute__(self, name: str) -> Any:
-        if name in _KEPT:
-            return object.__getattribute__(self, name)
-        target = use(self)
-        try:
+        # Taking a method is not yet a use, calling it is: so it is not checked twice, and no code of the target runs.
+        cell = _cell_of(self)
+        kind = cell.methods.get(name)
+        if kind is not None and (target := cell.target) is not None:
             value = getattr(target, name)
-        except AttributeError:
-            if name == "__signature__" and callable(target):
-                return _signature_of(target)
-            raise
-        kind = type(value)
-        if kind is types.MethodType and value.__self__ is target:
-            return OwnedMethod(self, value.__func__)
-        if kind in _DATA:
-            return value
-        if kind in _BUILTIN_METHODS and value.__self__ is target:
-            function = getattr(type(target), name, None)
-            if type(function) in _DESCRIPTORS:
-                return OwnedMethod(self, function)
-        return give(self, value)
+            if type(value) is MethodType and value.__self__ is target:
+                return kind(self, cell, value.__func__)
+        return _read(self, cell, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        setattr(use(self), name, value)
+        setattr(_cell_of(self).use(), name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(use(self), name)
+        delattr(_cell_of(self).use(), name)
 
-    # What is asked of every object is answered without a check, and tells nothing about the target but its type.
+    # What is asked of every object is answered without a check, and tells nothing of the target but its type.
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return _kind_of(self)
+        return _cell_of(self).kind
 
     def __dir__(self) -> list[str]:
-        return dir(_kind_of(self))
+        return dir(_cell_of(self).kind)
 
     def __repr__(self) -> str:
-        ownership = _ownership_of(self)
-        return f"<owned {_kind_of(self).__name__} of {ownership.owner.request_id} {ownership.state}>"
+        cell = _cell_of(self)
+        ownership = cell.ownership
+        return f"<owned {cell.kind.__name__} of {ownership.owner.request_id} {ownership.state}>"
 
     def __str__(self) -> str:
         return Handle.__repr__(self)
@@ -118,22 +107,58 @@ class Handle:
     __copy__ = __reduce__ = __reduce_ex__ = __getstate__ = _refuse_copy
 
     def __deepcopy__(self, memo: Memo) -> "Handle":
-        _require_own_data(self, memo)
+        """Refused, except at the boundary of a context of the same user: there the handle passes as it is."""
+        if COPIED_FOR not in memo:
+            _refuse_copy(self)
+        if memo[COPIED_FOR] != _cell_of(self).ownership.owner.user_id:
+            rule = "is an owned handle, and not of the user that the data is for"
+            raise RefusedError(rule, "let that user's own context own() the object")
         return self
 
     def __del__(self) -> None:
-        _ownership_of(self).forget(id(self))
+        cell = _cell_of(self)
+        cell.ownership.forget(cell)
 
 
-def _require_own_data(handle: Handle, memo: Memo) -> None:
-    """Refuse a copy, except the one at the boundary of a context of the same user: there the handle passes as it is."""
-    if COPIED_FOR not in memo:
-        _refuse_copy(handle)
-    if memo[COPIED_FOR] != _ownership_of(handle).owner.user_id:
-        raise RefusedError(
-            "is an owned handle, and not of the user that the data is for",
-            "let that user's own context own() the object",
-        )
+# Read with the descriptor, since every other way leads to the target.
+_cell_of: Final[Callable[[Any], Cell]] = vars(Handle)["_Handle__cell"].__get__
+_set_cell: Final[Callable[[Handle, Cell], None]] = vars(Handle)["_Handle__cell"].__set__
+
+
+def ownership_of(owned: Any) -> Ownership:
+    """What decides over a handle, or over a method of one."""
+    return _cell_of(owned._handle if issubclass(type(owned), OwnedMethod) else owned).ownership
+
+
+def _handle(ownership: Ownership, target: object, parent: Handle | None) -> Handle:
+    kind = type(target)
+    proxy, methods = _kinds[kind]
+    handle: Handle = object.__new__(proxy)
+    cell = Cell(ownership, target, kind, methods, parent)
+    _set_cell(handle, cell)
+    ownership.keep(cell)
+    return handle
+
+
+def _read(handle: Handle, cell: Cell, name: str) -> Any:
+    """An attribute that is no plain method."""
+    if name in _KEPT:
+        return object.__getattribute__(handle, name)
+    target = cell.use()
+    try:
+        value = getattr(target, name)
+    except AttributeError:
+        if name == "__signature__" and callable(target):
+            return _signature_of(target)
+        raise
+    kind = type(value)
+    if kind is MethodType and value.__self__ is target:
+        return OwnedMethod(handle, cell, value.__func__)
+    if kind in BUILTIN_METHODS and value.__self__ is target:
+        function = getattr(type(target), name, None)
+        if type(function) in METHOD_DESCRIPTORS:
+            return OwnedMethod(handle, cell, function)
+    return give(handle, value)
 
 
 def _signature_of(target: Callable[..., object]) -> inspect.Signature:
@@ -144,100 +169,61 @@ def _signature_of(target: Callable[..., object]) -> inspect.Signature:
         raise AttributeError("__signature__") from error
 
 
-# Read with the descriptors, since all other ways lead to the target.
-_ownership_of: Final[Callable[[Any], Ownership]] = vars(Handle)["_Handle__ownership"].__get__
-_parent_of: Final[Callable[[Any], Handle | None]] = vars(Handle)["_Handle__parent"].__get__
-_kind_of: Final[Callable[[Any], type]] = vars(Handle)["_Handle__kind"].__get__
-_set_ownership: Final[Callable[[Handle, Ownership], None]] = vars(Handle)["_Handle__ownership"].__set__
-_set_parent: Final[Callable[[Handle, Handle | None], None]] = vars(Handle)["_Handle__parent"].__set__
-_set_kind: Final[Callable[[Handle, type], None]] = vars(Handle)["_Handle__kind"].__set__
-
-
-def ownership_of(owned: "Handle | OwnedMethod | OwnedCoroutine") -> Ownership:
-    """What decides over a handle, or over a method or coroutine of one."""
-    return _ownership_of(owned._handle if isinstance(owned, (OwnedMethod, OwnedCoroutine)) else owned)
-
-
-def use(handle: object) -> Any:
-    """The target, for one use of it by the asking code. Raises what ``Ownership.require`` raises."""
-    ownership = _ownership_of(handle)
-    if ambient.get() is not ownership.insider or not ownership.lifetime.permits_use:
-        ownership.require()
-    try:
-        return ownership.targets[id(handle)]
-    except KeyError:
-        raise ownership.closed_error() from None
-
-
 def give(handle: Handle, value: Any, *, entered: bool = False) -> Any:
-    """What comes out of a use of the handle, as it may be given out; see the module. ``entered``: by a ``with``."""
+    """What came out of a use of the handle, as it may be given out; see the module. ``entered``: by a ``with``."""
     kind = type(value)
-    if kind in _DATA:
+    if kind in _DATA or issubclass(kind, (Handle, OwnedMethod, *_PROCESS_WIDE)):
         return value
-    targets = _ownership_of(handle).targets
     node: Handle | None = handle
     while node is not None:
-        if targets.get(id(node)) is value:
+        cell = _cell_of(node)
+        if cell.target is value:
             return node
-        node = _parent_of(node)
-    if kind is types.CoroutineType:
-        return OwnedCoroutine(handle, value)
-    if issubclass(kind, _UNOWNED) or not (entered or _kinds[kind]):
-        return value
-    return _handle(_ownership_of(handle), value, handle)
+        node = cast("Handle | None", cell.parent)
+    return _handle(_cell_of(handle).ownership, value, handle) if entered or _is_lazy[kind] else value
 
 
-def _handle(ownership: Ownership, target: object, parent: Handle | None) -> Handle:
-    kind = type(target)
-    handle: Handle = object.__new__(_classes[kind])
-    _set_ownership(handle, ownership)
-    _set_kind(handle, kind)
-    _set_parent(handle, parent)
-    ownership.keep(id(handle), target)
-    return handle
-
-
-@final
 class OwnedMethod:
     """A method of a handle's target, bound to the handle: checked when it is called, whoever holds it by then."""
 
-    __slots__ = ("_function", "_handle", "__weakref__")
+    __slots__ = ("__weakref__", "_cell", "_function", "_handle")
 
-    def __init__(self, handle: Handle, function: Callable[..., Any]) -> None:
+    def __init__(self, handle: Handle, cell: Cell, function: Any) -> None:
         self._handle = handle
+        self._cell = cell
         self._function = function
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        handle = self._handle
         try:
-            value = self._function(use(handle), *args, **kwargs)
-        except StopIteration as stop:  # what a step of a coroutine or generator returns in the end
-            raise StopIteration(give(handle, stop.value)) from None
-        return value if type(value) in _DATA else give(handle, value)
+            value = self._function(self._cell.use(), *args, **kwargs)
+        except StopIteration as stop:  # with what a coroutine or a generator returned
+            raise StopIteration(give(self._handle, stop.value)) from None
+        return value if type(value) in _DATA else give(self._handle, value)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return types.BuiltinMethodType if type(self._function) in _DESCRIPTORS else types.MethodType
+        return BuiltinMethodType if type(self._function) in METHOD_DESCRIPTORS else MethodType
 
     @property
     def __self__(self) -> Handle:
         return self._handle
 
     @property
-    def __func__(self) -> Callable[..., Any]:
+    def __func__(self) -> Any:
         return self._function
 
     @property
     def __doc__(self) -> str | None:  # type: ignore[override]
-        return self._function.__doc__
+        return cast("str | None", self._function.__doc__)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._function, name)  # the name, the code, the annotations: what signatures are made of
 
     def __eq__(self, other: object) -> bool:
-        if type(other) is not OwnedMethod:
+        if not issubclass(type(other), OwnedMethod):
             return NotImplemented
-        return self._handle is other._handle and self._function == other._function
+        method = cast("OwnedMethod", other)
+        return self._handle is method._handle and bool(self._function == method._function)
 
     def __hash__(self) -> int:
         return hash((id(self._handle), self._function))
@@ -248,55 +234,26 @@ class OwnedMethod:
     __copy__ = __reduce__ = __reduce_ex__ = _refuse_copy
 
     def __deepcopy__(self, memo: Memo) -> "OwnedMethod":
-        _require_own_data(self._handle, memo)
+        Handle.__deepcopy__(self._handle, memo)
         return self
 
 
 @final
-class OwnedCoroutine(Coroutine[Any, Any, Any]):
-    """A coroutine that a method of the target made: checked again when it is first awaited, in whichever task."""
+class AsyncOwnedMethod(OwnedMethod):
+    """An ``async def`` of the target: checked when it is called, and again when that is first awaited."""
 
-    __slots__ = ("_coroutine", "_handle", "_steps", "__weakref__")
+    __slots__ = ()
 
-    def __init__(self, handle: Handle, coroutine: "types.CoroutineType[Any, Any, Any]") -> None:
-        self._handle = handle
-        self._coroutine = coroutine
-        self._steps: Generator[Any, Any, Any] | None = None
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return _steps(self._handle, self._coroutine)
-
-    def send(self, value: Any, /) -> Any:
-        if self._steps is None:
-            self._steps = _steps(self._handle, self._coroutine)
-        return self._steps.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        return (self._coroutine if self._steps is None else self._steps).throw(*error)
-
-    def close(self) -> None:
-        (self._coroutine if self._steps is None else self._steps).close()
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return types.CoroutineType
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._coroutine, name)  # the cr_... attributes, by which asyncio and inspect describe it
-
-    def __repr__(self) -> str:
-        return f"<coroutine {self._coroutine.__qualname__} of {self._handle!r}>"
-
-    __copy__ = __deepcopy__ = __reduce__ = __reduce_ex__ = _refuse_copy
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        self._cell.use()
+        coroutine: Any = _run(self._handle, self._cell, self._function, args, kwargs)
+        coroutine.__qualname__ = self._function.__qualname__  # which asyncio and warnings show
+        return cast("Coroutine[Any, Any, Any]", coroutine)
 
 
-def _steps(handle: Handle, coroutine: "types.CoroutineType[Any, Any, Any]") -> Generator[Any, Any, Any]:
-    try:
-        use(handle)
-    except BaseException:
-        coroutine.close()  # so that nothing complains of a coroutine never awaited
-        raise
-    return give(handle, (yield from coroutine.__await__()))
+async def _run(handle: Handle, cell: Cell, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = await function(cell.use(), *args, **kwargs)
+    return value if type(value) in _DATA else give(handle, value)
 
 
 # The special methods. A proxy class has those that the type of its target has.
@@ -306,34 +263,40 @@ def _forwarder(name: str) -> Callable[..., Any]:
     entered = name == "__enter__"
 
     def special(self: Handle, /, *args: Any, **kwargs: Any) -> Any:
-        target = use(self)
+        target = _cell_of(self).use()
         try:
             value = getattr(type(target), name)(target, *args, **kwargs)
         except StopIteration as stop:
             raise StopIteration(give(self, stop.value)) from None
-        return value if type(value) in _DATA else give(self, value, entered=entered)
+        return give(self, value, entered=entered)
 
     special.__name__ = special.__qualname__ = name
     return special
 
 
 def _await(self: Handle) -> Generator[Any, Any, Any]:
-    target = use(self)
+    cell = _cell_of(self)
+    try:
+        target = cell.use()
+    except BaseException:
+        if type(cell.target) is CoroutineType:
+            cell.target.close()  # so that nothing complains of a coroutine never awaited
+        raise
     return give(self, (yield from type(target).__await__(target)))
 
 
 async def _anext(self: Handle) -> Any:
-    target = use(self)
+    target = _cell_of(self).use()
     return give(self, await type(target).__anext__(target))
 
 
 async def _aenter(self: Handle) -> Any:
-    target = use(self)
+    target = _cell_of(self).use()
     return give(self, await type(target).__aenter__(target), entered=True)
 
 
 def _exit(self: Handle, *exc_info: Any) -> Any:
-    target, late = _use_for_exit(self)
+    target, late = _use_for_exit(_cell_of(self))
     if late is None or exc_info[0] is not None:
         return type(target).__exit__(target, *exc_info)
     type(target).__exit__(target, type(late), late, late.__traceback__)
@@ -341,35 +304,49 @@ def _exit(self: Handle, *exc_info: Any) -> Any:
 
 
 async def _aexit(self: Handle, *exc_info: Any) -> Any:
-    target, late = _use_for_exit(self)
+    target, late = _use_for_exit(_cell_of(self))
     if late is None or exc_info[0] is not None:
         return await type(target).__aexit__(target, *exc_info)
     await type(target).__aexit__(target, type(late), late, late.__traceback__)
     raise late
 
 
-def _use_for_exit(handle: Handle) -> tuple[Any, ContextClosedError | None]:
-    """A block that was entered can be left while the context closes, or else what it holds would stay taken: but its
-    exit sees an error then, since an exit without one is how a transaction is told to commit.
+def _use_for_exit(cell: Cell) -> tuple[Any, ContextClosedError | None]:
+    """A block that was entered can be left until the teardown is through, or what it holds would stay taken. But its
+    exit then sees an error, since an exit without one is how a transaction is told to commit.
     """
-    ownership = _ownership_of(handle)
     try:
-        return use(handle), None
+        return cell.use(), None
     except ContextClosedError as late:
-        ownership.require_user()
-        if (target := ownership.targets.get(id(handle))) is None:
+        cell.ownership.require_user()
+        if (target := cell.target) is None:
             raise
         return target, late
 
 
 _METHODS: Final[dict[str, Any]] = {
     **{name: _forwarder(name) for name in FORWARDED},
-    **{"__await__": _await, "__anext__": _anext, "__aenter__": _aenter, "__exit__": _exit, "__aexit__": _aexit},
+    "__await__": _await,
+    "__anext__": _anext,
+    "__aenter__": _aenter,
+    "__exit__": _exit,
+    "__aexit__": _aexit,
 }
 _KEPT: Final = frozenset(_METHODS) | {
     name
     for name in vars(Handle)
     if not name.startswith("_Handle") and name not in ("__doc__", "__module__", "__slots__")
 }
-_classes: Final = KindTable(lambda kind: cast("type[Handle]", proxy_class(Handle, kind, _METHODS)))
-_kinds: Final = KindTable(lambda kind: is_lazy(kind) and not issubclass(kind, (Handle, OwnedMethod, OwnedCoroutine)))
+
+
+def _kind(kind: type) -> tuple[Any, dict[str, type[OwnedMethod]]]:
+    methods = {
+        name: AsyncOwnedMethod if is_async else OwnedMethod
+        for name, is_async in plain_methods(kind)
+        if name not in _KEPT
+    }
+    return proxy_class(Handle, kind, _METHODS), methods
+
+
+_kinds: Final = KindTable(_kind)
+_is_lazy: Final = KindTable(is_lazy)

@@ -88,7 +88,7 @@ _REMEDY = "make it copyable, or wrap it in Shared(...) to share it on purpose"
 
 
 class RefusedError(Exception):
-    """For the copy hooks of the package's own classes too. On its way up from the value that cannot be copied; every container on the way adds the step that led down."""
+    """On its way up from the value that cannot be copied; every container on the way adds the step that led down."""
 
     def __init__(self, rule: str, remedy: str = _REMEDY) -> None:
         super().__init__(rule)

@@ -1,10 +1,12 @@
 """Who may use what a context owns: one check for a handle and for all that came out of it."""
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, final
 
 from ucm_middleware.callsite import as_text, caller
 from ucm_middleware.current import ambient
 from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, HandleRevokedError
+from ucm_middleware.lifetime import State
 
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
@@ -16,11 +18,10 @@ _NOBODY: Final = object()
 class Ownership:
     """Binds a target, and what is derived from it, to the context that owns it.
 
-    The targets are kept here and not in the handles: so that one step takes them away from all of them, and a handle
-    that is kept does not keep its target. ``insider`` is the context whose own code needs no closer look.
+    ``insider`` is the context whose own code needs no closer look while it is open.
     """
 
-    __slots__ = ("_host", "_made_at", "insider", "is_revoked", "lifetime", "name", "owner", "targets")
+    __slots__ = ("_cells", "_host", "_made_at", "insider", "is_revoked", "lifetime", "name", "owner")
 
     def __init__(self, owner: "UserExecutionContext", name: str) -> None:
         self.owner = owner
@@ -28,8 +29,8 @@ class Ownership:
         # A child ends with its parents' deadlines too, which is the closer look.
         self.insider: object = owner if owner.operation_depth == 0 else _NOBODY
         self.name = name
-        self.targets: dict[int, Any] = {}
         self.is_revoked = False
+        self._cells: dict[int, Cell] = {}
         self._made_at = caller()
         self._host: ContextHost | None = None
 
@@ -41,8 +42,8 @@ class Ownership:
     def require(self) -> None:
         """Raise unless the asking code may use what is owned, now.
 
-        CrossUserAccessError, recorded by the manager, in another user's context; ContextClosedError from the closing on,
-        except in the releases of the context and of its children; HandleRevokedError.
+        CrossUserAccessError, recorded by the manager, in another user's context; ContextClosedError from the closing
+        on, except in the releases of the context and of its children; HandleRevokedError.
 
         Code in no context has been given the handle, and that is its permission: nothing else tells a thread of the
         owner's from another.
@@ -85,16 +86,23 @@ class Ownership:
         """The handle's name and where it was made, for an error."""
         return f"{self.name}, made at {as_text(self._made_at)}"
 
-    def keep(self, place: int, target: object) -> None:
-        """Hold a target for the handle at this place, unless the teardown is through."""
-        self.targets[place] = target
-        if self.owner._handles is None:
-            self.targets.clear()
+    def targets(self) -> list[object]:
+        """What handles stand for, the one from ``own`` first."""
+        return [target for cell in list(self._cells.values()) if (target := cell.target) is not None]
 
-    def forget(self, place: int) -> None:
-        """The handle at this place is gone; with the last one, so is the reason to remember any of it."""
-        self.targets.pop(place, None)
-        if not self.targets and (handles := self.owner._handles) is not None:
+    def keep(self, cell: "Cell") -> None:
+        """Take a handle's cell in, to empty it at the teardown; at once when that is through."""
+        self._cells[id(cell)] = cell
+        handles = self.owner._handles
+        if handles is None:
+            self.end()
+        else:
+            handles[id(self)] = self
+
+    def forget(self, cell: "Cell") -> None:
+        """A handle is gone; with the last one, so is the reason to remember any of it."""
+        self._cells.pop(id(cell), None)
+        if not self._cells and (handles := self.owner._handles) is not None:
             handles.pop(id(self), None)
 
     def revoke(self) -> None:
@@ -104,9 +112,51 @@ class Ownership:
 
     def end(self) -> None:
         """The teardown is through: let go of the targets, and remember who records what is denied later."""
-        self._host = self.owner.host
+        self._host = self.owner.host or self._host
         self.insider = _NOBODY
-        self.targets.clear()
+        for cell in list(self._cells.values()):
+            cell.target = None
+        self._cells.clear()
+
+
+@final
+class Cell:
+    """What one handle stands for. Emptied at the teardown, so that a handle that is kept keeps nothing else alive.
+
+    ``parent`` is the handle that this one came out of. ``methods`` has, by their names, what stands for the plain
+    methods of the target's type.
+    """
+
+    __slots__ = ("kind", "methods", "ownership", "parent", "target")
+
+    def __init__(
+        self,
+        ownership: Ownership,
+        target: object,
+        kind: type,
+        methods: Mapping[str, Callable[..., Any]],
+        parent: object,
+    ) -> None:
+        self.ownership = ownership
+        self.target: Any = target
+        self.kind = kind
+        self.methods = methods
+        self.parent = parent
+
+    def use(self) -> Any:
+        """The target, for one use of it by the asking code. Raises what ``Ownership.require`` raises."""
+        ownership = self.ownership
+        lifetime = ownership.lifetime
+        if (
+            ambient.get() is not ownership.insider
+            or lifetime.state is not State.OPEN
+            or (lifetime.deadline is not None and lifetime.is_expired)
+        ):
+            ownership.require()
+        target = self.target
+        if target is None:
+            raise ownership.closed_error()
+        return target
 
 
 def _is_release_of_child(owner: "UserExecutionContext") -> bool:

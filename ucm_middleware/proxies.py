@@ -3,6 +3,7 @@
 Python looks special methods up on the class: ``callable``, ``len``, ``await`` and ``with`` see what is defined there.
 """
 
+import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,9 @@ CONTAINERS: Final = (
 FORWARDED: Final = (*OPERATORS, *CONVERSIONS, *CONTAINERS, "__call__", "__enter__")
 _LAZY: Final = ("__call__", "__await__", "__next__", "__anext__", "__enter__", "__aenter__")
 
+METHOD_DESCRIPTORS: Final = frozenset({types.MethodDescriptorType, types.WrapperDescriptorType})
+BUILTIN_METHODS: Final = frozenset({types.BuiltinMethodType, types.MethodWrapperType})
+
 _mro_of: Final[Callable[[type], tuple[type, ...]]] = vars(type)["__mro__"].__get__
 _names_of: Final[Callable[[type], "types.MappingProxyType[str, Any]"]] = vars(type)["__dict__"].__get__
 
@@ -43,6 +47,20 @@ def special_methods(kind: type, names: Mapping[str, object]) -> Iterator[tuple[s
 def is_lazy(kind: type) -> bool:
     """Whether values of this type do their work later: callables, awaitables, iterators, context managers."""
     return any(defined for _, defined in special_methods(kind, dict.fromkeys(_LAZY)))
+
+
+def plain_methods(kind: type) -> Iterator[tuple[str, bool]]:
+    """The names that lead to a function of the class, unless the instance has another value there; and whether that is
+    an ``async def``. None for a class that looks its attributes up by itself.
+    """
+    found: dict[str, object] = {}
+    for base in reversed(_mro_of(kind)):
+        found.update(_names_of(base))
+    if found["__getattribute__"] is not vars(object)["__getattribute__"]:
+        return
+    for name, value in found.items():
+        if type(value) is types.FunctionType:
+            yield name, bool(value.__code__.co_flags & inspect.CO_COROUTINE)
 
 
 def proxy_class(base: type, kind: type, methods: Mapping[str, object]) -> type:

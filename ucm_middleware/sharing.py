@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ucm_middleware.handles import Handle, OwnedCoroutine, OwnedMethod, ownership_of
+from ucm_middleware.handles import Handle, OwnedMethod, ownership_of
 from ucm_middleware.isolation import ELEMENT, SCALARS, SINGLETONS, Shared, key_text, path_text, type_name
 
 
@@ -156,9 +156,9 @@ def _foreign_targets(node: _Node, user_id: str, shapes: dict[int, _Shape]) -> li
     ownership = ownership_of(node.value)
     if ownership.owner.user_id == user_id:
         return []
-    targets = list(ownership.targets.values())
     return [
-        _Node(target, _shape_of(target, shapes), node.owner, node, _TEXT, "<target>", opaque=True) for target in targets
+        _Node(target, _shape_of(target, shapes), node.owner, node, _TEXT, "<target>", opaque=True)
+        for target in ownership.targets()
     ]
 
 
@@ -257,7 +257,7 @@ _IMMUTABLE: Final = _ids(
 )
 # The end of the walk, subclasses included: the process has them for everybody, or they are immutable by their contract.
 _INERT: Final = _ids(*SINGLETONS, *(Shared, datetime.tzinfo, pathlib.PurePath, uuid.UUID, logging.Logger))
-_OWNED: Final = _ids(Handle, OwnedMethod, OwnedCoroutine)
+_OWNED: Final = _ids(Handle, OwnedMethod)
 _TYPING: Final = frozenset({"typing", "typing_extensions"})  # Optional[int] and its like, which are cached
 
 # What a class has, read from the type of types, so that neither the class nor its metaclass is asked.
