@@ -89,7 +89,7 @@ def find_shared(roots: Iterable[Root], user_id: str | None = None) -> list[Findi
                     _foreign_targets(node, user_id or owner, shapes) if node.shape.owned else _children(node, shapes)
                 )
                 queue.extend(children)
-                node.barren = not children and not node.shape.mutable
+                node.barren = not (children or node.shape.mutable or node.shape.owned)
     return findings
 
 
