@@ -559,7 +559,9 @@ class TestAtTheBoundary:
 
     @pytest.mark.parametrize("wrap", [lambda it: it, lambda it: [{"deep": it}], Box], ids=["itself", "deep", "object"])
     def test_it_is_refused_in_the_data_of_another_user(self, handle: Session, wrap: Callable[[Any], Any]) -> None:
-        with pytest.raises(InvalidContextError, match="not of the user that the data is for|cannot be copied") as error:
+        with pytest.raises(
+            InvalidContextError, match=r"not of the user that the data is for|cannot be copied"
+        ) as error:
             create_isolated_execution_context("bob", agent_context={"tool": wrap(handle)})
         assert error.value.field.startswith("agent_context['tool']")
 

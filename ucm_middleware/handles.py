@@ -240,9 +240,10 @@ class OwnedMethod:
 
 @final
 class AsyncOwnedMethod(OwnedMethod):
-    """An ``async def`` of the target: checked when it is called, and again when that is first awaited."""
+    # An ``async def`` of the target: checked when it is called, and again when that is first awaited.
 
     __slots__ = ()
+    __doc__ = vars(OwnedMethod)["__doc__"]  # the method's, which a docstring of this class would hide
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         self._cell.use()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ucm_middleware.host import ContextHost
 
 _NOBODY: Final = object()
+_OPEN: Final = State.OPEN  # a member of an enum is slow to look up
 
 
 class Ownership:
@@ -149,7 +150,7 @@ class Cell:
         lifetime = ownership.lifetime
         if (
             ambient.get() is not ownership.insider
-            or lifetime.state is not State.OPEN
+            or lifetime.state is not _OPEN
             or (lifetime.deadline is not None and lifetime.is_expired)
         ):
             ownership.require()
