@@ -300,16 +300,17 @@ class TestUntilWhen:
         async def close() -> None:
             alice.close("revoked")
 
+        closing: list[asyncio.Task[None]] = []
         with pytest.raises(ContextClosedError):
             async with managed_user_context(alice):
+                closing.append(asyncio.create_task(close()))
                 with handle.begin():
-                    closing = asyncio.create_task(close())
                     try:
                         await asyncio.Event().wait()
                     except asyncio.CancelledError:
                         if obeys:
                             raise
-        await closing
+        await closing[0]
         assert session.calls == ["begin", f"rollback {'CancelledError' if obeys else 'ContextClosedError'}"]
 
     def test_a_thread_that_outlives_the_request(self, alice: UserExecutionContext, handle: Session) -> None:
@@ -425,7 +426,7 @@ class TestWhatComesOut:
 
     async def test_also_where_it_is_awaited(self, handle: Session) -> None:
         assert await handle.aitself() is handle
-        assert await asyncio.create_task(handle.aitself()) is handle  # type: ignore[arg-type]
+        assert await asyncio.create_task(handle.aitself()) is handle
         async with handle as entered:
             assert entered is handle
 
@@ -446,7 +447,7 @@ class TestWhatComesOut:
         assert await asyncio.create_task(getattr(handle, name)("a")) == "A"
 
     async def test_a_coroutine_that_is_never_started_leaves_no_warning(self, handle: Session) -> None:
-        task = asyncio.create_task(handle.acall("a"))  # type: ignore[arg-type]
+        task = asyncio.create_task(handle.acall("a"))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -522,9 +523,10 @@ class TestAsAnObject:
                 copied(owned)
 
     def test_what_cannot_be_owned(self, alice: UserExecutionContext, handle: Session) -> None:
-        for target in (None, 1, "text", [1], {}, Session, copy):
+        plain: Any
+        for plain in (None, 1, "text", [1], {}, Session, copy):
             with pytest.raises(InvalidContextError, match="plain data"):
-                alice.own(target)
+                alice.own(plain)
         for target in (handle, handle.call):
             with pytest.raises(InvalidContextError, match="owned already"):
                 alice.own(target)

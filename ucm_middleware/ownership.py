@@ -1,5 +1,7 @@
 """Who may use what a context owns: one check for a handle and for all that came out of it."""
 
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, final
 
