@@ -6,10 +6,10 @@ import gc
 import pickle
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from support.clock import Clock
 from support.contexts import events, running_as, visitor
 from ucm_middleware import (
+    EVERYONE,
     ContextClosedError,
     CrossUserAccessError,
     HandleRevokedError,
@@ -61,6 +62,13 @@ class Session:
         return self
 
     async def aitself(self) -> "Session":
+        return self
+
+    def later_itself(self) -> Any:
+        return self.aitself()
+
+    def itself_in_the_end(self) -> Generator[int, None, "Session"]:
+        yield 1
         return self
 
     def rows(self) -> Iterator[int]:
@@ -211,13 +219,20 @@ class TestWhoMayUseIt:
         with managed_user_context(alice):
             assert handle.call("a") == "A"
 
-    def test_it_proves_nothing_to_make_a_context_of_the_users_by_hand(
-        self, manager: UserContextManager, handle: Session
+    def test_a_context_made_by_hand_is_refused_and_recorded_before_and_after_the_teardown(
+        self, manager: UserContextManager, alice: UserExecutionContext, handle: Session
     ) -> None:
         manager.serve()
-        mallory = create_isolated_execution_context("bob")
-        with managed_user_context(mallory), pytest.raises(CrossUserAccessError):
-            handle.call("a")
+        bob = create_isolated_execution_context("bob")
+        with managed_user_context(bob):
+            with pytest.raises(CrossUserAccessError):
+                handle.call("a")
+            Context().run(alice.close)
+            with pytest.raises(CrossUserAccessError):
+                handle.call("a")
+        with manager.privileged(reason="a test", users=EVERYONE):
+            trail = manager.get_system_trail()
+        assert [record["asked_for"] for record in trail if record["event"] == "denied"] == ["alice", "alice"]
 
     def test_what_was_given_to_a_visitor_cannot_change_hands(self, manager: UserContextManager) -> None:
         anonymous = visitor(manager)
@@ -427,8 +442,18 @@ class TestWhatComesOut:
     async def test_also_where_it_is_awaited(self, handle: Session) -> None:
         assert await handle.aitself() is handle
         assert await asyncio.create_task(handle.aitself()) is handle
+        assert await handle.later_itself() is handle
+        assert await asyncio.create_task(handle.later_itself()) is handle
         async with handle as entered:
             assert entered is handle
+
+    def test_also_where_a_generator_returns_it(self, handle: Session) -> None:
+        for step in (next, lambda generator: generator.send(None)):
+            steps = handle.itself_in_the_end()
+            assert step(steps) == 1
+            with pytest.raises(StopIteration) as stop:
+                step(steps)
+            assert stop.value.value is handle
 
     def test_a_method_is_checked_when_it_is_called(self, manager: UserContextManager, handle: Session) -> None:
         method = handle.call
@@ -545,7 +570,7 @@ class Box:
 class TestAtTheBoundary:
     @pytest.mark.parametrize("wrap", [lambda it: it, lambda it: [{"deep": it}], Box], ids=["itself", "deep", "object"])
     def test_it_passes_as_itself_to_the_same_user(
-        self, alice: UserExecutionContext, handle: Session, wrap: Callable[[Any], Any]
+        self, alice: UserExecutionContext, session: Session, handle: Session, wrap: Callable[[Any], Any]
     ) -> None:
         alice.agent_context["tool"] = wrap(handle)
         child = alice.create_child_context("a part", agent_context={"given": handle, "call": handle.call})
@@ -556,7 +581,8 @@ class TestAtTheBoundary:
             inner = inner[0] if type(inner) is list else inner["deep"] if type(inner) is dict else inner.content
         assert inner is handle
         assert child.verify_isolation()
-        assert child.own(Session()).call("a") == "A"
+        childs = child.own(session)
+        assert childs.call("a") == "A"
         assert child.verify_isolation()
 
     @pytest.mark.parametrize("wrap", [lambda it: it, lambda it: [{"deep": it}], Box], ids=["itself", "deep", "object"])

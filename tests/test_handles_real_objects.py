@@ -19,6 +19,7 @@ import pytest
 from fastapi.encoders import jsonable_encoder
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 from starlette._utils import is_async_callable
 
 from support.contexts import running_as
@@ -125,6 +126,7 @@ class TestSqlalchemy:
                     await use()
         assert [tuple(row) async for row in rows] == [("b",)]
         assert (await handle.scalars(text("select count(*) from notes"))).one() == 2
+        assert await handle.run_sync(lambda raw: type(raw) is Session)  # a callback gets the object itself
         await alice.aclose()
         assert alice.lifetime.failures == ()
         with pytest.raises(ContextClosedError, match="AsyncSession, made at"):
@@ -382,6 +384,8 @@ class TestFrameworks:
         assert isinstance(alice.own(Slotted()), Sized)
         assert kind(handle) == "tool"
         assert type(handle) is not Tool
+        with pytest.raises(TypeError, match="made by context"):
+            type(handle)()
         revoke_handle(handle)
         assert isinstance(handle, Tool)
         assert "__call__" in dir(handle)

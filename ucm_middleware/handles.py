@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_type_of: Final[Callable[[Any], Any]] = type
+_type_of: Final = cast("Callable[[Any], Any]", type)
 _DATA: Final = SCALARS | {list, dict, tuple, set, frozenset, bytearray}
 _PROCESS_WIDE: Final = (type, ModuleType)
 
@@ -68,6 +68,9 @@ class Handle:
     """The base of all proxy classes. What is looked up on an instance is the target's, but for the names ``_KEPT``."""
 
     __slots__ = ("__cell", "__weakref__")
+
+    def __new__(cls, *_: object, **__: object) -> "Handle":
+        raise TypeError("a handle is made by context.own()")
 
     def __getattribute__(self, name: str) -> Any:
         # Taking a method is not yet a use, calling it is: so it is not checked twice, and no code of the target runs.

@@ -68,8 +68,6 @@ def proxy_class(base: type, kind: type, methods: Mapping[str, object]) -> type:
     namespace: dict[str, object] = {"__slots__": (), "__module__": base.__module__}
     for name, defined in special_methods(kind, methods):
         namespace[name] = methods[name] if defined else None
-    # Python takes the hash from a class that defines an equality, unless it is there too.
-    namespace.setdefault("__hash__", base.__hash__)
     return type(kind.__name__, (base,), namespace)
 
 

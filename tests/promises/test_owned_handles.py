@@ -36,6 +36,15 @@ def test_alices_is_refused_to_bob_and_that_is_recorded(desk: Observer, path: str
     assert held.result().json() == "to alice"
 
 
+def test_it_is_refused_to_a_visitor(desk: Observer) -> None:
+    held = desk.begin("alice", "/hold")
+    desk.wait_for("held", user="alice")
+    assert desk.request(None, "/use/handle").status_code == 403
+    assert desk.journal("reached") == []
+    desk.open("let go")
+    assert held.result().json() == "to alice"
+
+
 def test_bob_cannot_revoke_it_either(desk: Observer) -> None:
     held = desk.begin("alice", "/hold")
     desk.wait_for("held", user="alice")
