@@ -512,9 +512,10 @@ class UserExecutionContext(ResourceHolder):
         for name in list(self.__dict__):
             if not hasattr(type(self), name):  # what shadows a method is a test's mock, which takes itself away
                 del self.__dict__[name]
-        handles, self._handles = self._handles, None
-        for owned in list((handles or {}).values()):
-            owned.end()
+        if (handles := self._handles) is not None:
+            self._handles = None
+            for owned in list(handles.values()):
+                owned.end()
         self._db_session = self._environment = None
         return metadata
 
