@@ -11,6 +11,7 @@ from ucm_middleware.errors import (
     ContextLimitError,
     ContextNotFoundError,
     CrossUserAccessError,
+    HandleRevokedError,
     IdentityConflictError,
     InvalidContextError,
     ManagerDrainingError,
@@ -20,6 +21,7 @@ from ucm_middleware.errors import (
 from ucm_middleware.execution import create_isolated_execution_context, managed_user_context, validate_user_context
 from ucm_middleware.firewall import ContextFirewall
 from ucm_middleware.guard import EVERYONE
+from ucm_middleware.handles import revoke_handle
 from ucm_middleware.identity import authenticated_user, bearer_token, session_user
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.isolation import Shared
@@ -40,6 +42,7 @@ __all__ = [
     "ContextNotFoundError",
     "CrossUserAccessError",
     "Environment",
+    "HandleRevokedError",
     "IdentityConflictError",
     "InvalidContextError",
     "IsolatedEnvironment",
@@ -61,6 +64,7 @@ __all__ = [
     "create_isolated_execution_context",
     "current_context",
     "managed_user_context",
+    "revoke_handle",
     "session_user",
     "user_context",
     "validate_user_context",

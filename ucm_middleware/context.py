@@ -1,11 +1,11 @@
 """UserExecutionContext: who a request or connection runs for, their data, and what must be released after."""
 
-import inspect
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn, Protocol, Self
+from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
+from ucm_middleware.callsite import caller
 from ucm_middleware.current import Release
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
@@ -15,6 +15,7 @@ from ucm_middleware.errors import (
     IdentityConflictError,
     InvalidContextError,
 )
+from ucm_middleware.handles import own
 from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
@@ -27,14 +28,15 @@ from ucm_middleware.ids import (
 from ucm_middleware.isolation import copy_data
 from ucm_middleware.keys import OwnerKeys, checked_names
 from ucm_middleware.lifetime import OPEN, UNBOUND, Lifetime
+from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource
 from ucm_middleware.sharing import Root, find_shared
 
+T = TypeVar("T")
+
 MAX_DEPTH: Final = 10
 """How deep children may nest below a root context."""
-
-_PACKAGE: Final = __name__.partition(".")[0]
 
 
 class Connection(Protocol):
@@ -64,6 +66,7 @@ class UserExecutionContext(ResourceHolder):
         "_db_session",
         "_depth",
         "_environment",
+        "_handles",
         "_host",
         "_parent_request_id",
         "_request_id",
@@ -82,6 +85,7 @@ class UserExecutionContext(ResourceHolder):
     _audit_metadata: dict[str, Any] | None
     _db_session: Any
     _environment: IsolatedEnvironment | None
+    _handles: dict[int, Ownership] | None
     _host: ContextHost | None
     registry_keys: tuple[str | tuple[str, str], ...]
 
@@ -109,12 +113,12 @@ class UserExecutionContext(ResourceHolder):
         )
         if websocket_client_id is not None:
             websocket_client_id = validate_id(websocket_client_id, "websocket_client_id")
-        self._start(user_id, request_id, Lifetime(OPEN, _caller()), False)
+        self._start(user_id, request_id, Lifetime(OPEN, caller()), False)
         self._thread_id = thread_id
         self._run_id = run_id
         self._websocket_client_id = websocket_client_id
-        self._agent_context = copy_data(agent_context, "agent_context")
-        self._audit_metadata = copy_data(audit_metadata, "audit_metadata")
+        self._agent_context = copy_data(agent_context, "agent_context", user_id)
+        self._audit_metadata = copy_data(audit_metadata, "audit_metadata", user_id)
         self._take_session(db_session)
 
     def _start(self, user_id: str, request_id: str, lifetime: Lifetime, anonymous: bool) -> None:
@@ -126,7 +130,7 @@ class UserExecutionContext(ResourceHolder):
         self._created = time.time()
         self._depth = 0
         self._thread_id = self._run_id = self._websocket_client_id = self._parent_request_id = None
-        self._parent = self._children = self._host = self._environment = None
+        self._parent = self._children = self._host = self._environment = self._handles = None
         self._agent_context = self._audit_metadata = self._db_session = None
         self.registry_keys = ()
 
@@ -321,6 +325,23 @@ class UserExecutionContext(ResourceHolder):
                     context._lifetime.state = OPEN
             context = context._parent
 
+    def own(self, target: T, *, name: str | None = None) -> T:
+        """A handle that passes for ``target``, for this user's code, until this context closes.
+
+        From another user's context its use raises CrossUserAccessError, which is recorded; after the teardown,
+        ContextClosedError that says where the handle was made; after ``revoke_handle``, HandleRevokedError. ``name``
+        stands for it in errors, its type's name when not given. Closing the target stays the caller's business.
+
+        Raises InvalidContextError for a class, for plain data, which no handle can guard, and for a handle.
+        """
+        self.require_usable()
+        if self._handles is None:
+            with Lifetime.transition:
+                self._handles = {} if self._handles is None else self._handles
+        handle = own(self, target, name)
+        self.require_usable()  # it may have closed meanwhile, and its teardown has then not seen this handle
+        return handle
+
     # Life.
 
     def bind(self, user: Principal | str) -> None:
@@ -376,7 +397,7 @@ class UserExecutionContext(ResourceHolder):
             raise ContextLimitError("depth", MAX_DEPTH, "children nest too deeply: open siblings instead")
         ids = UnifiedIDManager() if self._host is None else self._host.ids
         child = UserExecutionContext._open(
-            self._user_id, ids.generate_request_id(), Lifetime(OPEN, _caller()), self._anonymous
+            self._user_id, ids.generate_request_id(), Lifetime(OPEN, caller()), self._anonymous
         )
         child._thread_id, child._run_id = self.thread_id, self.run_id
         child._websocket_client_id = self._websocket_client_id
@@ -384,8 +405,12 @@ class UserExecutionContext(ResourceHolder):
         child._parent = self
         child._depth = self._depth + 1
         child._db_session = self._db_session
-        child._agent_context = copy_data({**self.agent_context, **(agent_context or {})}, "agent_context")
-        child._audit_metadata = copy_data({**self.audit_metadata, **(audit_metadata or {})}, "audit_metadata")
+        child._agent_context = copy_data(
+            {**self.agent_context, **(agent_context or {})}, "agent_context", self._user_id
+        )
+        child._audit_metadata = copy_data(
+            {**self.audit_metadata, **(audit_metadata or {})}, "audit_metadata", self._user_id
+        )
         child._host = self._host
         if not self._adopt(child):
             raise self._closed_error()
@@ -410,7 +435,7 @@ class UserExecutionContext(ResourceHolder):
                 for root in self._parent._own_roots()
                 if not root.opaque
             ]
-        if findings := find_shared(roots):
+        if findings := find_shared(roots, self._user_id):
             raise ContextIsolationError(
                 "the context shares mutable data with its parent", [str(finding) for finding in findings]
             )
@@ -435,6 +460,8 @@ class UserExecutionContext(ResourceHolder):
         if self._db_session is not None:
             roots.append(Root(owner, f"{owner}.db_session", self._db_session, opaque=True))
         roots += [Root(owner, f"{owner}.{name}", target, opaque=True) for name, target in self._lifetime.targets()]
+        for owned in list((self._handles or {}).values()):
+            roots += [Root(owner, f"{owner}.{owned.name}", target, opaque=True) for target in owned.targets()]
         return roots
 
     def metadata_given(self) -> dict[str, Any]:
@@ -522,7 +549,12 @@ class UserExecutionContext(ResourceHolder):
     @property
     def _is_used(self) -> bool:
         """Whether a session, a resource or a child is open, each of which knows the user that was there then."""
-        return self._db_session is not None or self._lifetime.has_resources or bool(self._children)
+        return (
+            self._db_session is not None
+            or self._handles is not None
+            or self._lifetime.has_resources
+            or bool(self._children)
+        )
 
     # Inside.
 
@@ -566,6 +598,10 @@ class UserExecutionContext(ResourceHolder):
             for name in list(attributes):
                 if not hasattr(type(self), name):  # what shadows a method is a test's mock, which takes itself away
                     del attributes[name]
+        if (handles := self._handles) is not None:
+            self._handles = None
+            for owned in list(handles.values()):
+                owned.end()
         self._db_session = self._environment = None
         return metadata
 
@@ -586,11 +622,3 @@ def _copied(value: object) -> object:
         return copy_data({"value": value}, "audit_metadata")["value"]
     except InvalidContextError:
         return f"<{type(value).__name__}>"
-
-
-def _caller() -> str | tuple[str, int]:
-    """The file and line that the package was called from."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        frame = frame.f_back
-    return ("?", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)

@@ -49,17 +49,28 @@ class ContextExpiredError(ContextNotFoundError):
 class ContextClosedError(UserContextError):
     """A context was used after its teardown began.
 
-    ``reason`` is why it closed, ``opened_by`` where it was opened, ``request_id`` which one it was.
+    ``reason`` is why it closed, ``opened_by`` where it was opened, ``request_id`` which one it was. ``handle`` names
+    the owned handle that was used, and where that was made; None when it was the context itself.
     """
 
-    def __init__(self, request_id: str, opened_by: str, reason: str) -> None:
+    def __init__(self, request_id: str, opened_by: str, reason: str, handle: str | None = None) -> None:
+        of_handle = "" if handle is None else f", and its handle is {handle}"
         super().__init__(
-            f"context {request_id} is closed ({reason}); it was opened by {opened_by}. Whatever still uses it outlived "
-            "its request: finish that work before the handler returns, or open a context of its own for it"
+            f"context {request_id} is closed ({reason}); it was opened by {opened_by}{of_handle}. Whatever still uses "
+            "it outlived its request: finish that work before the handler returns, or open a context of its own for it"
         )
         self.request_id = request_id
         self.opened_by = opened_by
         self.reason = reason
+        self.handle = handle
+
+
+class HandleRevokedError(ContextClosedError):
+    """An owned handle was used after it was revoked; its context may still be open."""
+
+    def __init__(self, request_id: str, opened_by: str, handle: str) -> None:
+        super().__init__(request_id, opened_by, "handle revoked", handle)
+        self.args = (f"the handle {handle}, of context {request_id}, was revoked; ask its owner for a new one",)
 
 
 class ContextLimitError(UserContextError, RuntimeError):

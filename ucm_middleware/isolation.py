@@ -74,6 +74,9 @@ RESERVED_KEYS: Final = frozenset(
     }
 )
 
+COPIED_FOR: Final = 0
+"""Where the memo of a copy has the user that the copy is for; no object has this id."""
+
 ELEMENT: Final = "<element>"  # where an element of a set is in a path
 _SHOWN_STEPS = 12
 _SHOWN_KEY = 40
@@ -84,7 +87,7 @@ _name_of: Callable[[type], str] = vars(type)["__name__"].__get__
 _REMEDY = "make it copyable, or wrap it in Shared(...) to share it on purpose"
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """On its way up from the value that cannot be copied; every container on the way adds the step that led down."""
 
     def __init__(self, rule: str, remedy: str = _REMEDY) -> None:
@@ -94,11 +97,12 @@ class _RefusedError(Exception):
         self.steps: list[str] = []
 
 
-def copy_data(data: Mapping[str, object] | None, field: str) -> dict[str, object]:
+def copy_data(data: Mapping[str, object] | None, field: str, user_id: str | None = None) -> dict[str, object]:
     """A copy of ``data`` that shares nothing mutable with it, except what is wrapped in ``Shared``.
 
     Objects that occur twice, and cycles, are kept: the copy has the shape of the original. Containers are copied here,
     all other objects by ``copy.deepcopy``, so by the rules of their class. ``field`` names the data in messages.
+    Owned handles pass as they are into the data of ``user_id``, when that is their owner.
 
     Raises ``InvalidContextError``, whose ``field`` is the path of the value, for what is no mapping with ``str`` keys,
     for a reserved key, for nesting beyond the recursion limit, and for a value that cannot be copied: a lock, a
@@ -117,8 +121,8 @@ def copy_data(data: Mapping[str, object] | None, field: str) -> dict[str, object
         key = min(RESERVED_KEYS.intersection(data))
         raise InvalidContextError(f"{field}[{key!r}]", "is reserved, it names a field of the context", "rename the key")
     try:
-        return cast("dict[str, object]", _copy(data, {}))
-    except _RefusedError as refused:
+        return cast("dict[str, object]", _copy(data, {COPIED_FOR: user_id}))
+    except RefusedError as refused:
         raise InvalidContextError(path_text(field, refused.steps[::-1]), refused.rule, refused.remedy) from None
     except RecursionError:
         raise InvalidContextError(
@@ -245,13 +249,13 @@ def _copies(values: Iterable[Any], memo: Memo, step: str = "") -> list[Any]:
 
 def _copy_function(source: types.FunctionType, memo: Memo) -> object:
     if source.__closure__:
-        raise _RefusedError(
+        raise RefusedError(
             "is a function that closes over variables, which a copy would share",
             "pass a function without a closure, or wrap it in Shared(...) to share it on purpose",
         )
     defaults = (*(source.__defaults__ or ()), *(source.__kwdefaults__ or {}).values())
     if any(type(value) not in SCALARS and _copy(value, memo) is not value for value in defaults):
-        raise _RefusedError(
+        raise RefusedError(
             "is a function with mutable defaults, which a copy would share",
             "make the defaults None, or wrap it in Shared(...) to share it on purpose",
         )
@@ -285,8 +289,8 @@ def _located(error: Exception, value: object, step: str) -> Exception:
     """``error`` as a refusal of ``value``, with the step to it; the recursion limit's error stays what it is."""
     if isinstance(error, RecursionError):
         return error
-    if not isinstance(error, _RefusedError):
-        error = _RefusedError(f"{type_name(value)} cannot be copied ({type_name(error)})")
+    if not isinstance(error, RefusedError):
+        error = RefusedError(f"{type_name(value)} cannot be copied ({type_name(error)})")
     error.steps.append(step)
     return error
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ucm_middleware.handles import Handle, OwnedMethod, ownership_of
 from ucm_middleware.isolation import ELEMENT, SCALARS, SINGLETONS, Shared, key_text, path_text, type_name
 
 
@@ -48,12 +49,15 @@ class Finding:
         return f"{self.first_path} is {self.second_path} ({self.type_name})"
 
 
-def find_shared(roots: Iterable[Root]) -> list[Finding]:
+def find_shared(roots: Iterable[Root], user_id: str | None = None) -> list[Finding]:
     """Every place where an owner's data lead into something mutable that an earlier owner reaches too.
 
     Owners are taken in the order of their first root. A finding names the object, the first owner who reaches it and
     the later one who came upon it. What lies below is not named again, unless that owner also gets there another way.
     No findings means that no two owners share anything mutable.
+
+    An owned handle leads to its target in the data of another user alone: in the owner's, the context that made it has
+    the target among its roots. With ``user_id``, all owners are parts of that user.
     """
     shapes = _SCALAR_SHAPES.copy()
     walks: dict[str, deque[_Node]] = {}
@@ -81,9 +85,11 @@ def find_shared(roots: Iterable[Root]) -> list[Finding]:
                     findings.append(Finding(_path(known), _path(node), type_name(node.value), known.owner, owner))
                     continue
             if not node.opaque:
-                children = _children(node, shapes)
+                children = (
+                    _foreign_targets(node, user_id or owner, shapes) if node.shape.owned else _children(node, shapes)
+                )
                 queue.extend(children)
-                node.barren = not children and not node.shape.mutable
+                node.barren = not (children or node.shape.mutable or node.shape.owned)
     return findings
 
 
@@ -98,13 +104,16 @@ _TEXT: Final = 2  # as it is
 class _Shape:
     """What the objects of a type are to the walk: whether they can be written to, and what reads what they hold."""
 
-    __slots__ = ("inert", "kind", "mutable", "readers")
+    __slots__ = ("inert", "kind", "mutable", "owned", "readers")
 
-    def __init__(self, kind: type, mutable: bool = False, readers: Iterable[_Reader] = ()) -> None:
+    def __init__(
+        self, kind: type, mutable: bool = False, readers: Iterable[_Reader] = (), *, owned: bool = False
+    ) -> None:
         self.kind = kind  # held, so that its id stays its own
         self.mutable = mutable
         self.readers = tuple(readers)
-        self.inert = not mutable and not self.readers
+        self.owned = owned
+        self.inert = not mutable and not self.readers and not owned
 
 
 class _Node:
@@ -140,6 +149,17 @@ def _children(node: _Node, shapes: dict[int, _Shape]) -> list[_Node]:
             if not shape.inert:
                 children.append(_Node(child, shape, node.owner, node, form, what))
     return children
+
+
+def _foreign_targets(node: _Node, user_id: str, shapes: dict[int, _Shape]) -> list[_Node]:
+    """What a handle that came into another user's data stands for; nothing for one that is the user's own."""
+    ownership = ownership_of(node.value)
+    if ownership.owner.user_id == user_id:
+        return []
+    return [
+        _Node(target, _shape_of(target, shapes), node.owner, node, _TEXT, "<target>", opaque=True)
+        for target in ownership.targets()
+    ]
 
 
 def _path(node: _Node) -> str:
@@ -237,6 +257,7 @@ _IMMUTABLE: Final = _ids(
 )
 # The end of the walk, subclasses included: the process has them for everybody, or they are immutable by their contract.
 _INERT: Final = _ids(*SINGLETONS, *(Shared, datetime.tzinfo, pathlib.PurePath, uuid.UUID, logging.Logger))
+_OWNED: Final = _ids(Handle, OwnedMethod)
 _TYPING: Final = frozenset({"typing", "typing_extensions"})  # Optional[int] and its like, which are cached
 
 # What a class has, read from the type of types, so that neither the class nor its metaclass is asked.
@@ -256,6 +277,8 @@ def _shape_of(value: object, shapes: dict[int, _Shape]) -> _Shape:
 
 def _shape(kind: type) -> _Shape:
     mro, own = _mro_of(kind), _names_of(kind)
+    if not _OWNED.isdisjoint(map(id, mro)):
+        return _Shape(kind, owned=True)
     module: object = own.get("__module__")
     if not _INERT.isdisjoint(map(id, mro)) or (type(module) is str and module in _TYPING):
         return _Shape(kind)
