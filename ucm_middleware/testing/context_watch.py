@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.lifetime import State
 from ucm_middleware.testing.leaks import Owner, existing_contexts, may_still_close, needs_closing, problem_of
 from ucm_middleware.testing.waiting import wait_until
 
@@ -34,8 +35,11 @@ class ContextWatch:
 
     def start(self) -> None:
         """Begin to watch. What is there already is nobody's."""
-        # No assignment: that would look like a method that the class has, to people and to type checkers.
-        setattr(UserExecutionContext, "__del__", lambda context: self._note_dropped(context))  # noqa: B010
+        def note(context: UserExecutionContext) -> None:
+            self._note_dropped(context)
+
+        # No assignment: type checkers know of no such method, and should not.
+        setattr(UserExecutionContext, "__del__", note)  # noqa: B010
         self._owners.update((id(context), NOBODY) for context in existing_contexts())
 
     def stop(self) -> None:
@@ -75,7 +79,7 @@ class ContextWatch:
             if _is_kept(owner):
                 self._dropped.append((problem, owner))
             else:
-                found.append(_told(f"dropped while {problem}", owner))
+                found.append(_told(problem, owner))
         return found
 
     def _left(self) -> list[UserExecutionContext]:
@@ -91,7 +95,8 @@ class ContextWatch:
             return
         problem = problem_of(context)
         if problem is not None:
-            self._dropped.append((problem, owner))
+            dropped = "" if context.lifetime.state is State.CLOSED else "dropped while "
+            self._dropped.append((dropped + problem, owner))
 
 
 def _is_kept(owner: Owner | None) -> bool:

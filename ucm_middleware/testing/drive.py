@@ -85,7 +85,7 @@ class Drive:
         self, path: str, *, headers: Mapping[str, str] | None = None, subprotocols: Sequence[str] = ()
     ) -> WebSocket:
         """A connection, to be used in an ``async with`` block. The app may answer with a denial response."""
-        more = {"subprotocols": list(subprotocols), "extensions": {"websocket.http.response": {}}}
+        more: dict[str, Any] = {"subprotocols": list(subprotocols), "extensions": {"websocket.http.response": {}}}
         return WebSocket(self.app, self._scope("websocket", path, headers, **more))
 
     def _scope(self, kind: str, path: str, headers: Mapping[str, str] | None, **more: Any) -> Scope:
