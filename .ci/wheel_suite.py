@@ -9,7 +9,7 @@ import sysconfig
 from importlib.metadata import distribution
 from pathlib import Path
 
-FOLDERS = ("tests", "examples")
+FOLDERS = ("tests", "examples", "docs")
 FILES = ("pyproject.toml", "README.md")
 
 
@@ -24,7 +24,7 @@ def check_wheel() -> None:
     if not (package / "py.typed").is_file():
         sys.exit(f"{package} has no py.typed: type checkers would ignore the annotations")
     installed = distribution("ucm-middleware")
-    own = {"ucm_middleware", f"ucm_middleware-{installed.version}.dist-info"}
+    own = {"ucm_middleware", "_ucm_middleware_pytest.py", "__pycache__", f"ucm_middleware-{installed.version}.dist-info"}
     strangers = {file.parts[0] for file in installed.files or ()} - own
     if strangers:
         sys.exit(f"the wheel installs {sorted(strangers)} beside ucm_middleware, expected nothing else")

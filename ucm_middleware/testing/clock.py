@@ -7,7 +7,7 @@ import threading
 import weakref
 from typing import TypeVar
 
-from ucm_middleware.lifetime import loop_is_live, running_loop
+from ucm_middleware.lifetime import loop_is_live
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.sweeper import THREAD_NAME
 
@@ -44,10 +44,11 @@ class FakeClock:
         return manager
 
     def advance(self, seconds: float) -> None:
-        """Let so much time pass. What then has expired is closed before this returns.
+        """Let so much time pass, and close what then has expired.
 
-        Two ends come later, on the event loop where they belong: asynchronous resources, and the handler that runs in
-        an expired context, which is cancelled. Raises ValueError for a step back, which no monotonic clock makes.
+        A context without an event loop is closed, and its resources are released, before this returns; one that has an
+        event loop closes there, on the loop's next turn, and a handler that runs in it is cancelled. Raises ValueError
+        for a step back, which no monotonic clock makes.
         """
         if seconds < 0:
             raise ValueError(f"a monotonic clock never goes back, not even by {-seconds:g} seconds")
@@ -57,11 +58,12 @@ class FakeClock:
 
 
 def _sweep(manager: UserContextManager) -> None:
-    # The manager's own sweep closes each context apart, in another thread if need be, so that a slow one delays nobody.
-    # Here it is the test that waits, and it wants them closed: all that do not live on a loop that runs elsewhere.
+    # The manager's own sweep leaves slow releases to threads of their own. Here it is the test that waits for them.
     for _, context in manager._registry.live():
         loop = context.lifetime.loop
-        elsewhere = loop is not None and loop is not running_loop() and loop_is_live(loop)
-        if context.lifetime.is_expired and not elsewhere:
+        if context.lifetime.is_expired and (loop is None or not loop_is_live(loop)):
             context.close("expired")
-    manager.sweep()
+    # From another thread, as in the application: a handler is then cut off even if it is the one that moved the clock.
+    sweep = threading.Thread(target=manager.sweep, name="sweep of the fake clock")
+    sweep.start()
+    sweep.join()

@@ -34,12 +34,16 @@ class ContextWatch:
         self._dropped: list[tuple[str, Owner | None]] = []
 
     def start(self) -> None:
-        """Begin to watch. What is there already is nobody's."""
+        """Begin to watch."""
+
         def note(context: UserExecutionContext) -> None:
             self._note_dropped(context)
 
         # No assignment: type checkers know of no such method, and should not.
         setattr(UserExecutionContext, "__del__", note)  # noqa: B010
+
+    def forgive(self) -> None:
+        """What is there now is nobody's."""
         self._owners.update((id(context), NOBODY) for context in existing_contexts())
 
     def stop(self) -> None:

@@ -35,6 +35,10 @@ class StrictMode:
         """Watch no longer."""
         self._contexts.stop()
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_finish(self) -> None:
+        self._contexts.forgive()
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         self._environment.begin()
