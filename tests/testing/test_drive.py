@@ -1,6 +1,7 @@
 """The drive: what an app sees of a request, and what the test sees of the app."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextvars import ContextVar
 from typing import Annotated, Any
 
@@ -44,7 +45,7 @@ def app(ucm_manager: UserContextManager) -> FastAPI:
 
     @app.get("/stream")
     async def stream(gate: str = "") -> StreamingResponse:
-        async def parts() -> Any:
+        async def parts() -> AsyncIterator[str]:
             yield "first "
             if gate:
                 await asyncio.Event().wait()

@@ -117,17 +117,25 @@ LEAKS = {
 }
 ASYNC_LEAKS = {
     "still_closing": (
-        "context = manager.create_isolated_context('alice'); context.callback(asyncio.sleep, 3600);"
-        " context.close('cleared')",
-        "context = manager.create_isolated_context('alice'); context.callback(asyncio.sleep, 0);"
-        " context.close('cleared'); await context.lifetime.wait_closed()",
+        (
+            "context = manager.create_isolated_context('alice'); context.callback(asyncio.sleep, 3600);"
+            " context.close('cleared')"
+        ),
+        (
+            "context = manager.create_isolated_context('alice'); context.callback(asyncio.sleep, 0);"
+            " context.close('cleared'); await context.lifetime.wait_closed()"
+        ),
         r"a context (still closing \(cleared\)|closed \(cleared\) with unreleased resources: sleep \(cancelled\))",
     ),
     "timed_out": (
-        "context = manager.create_isolated_context('alice');"
-        " context.closing(Slow(), name='the pool', timeout=0); await context.aclose()",
-        "context = manager.create_isolated_context('alice');"
-        " context.closing(AsyncPool(), name='the pool', timeout=5); await context.aclose()",
+        (
+            "context = manager.create_isolated_context('alice');"
+            " context.closing(Slow(), name='the pool', timeout=0); await context.aclose()"
+        ),
+        (
+            "context = manager.create_isolated_context('alice');"
+            " context.closing(AsyncPool(), name='the pool', timeout=5); await context.aclose()"
+        ),
         r"a context closed \(closed\) with unreleased resources: the pool \(timed out\); context of user 'alice'",
     ),
 }
