@@ -120,6 +120,19 @@ async def test_a_client_that_goes_is_noticed(app: FastAPI, ucm_ledger: Recording
     assert len(ucm_ledger.select("closed", user="alice")) == 1
 
 
+async def test_a_client_that_has_gone_hears_no_more() -> None:
+    async def goes_on(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await send({"type": "http.response.body", "body": b"too late"})
+
+    exchange = Drive(goes_on).start("GET", "/")
+    assert await exchange.status() == 200
+    exchange.disconnect()
+    assert (await exchange.response()).body == b""
+
+
 async def test_a_cancelled_request_closes_its_context(app: FastAPI, ucm_ledger: RecordingLedger) -> None:
     exchange = Drive(app, headers=ALICE).start("GET", "/stream?gate=1")
     assert await exchange.status() == 200

@@ -90,6 +90,9 @@ def test_the_ledger_has_each_record(
     assert [record.user_id for record in ucm_ledger.select("opened")] == [alice, bob, alice]
     assert [record.event for record in ucm_ledger.select(user=bob)] == ["opened", "closed"]
     assert ucm_ledger.select("opened", user=None) == []
+    kept = ucm_ledger.trail(alice)
+    assert kept is not None
+    assert kept.opening is ucm_ledger.select("opened", user=alice)[-1]
     trail = ucm_manager.get_audit_trail(alice)
     assert trail is not None
     assert [event["event"] for event in trail["events"]] == ["opened", "closed"] * 2
