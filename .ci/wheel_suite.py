@@ -9,7 +9,7 @@ import sysconfig
 from importlib.metadata import distribution
 from pathlib import Path
 
-FOLDERS = ("tests", "examples", "benchmarks")
+FOLDERS = ("tests", "examples", "benchmarks", "docs")
 FILES = ("pyproject.toml", "README.md")
 
 
@@ -24,10 +24,13 @@ def check_wheel() -> None:
     if not (package / "py.typed").is_file():
         sys.exit(f"{package} has no py.typed: type checkers would ignore the annotations")
     installed = distribution("ucm-middleware")
-    own = {"ucm_middleware", f"ucm_middleware-{installed.version}.dist-info"}
+    plugin = {"_ucm_middleware_pytest.py", "__pycache__"}  # beside the package; the module says why
+    own = {"ucm_middleware", *plugin, f"ucm_middleware-{installed.version}.dist-info"}
     strangers = {file.parts[0] for file in installed.files or ()} - own
     if strangers:
-        sys.exit(f"the wheel installs {sorted(strangers)} beside ucm_middleware, expected nothing else")
+        sys.exit(
+            f"the wheel installs {sorted(strangers)} beside ucm_middleware and its pytest plugin, expected nothing else"
+        )
 
 
 def copy_suite(checkout: Path) -> None:

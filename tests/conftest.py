@@ -5,6 +5,8 @@ import os
 import pytest
 from hypothesis import settings
 
+pytest_plugins = "pytester"
+
 settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)
 # At import, so that --hypothesis-profile can still choose another one.
 settings.load_profile("ucm")

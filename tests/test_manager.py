@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -36,6 +36,7 @@ from ucm_middleware import (
 )
 from ucm_middleware.ambient import ambient_grant
 from ucm_middleware.registry import Exclusion
+from ucm_middleware.testing import closing_contexts
 
 HOUR = 3600.0
 
@@ -46,8 +47,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def manager(clock: Clock) -> UserContextManager:
-    return UserContextManager(clock=clock)
+def manager(clock: Clock) -> Iterator[UserContextManager]:
+    with closing_contexts(UserContextManager(clock=clock)) as manager:
+        yield manager
 
 
 class TestKeys:

@@ -11,6 +11,7 @@ from ucm_middleware.forking import renewed_after_fork
 logger = logging.getLogger(__name__)
 
 NEVER: Final = float("inf")
+THREAD_NAME: Final = "ucm-middleware sweeper"
 LONGEST_SLEEP: Final = 3600.0
 """Seconds. Platforms bound how long a thread may wait; a look once an hour costs nothing."""
 
@@ -50,7 +51,7 @@ class Sweeper:
             self._condition.notify()
 
     def _start(self) -> None:
-        thread = threading.Thread(target=self._run, name="ucm-middleware sweeper", daemon=True)
+        thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         thread.start()
         self._thread = thread
 

@@ -1,0 +1,221 @@
+"""``--ucm-strict``: what a test leaves behind fails it, in real sessions of pytest; and its clean twin passes."""
+
+import textwrap
+from dataclasses import dataclass
+
+import pytest
+
+PRELUDE = """
+import asyncio, gc, os, threading, unittest
+import pytest
+from ucm_middleware import UserContextManager, create_isolated_execution_context, managed_user_context
+
+manager = UserContextManager()
+kept = []
+
+class Pool:
+    def close(self): pass
+
+class AsyncPool:
+    async def aclose(self): pass
+"""
+
+SYNC = """
+def test_{name}():
+{body}
+"""
+ASYNCIO_AUTO = """
+async def test_{name}():
+{body}
+"""
+ASYNCIO_STRICT = """
+@pytest.mark.asyncio
+async def test_{name}():
+{body}
+"""
+ANYIO = """
+@pytest.mark.anyio
+async def test_{name}():
+{body}
+"""
+UNITTEST = """
+class It_{name}(unittest.TestCase):
+    def test_{name}(self):
+    {body}
+"""
+UNITTEST_ASYNC = """
+class It_{name}(unittest.IsolatedAsyncioTestCase):
+    async def test_{name}(self):
+    {body}
+"""
+ASYNC_FIXTURE = """
+@pytest.fixture
+async def it_{name}():
+{body}
+
+async def test_{name}(it_{name}): pass
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to write tests: its template, and the options that it needs."""
+
+    template: str
+    options: tuple[str, ...] = ()
+
+
+KINDS = {
+    "sync": Kind(SYNC),
+    "no asyncio plugin": Kind(SYNC, ("-p", "no:asyncio", "-p", "no:anyio")),
+    "asyncio auto": Kind(ASYNCIO_AUTO, ("-o", "asyncio_mode=auto")),
+    "asyncio strict": Kind(ASYNCIO_STRICT, ("-o", "asyncio_mode=strict")),
+    "asyncio module loop": Kind(
+        ASYNCIO_AUTO, ("-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=module")
+    ),
+    "async fixture": Kind(ASYNC_FIXTURE, ("-o", "asyncio_mode=auto")),
+    "anyio": Kind(ANYIO, ("-p", "no:asyncio")),
+    "unittest": Kind(UNITTEST),
+    "async unittest": Kind(UNITTEST_ASYNC),
+    "xdist": Kind(SYNC, ("-n", "2")),
+    "xdist and asyncio": Kind(ASYNCIO_AUTO, ("-n", "2", "-o", "asyncio_mode=auto")),
+}
+ASYNCHRONOUS = [name for name in KINDS if "async" in KINDS[name].template]
+
+# What is left behind, the clean twin, and what the report must say.
+LEAKS = {
+    "open": (
+        "context = manager.create_isolated_context('alice')",
+        "manager.create_isolated_context('alice').close()",
+        r"a context open: context of user 'alice' \(request_\w+\), opened by .*test_\w+\.py:\d+$",
+    ),
+    "holding": (
+        "manager.create_isolated_context('alice').closing(Pool(), name='the pool')",
+        "context = manager.create_isolated_context('alice'); context.closing(Pool()); context.close()",
+        r"a context open, holding the pool: context of user 'alice' .*test_\w+\.py:\d+$",
+    ),
+    "dropped": (
+        "UserContextManager().create_isolated_context('alice'); gc.collect()",
+        "UserContextManager().create_isolated_context('alice').close(); gc.collect()",
+        r"a context dropped while open: context of user 'alice' .*test_\w+\.py:\d+$",
+    ),
+    "by_hand": (
+        "kept.append(create_isolated_execution_context('alice'))",
+        "kept.append(create_isolated_execution_context('alice')); kept.pop().close()",
+        r"a context open: context of user 'alice'",
+    ),
+    "environment": (
+        "os.environ.update(NEW='hunter2'); os.environ['OLD'] = 'hunter2'; del os.environ['GONE']",
+        "patch = pytest.MonkeyPatch(); patch.setenv('OLD', 'hunter2'); patch.delenv('GONE'); patch.undo()",
+        r"a changed environment, now put back: GONE \(removed\), NEW \(added\), OLD \(changed\)$",
+    ),
+    "unclosed": (
+        "in_a_thread(hold, AsyncPool())",
+        "in_a_thread(hold, Pool())",
+        r"a context closed \(closed\) with unreleased resources: the pool \(unclosed\); context of user 'alice'",
+    ),
+}
+ASYNC_LEAKS = {
+    "still_closing": (
+        (
+            "context = manager.create_isolated_context('alice'); context.callback(asyncio.sleep, 3600);"
+            " context.close('cleared')"
+        ),
+        (
+            "context = manager.create_isolated_context('alice'); context.callback(asyncio.sleep, 0);"
+            " context.close('cleared'); await context.lifetime.wait_closed()"
+        ),
+        r"a context (still closing \(cleared\)|closed \(cleared\) with unreleased resources: sleep \(cancelled\))",
+    ),
+    "timed_out": (
+        (
+            "context = manager.create_isolated_context('alice');"
+            " context.closing(Slow(), name='the pool', timeout=0); await context.aclose()"
+        ),
+        (
+            "context = manager.create_isolated_context('alice');"
+            " context.closing(AsyncPool(), name='the pool', timeout=5); await context.aclose()"
+        ),
+        r"a context closed \(closed\) with unreleased resources: the pool \(timed out\); context of user 'alice'",
+    ),
+}
+MORE = """
+@pytest.fixture
+def anyio_backend(): return "asyncio"
+
+class Slow:
+    async def aclose(self): await asyncio.sleep(3600)
+
+def hold(pool):
+    context = manager.create_isolated_context("alice")
+    context.closing(pool, name="the pool")
+    context.close()
+
+def in_a_thread(function, *args):
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    thread.join()
+"""
+
+
+def session(pytester: pytest.Pytester, source: str, *options: str) -> pytest.RunResult:
+    """Run this module, warnings being errors, and every option of pytest's strict mode on."""
+    pytester.makefile(".toml", pytest="[pytest]\nstrict = true\nfilterwarnings = ['error']\n")
+    pytester.makepyfile(textwrap.dedent(PRELUDE + MORE) + source)
+    if "no:asyncio" not in options:  # it warns without this, which is an error here
+        options += ("-o", "asyncio_default_fixture_loop_scope=function")
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:timeout", *options, timeout=60)
+
+
+def written(kind: str, bodies: dict[str, str]) -> str:
+    """A module with a test for each body."""
+    template = KINDS[kind].template
+    depth = "        " if "class" in template else "    "
+    return "".join(
+        template.replace("    {body}", "{body}").format(
+            name=name, body=textwrap.indent(body.replace("; ", "\n"), depth)
+        )
+        for name, body in bodies.items()
+    )
+
+
+def leaks_for(kind: str) -> dict[str, tuple[str, str, str]]:
+    return LEAKS | (ASYNC_LEAKS if kind in ASYNCHRONOUS else {})
+
+
+@pytest.fixture(autouse=True)
+def variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the sessions find, and no setting of this one."""
+    monkeypatch.setenv("OLD", "before")
+    monkeypatch.setenv("GONE", "before")
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    for variable in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_leak_fails_the_test_that_left_it(pytester: pytest.Pytester, kind: str) -> None:
+    leaks = leaks_for(kind)
+    source = written(kind, {name: left for name, (left, _, _) in leaks.items()})
+    result = session(pytester, source, "--ucm-strict", *KINDS[kind].options)
+    result.assert_outcomes(passed=len(leaks), errors=len(leaks))
+    for name, (_, _, told) in leaks.items():
+        result.stdout.re_match_lines([rf".*--ucm-strict: test_{name} left behind", rf".*{told}"], consecutive=True)
+    assert "hunter2" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_clean_twins_pass(pytester: pytest.Pytester, kind: str) -> None:
+    twins = {name: clean for name, (_, clean, _) in leaks_for(kind).items()}
+    result = session(pytester, written(kind, twins), "--ucm-strict", *KINDS[kind].options)
+    result.assert_outcomes(passed=len(twins))
+
+
+def test_without_the_option_nothing_is_looked_at(pytester: pytest.Pytester) -> None:
+    source = written("sync", {name: left for name, (left, _, _) in LEAKS.items()})
+    session(pytester, source).assert_outcomes(passed=len(LEAKS))
+
+
+def test_the_setting_does_as_the_option(pytester: pytest.Pytester) -> None:
+    source = written("sync", {name: left for name, (left, _, _) in LEAKS.items()})
+    session(pytester, source, "-o", "ucm_strict=true").assert_outcomes(passed=len(LEAKS), errors=len(LEAKS))
