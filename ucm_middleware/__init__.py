@@ -18,7 +18,12 @@ from ucm_middleware.errors import (
     UnauthenticatedError,
     UserContextError,
 )
-from ucm_middleware.execution import create_isolated_execution_context, managed_user_context, validate_user_context
+from ucm_middleware.execution import (
+    agent_run,
+    create_isolated_execution_context,
+    managed_user_context,
+    validate_user_context,
+)
 from ucm_middleware.firewall import ContextFirewall
 from ucm_middleware.guard import EVERYONE
 from ucm_middleware.hooks import hookimpl
@@ -58,6 +63,7 @@ __all__ = [
     "UserContextMiddleware",
     "UserExecutionContext",
     "add_user_context",
+    "agent_run",
     "authenticated_context",
     "authenticated_user",
     "bearer_token",

@@ -2,21 +2,23 @@
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn, Protocol, Self
+from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
 from ucm_middleware.current import Release
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import ContextIsolationError, ContextLimitError, IdentityConflictError, InvalidContextError
-from ucm_middleware.holder import ResourceHolder
+from ucm_middleware.holder import ResourceHolder, Wrapping
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import MAX_LENGTH, RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.isolation import copy_data
 from ucm_middleware.lifetime import Lifetime, State
 from ucm_middleware.principal import Principal
-from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource
+from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource, name_of
 from ucm_middleware.sharing import Root, find_shared
+
+T = TypeVar("T")
 
 MAX_DEPTH: Final = 10
 """How deep children may nest below a root context."""
@@ -55,6 +57,7 @@ class UserExecutionContext(ResourceHolder):
         "_parent_request_id",
         "_request_id",
         "_run_id",
+        "_session_bound",
         "_thread_id",
         "_user_id",
         "_websocket_client_id",
@@ -69,6 +72,7 @@ class UserExecutionContext(ResourceHolder):
     _db_session: Any
     _environment: IsolatedEnvironment | None
     _host: ContextHost | None
+    _session_bound: bool  # there once a session is bound: no request pays for one that it does not bind
 
     def __init_subclass__(cls) -> None:
         if "__hash__" in cls.__dict__:  # defining __eq__ puts it there too
@@ -322,6 +326,22 @@ class UserExecutionContext(ResourceHolder):
             self._host.child_opened(child, operation_name)
         return child
 
+    def bind_session(self, session: T) -> T:
+        """Have the manager's plugins tie a database session to this context's user, before anything is asked of it.
+
+        For adapters, wherever a session or a transaction begins, also in a thread and in a driver's callback. Returns
+        the session; raises what a plugin raises, and the session must then not be used. An anonymous context with a
+        bound session gets no user any more. Under no manager there are no plugins, and nothing is tied.
+
+        Raises ContextClosedError after teardown.
+        """
+        self.require_usable()
+        if self._host is not None and self._host.hooks.bind_session:
+            with Lifetime.transition:
+                self._session_bound = True  # before: who the session is tied to must not change meanwhile
+            self._host.hooks.bind_session(self, session)
+        return session
+
     def verify_isolation(self) -> bool:
         """True when nothing this context holds is another's.
 
@@ -446,7 +466,12 @@ class UserExecutionContext(ResourceHolder):
     @property
     def _is_used(self) -> bool:
         """Whether a session, a resource or a child is open, each of which knows the user that was there then."""
-        return self._db_session is not None or self._lifetime.has_resources or bool(self._children)
+        return (
+            self._db_session is not None
+            or self._lifetime.is_used
+            or bool(self._children)
+            or hasattr(self, "_session_bound")
+        )
 
     # Inside.
 
@@ -463,6 +488,12 @@ class UserExecutionContext(ResourceHolder):
         self._db_session = session
         if session is not None and (hasattr(session, "aclose") or hasattr(session, "close")):
             self._lifetime.add(closing_resource(session, "db_session", DEFAULT_RELEASE_TIMEOUT))
+
+    def _around_resource(self, cm: object, name: str | None) -> Sequence[Wrapping]:
+        host = self._host
+        if host is None or not host.hooks.around_resource:
+            return ()
+        return host.hooks.around_resource(self, name or name_of(cm))
 
     def _begin_release(self) -> Release:
         if self._host is not None:

@@ -8,12 +8,14 @@ from ucm_middleware.ids import UnifiedIDManager
 
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
+    from ucm_middleware.dispatch import Hooks
 
 
 class ContextHost(Protocol):
     """Told of each step in a context's life, and asked where a context cannot decide by itself."""
 
     ids: UnifiedIDManager
+    hooks: "Hooks"
 
     @property
     def guard(self) -> object:

@@ -152,6 +152,11 @@ class Lifetime:
     def has_resources(self) -> bool:
         return bool(self._resources)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether a resource is held; what plugins wrap with does not count."""
+        return any(not resource.of_plugin for resource in tuple(self._resources or ()))
+
     def where(self) -> str:
         """Where the context was opened, as text for an error."""
         opened_by = self.opened_by
@@ -277,11 +282,13 @@ class Lifetime:
             resources.remove(resource)
             return False
 
-    def discard(self, resource: Resource) -> None:
-        """Forget a resource whose entering failed."""
+    def discard(self, resource: Resource) -> bool:
+        """Forget a resource: its entering failed, or it is released before the others. False when it is not held."""
         with self.transition:
-            if self._resources and resource in self._resources:
-                self._resources.remove(resource)
+            if not self._resources or resource not in self._resources:
+                return False
+            self._resources.remove(resource)
+            return True
 
     def hand_over(self, other: "Lifetime") -> None:
         """Forget the resources that ``other`` holds too: it is the one that lets go of them."""
@@ -314,8 +321,10 @@ class Lifetime:
                     await self._release_async(resource, error, cancelled)
         cancelled.raise_it()
 
-    async def release_late(self, resource: Resource, error: BaseException) -> None:
-        """Release a resource that came after the teardown had begun; it is reported like the others."""
+    async def release_late(self, resource: Resource, error: BaseException | None) -> None:
+        """Release a resource apart: it came after the teardown had begun, or goes before. It is reported like the
+        others.
+        """
         cancelled = Cancelled()
         with anyio.CancelScope(shield=True):
             await self._release_async(resource, error, cancelled)

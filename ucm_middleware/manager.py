@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from contextvars import Context
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.lifetime import CloseReason, Lifetime, loop_is_live, running_loop
+from ucm_middleware.plugins import load_hooks
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
@@ -63,7 +64,9 @@ class UserContextManager:
     from inside a user's context is answered for that user only; see ``privileged``.
 
     ``ttl`` is the life of a context in seconds when none is given; None for no deadline. ``guard`` "open" trusts code
-    outside of any context even when the manager serves a middleware. ``clock`` is monotonic, in seconds.
+    outside of any context even when the manager serves a middleware. ``clock`` is monotonic, in seconds. ``plugins``
+    are names of installed entry points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more.
+    Raises PluginError for one that cannot be served.
     """
 
     MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
@@ -82,6 +85,7 @@ class UserContextManager:
         ledger: Ledger | None = None,
         guard: Literal["closed", "open"] = "closed",
         clock: Callable[[], float] = time.monotonic,
+        plugins: Sequence[object] = (),
     ) -> None:
         limits = Limits(
             _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
@@ -95,7 +99,8 @@ class UserContextManager:
         self.ids = UnifiedIDManager()
         self._clock = clock
         self._trail = AuditTrail(MemoryLedger() if ledger is None else ledger)
-        self._guard = Guard(self._trail, is_open=guard == "open")
+        self.hooks = load_hooks(plugins, self.environment)
+        self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
         self._registry = Registry(limits, clock)
         self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
         self.after_fork()
@@ -353,6 +358,8 @@ class UserContextManager:
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
         self._trail.child_opened(child, operation_name)
+        if self.hooks.context_opened:
+            self.hooks.context_opened(child)
 
     def context_closing(self, context: UserExecutionContext) -> None:
         self._closing.add(context)
@@ -365,6 +372,8 @@ class UserContextManager:
         except Exception:
             # Whatever a ledger raises: the teardown is through, and the next one must not suffer.
             logger.exception("the end of %r could not be recorded", context)
+        if self.hooks.context_closed:
+            self.hooks.context_closed(context, context.lifetime.reason or "closed")
         if self._draining:
             self._note_idle()
 
@@ -379,6 +388,7 @@ class UserContextManager:
             )
         self._close_displaced(displaced)
         self._trail.bound(context, anonymous_id)
+        self.hooks.context_bound(context, anonymous_id)
 
     def end_within(self, context: UserExecutionContext, seconds: float) -> None:
         self._plan(self._registry.limit(context, seconds))
@@ -423,6 +433,8 @@ class UserContextManager:
         if self._draining and self._guard.acting_user() is None:  # what runs already may still finish
             raise ManagerDrainingError("the server is shutting down")
         was_here = context.host is self
+        if self.hooks.bind_session and context.host is None and context._db_session is not None:
+            self.hooks.bind_session(context, context._db_session)  # else nobody gets to see the context
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
         displaced: Displaced = {}
@@ -451,6 +463,8 @@ class UserContextManager:
         except BaseException:
             context.close("failed")  # what is not on record does not live
             raise
+        if self.hooks.context_opened and not was_here:
+            self.hooks.context_opened(context)
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
         for context, reason in displaced.items():

@@ -23,6 +23,7 @@ from ucm_middleware.firewall import BOUNDARY, Boundary, is_enclosed, run_enclose
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.lifetime import CloseReason, Lifetime, State
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
+from ucm_middleware.messages import Messages
 from ucm_middleware.principal import Principal
 from ucm_middleware.refusal import refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
@@ -58,10 +59,12 @@ class UserContextMiddleware:
         cancel_on_disconnect: bool = False,
         drain_timeout: float = 10.0,
     ) -> None:
-        if require_identity and identify is None:
-            raise ConfigurationError("require_identity needs identify: without it no request could ever be served")
         self.app = app
         self.manager = UserContextManager() if manager is None else manager
+        if require_identity and identify is None and not self.manager.hooks.identify:
+            raise ConfigurationError(
+                "require_identity needs identify, or a plugin that identifies: without one no request could be served"
+            )
         self.identify = identify
         self.require_identity = require_identity
         self.ttl = self.manager.ttl if ttl is None else checked_ttl(ttl)
@@ -101,15 +104,17 @@ class UserContextMiddleware:
         await self._run(context, scope, receive, send)
 
     async def _open(self, scope: Scope) -> UserExecutionContext:
-        user_id = seconds_left = None
+        user_id = seconds_left = principal = None
         if self.identify is not None:
             found = self.identify(HTTPConnection(scope))
             if isawaitable(found):
                 found = await found
             principal = self._principal(found)
-            if principal is not None:
-                user_id = principal.user_id
-                seconds_left = principal.seconds_left()
+        if principal is None and self.manager.hooks.identify:
+            principal = self._principal(await self.manager.hooks.identify(HTTPConnection(scope)))
+        if principal is not None:
+            user_id = principal.user_id
+            seconds_left = principal.seconds_left()
         if user_id is None and self.require_identity:
             raise UnauthenticatedError("a user is required here")
         is_websocket = scope["type"] == "websocket"
@@ -154,10 +159,15 @@ class UserContextMiddleware:
             last_sent = message["type"]
             return send(message)
 
+        hooks = self.manager.hooks
         lifetime = context.lifetime
         lifetime.run_in_current_task()
         token = enter(context)
         try:
+            if hooks.around_context:
+                await context._enter_around(hooks.around_context(context))
+            if hooks.around_message and scope["type"] == "websocket":
+                receive = Messages(context, hooks.around_message, receive).receive
             await self.app(scope, receive, watched)
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None

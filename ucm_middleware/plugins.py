@@ -117,7 +117,7 @@ def _require_core(distribution: Distribution | None, source: Source) -> None:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         found = version(CORE)
-        if not requirement.specifier.contains(found, prereleases=True):
+        if not requirement.specifier.contains(found):
             raise source.error(
                 f"it requires {CORE}{requirement.specifier}, and {found} is installed",
                 f"install a version of the plugin for {CORE} {found}, or the {CORE} that it requires",
