@@ -440,6 +440,20 @@ class TestAroundResource:
         assert not context.lifetime.has_resources
         assert await context.aclose() == ()
 
+    async def test_it_is_left_at_once_when_another_plugin_s_cannot_be_entered(self, journal: Journal) -> None:
+        class Fails:
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_resource(self) -> AsyncIterator[None]:
+                raise OSError("down")
+                yield
+
+        context = UserContextManager(plugins=[Resources(journal), Fails()]).create_isolated_context("alice")
+        with pytest.raises(OSError, match="down"):
+            await context.enter_async_context(Base(journal).around("db"), name="db")
+        assert [entry[:2] for entry in journal] == [("enter", "around"), ("OSError", "around"), ("leave", "around")]
+        assert not context.lifetime.has_resources
+
     async def test_synchronous_resources_are_not_wrapped(self, journal: Journal) -> None:
         manager = UserContextManager(plugins=[Resources(journal)])
         with running_as(manager, "alice") as context:
