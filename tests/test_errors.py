@@ -19,12 +19,14 @@ from ucm_middleware.errors import (
     IdentityConflictError,
     InvalidContextError,
     ManagerDrainingError,
+    PluginError,
     UnauthenticatedError,
     UserContextError,
 )
 
 EACH = [
     ConfigurationError("a setting is wrong"),
+    PluginError("journal", "ucm-journal 1.5", "it is too old", "upgrade it"),
     InvalidContextError("user_id", "is empty", "give the id"),
     ContextNotFoundError("there is none"),
     ContextExpiredError("it is over"),
@@ -49,6 +51,7 @@ def test_each_error_of_the_module_is_here() -> None:
     [
         (InvalidContextError, ValueError),
         (ConfigurationError, ValueError),
+        (PluginError, ConfigurationError),
         (ContextNotFoundError, KeyError),
         (ContextExpiredError, ContextNotFoundError),
         (HandleRevokedError, ContextClosedError),

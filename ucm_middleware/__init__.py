@@ -15,13 +15,20 @@ from ucm_middleware.errors import (
     IdentityConflictError,
     InvalidContextError,
     ManagerDrainingError,
+    PluginError,
     UnauthenticatedError,
     UserContextError,
 )
-from ucm_middleware.execution import create_isolated_execution_context, managed_user_context, validate_user_context
+from ucm_middleware.execution import (
+    agent_run,
+    create_isolated_execution_context,
+    managed_user_context,
+    validate_user_context,
+)
 from ucm_middleware.firewall import ContextFirewall
 from ucm_middleware.guard import EVERYONE
 from ucm_middleware.handles import revoke_handle
+from ucm_middleware.hooks import hookimpl
 from ucm_middleware.identity import authenticated_user, bearer_token, session_user
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.isolation import Shared
@@ -48,6 +55,7 @@ __all__ = [
     "IsolatedEnvironment",
     "IsolationReport",
     "ManagerDrainingError",
+    "PluginError",
     "Principal",
     "Shared",
     "UnauthenticatedError",
@@ -58,11 +66,13 @@ __all__ = [
     "UserContextMiddleware",
     "UserExecutionContext",
     "add_user_context",
+    "agent_run",
     "authenticated_context",
     "authenticated_user",
     "bearer_token",
     "create_isolated_execution_context",
     "current_context",
+    "hookimpl",
     "managed_user_context",
     "revoke_handle",
     "session_user",

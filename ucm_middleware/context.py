@@ -1,7 +1,7 @@
 """UserExecutionContext: who a request or connection runs for, their data, and what must be released after."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
@@ -16,7 +16,7 @@ from ucm_middleware.errors import (
     InvalidContextError,
 )
 from ucm_middleware.handles import own
-from ucm_middleware.holder import ResourceHolder
+from ucm_middleware.holder import ResourceHolder, Wrapping
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
     MAX_LENGTH,
@@ -30,7 +30,7 @@ from ucm_middleware.keys import OwnerKeys, checked_names
 from ucm_middleware.lifetime import OPEN, UNBOUND, Lifetime
 from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
-from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource
+from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource, name_of
 from ucm_middleware.sharing import Root, find_shared
 
 T = TypeVar("T")
@@ -71,6 +71,7 @@ class UserExecutionContext(ResourceHolder):
         "_parent_request_id",
         "_request_id",
         "_run_id",
+        "_session_bound",
         "_thread_id",
         "_user_id",
         "_websocket_client_id",
@@ -88,6 +89,7 @@ class UserExecutionContext(ResourceHolder):
     _handles: dict[int, Ownership] | None
     _host: ContextHost | None
     registry_keys: tuple[str | tuple[str, str], ...]
+    _session_bound: bool  # there once a session is bound: no request pays for one that it does not bind
 
     def __init_subclass__(cls) -> None:
         if "__hash__" in cls.__dict__:  # defining __eq__ puts it there too
@@ -314,6 +316,8 @@ class UserExecutionContext(ResourceHolder):
             )
         host.require_owner(self._user_id, action)
         self._settle()
+        if host.hooks.derive_key and (given := host.hooks.derive_key(self, kind, client_id)) is not None:
+            return host.keys, (validate_id(given, "key"),)
         return host.keys, host.keys.candidates(self._user_id, kind, client_id)
 
     def _settle(self) -> None:
@@ -420,6 +424,22 @@ class UserExecutionContext(ResourceHolder):
         if self._host is not None:
             self._host.child_opened(child, operation_name)
         return child
+
+    def bind_session(self, session: T) -> T:
+        """Have the manager's plugins tie a database session to this context's user, before anything is asked of it.
+
+        For adapters, wherever a session or a transaction begins, also in a thread and in a driver's callback. Returns
+        the session; raises what a plugin raises, and the session must then not be used. An anonymous context with a
+        bound session gets no user any more. Under no manager there are no plugins, and nothing is tied.
+
+        Raises ContextClosedError after teardown.
+        """
+        self.require_usable()
+        if self._host is not None and self._host.hooks.bind_session:
+            with Lifetime.transition:
+                self._session_bound = True  # before: who the session is tied to must not change meanwhile
+            self._host.hooks.bind_session(self, session)
+        return session
 
     def verify_isolation(self) -> bool:
         """True when nothing this context holds is another's.
@@ -534,6 +554,11 @@ class UserExecutionContext(ResourceHolder):
         """Undo ``_attach``: the manager refused the context."""
         self._host = None
 
+    def _give_back(self) -> None:
+        """Close without releasing: the context was refused, and its session is still the caller's."""
+        self._host = self._lifetime.resources = None
+        self.close("failed")
+
     def _become(self, user_id: str) -> bool:
         """The one transition from unbound to open. False when it was made already, or came too late."""
         lifetime = self._lifetime
@@ -552,8 +577,9 @@ class UserExecutionContext(ResourceHolder):
         return (
             self._db_session is not None
             or self._handles is not None
-            or self._lifetime.has_resources
+            or self._lifetime.is_used
             or bool(self._children)
+            or hasattr(self, "_session_bound")
         )
 
     # Inside.
@@ -571,6 +597,12 @@ class UserExecutionContext(ResourceHolder):
         self._db_session = session
         if session is not None and (hasattr(session, "aclose") or hasattr(session, "close")):
             self._lifetime.add(closing_resource(session, "db_session", DEFAULT_RELEASE_TIMEOUT))
+
+    def _around_resource(self, cm: object, name: str | None) -> Sequence[Wrapping]:
+        host = self._host
+        if host is None or not host.hooks.around_resource:
+            return ()
+        return host.hooks.around_resource(self, name or name_of(cm))
 
     def _say_closing(self) -> None:
         if self._host is not None:

@@ -21,6 +21,20 @@ class ConfigurationError(UserContextError, ValueError):
     """The application is set up in a way that cannot be served: names the setting, what it was, and the remedy."""
 
 
+class PluginError(ConfigurationError):
+    """A plugin cannot be served: names the plugin, its distribution with the version, what was found, and the remedy.
+
+    ``distribution`` is empty for a plugin that belongs to none.
+    """
+
+    def __init__(self, plugin: str, distribution: str | None, problem: str, remedy: str) -> None:
+        super().__init__(f"plugin {plugin!r} ({distribution or 'of no distribution'}): {problem}; {remedy}")
+        self.plugin = plugin
+        self.distribution = distribution or ""
+        self.problem = problem
+        self.remedy = remedy
+
+
 class InvalidContextError(UserContextError, ValueError):
     """A value given to a context breaks a rule.
 

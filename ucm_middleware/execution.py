@@ -1,7 +1,12 @@
 """The module functions: a context by hand, a check of one, and running code in one."""
 
+# Contexts, their manager and the middleware open doors to each other that applications are not shown.
+# pyright: reportPrivateUsage=false
+
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from contextvars import Context
 from types import TracebackType
 from typing import Any
 
@@ -51,6 +56,24 @@ def validate_user_context(context: object) -> UserExecutionContext:
     if not lifetime.is_open or lifetime.is_expired:
         raise ContextClosedError(context.request_id, lifetime.where(), lifetime.reason or "expired")
     return context
+
+
+@asynccontextmanager
+async def agent_run(
+    context: UserExecutionContext, agent_name: str, parameters: Mapping[str, Any] | None = None
+) -> AsyncGenerator[UserExecutionContext]:
+    """``async with agent_run(context, "search", parameters) as run:`` is one run of an agent, for adapters to build on.
+
+    The block runs in a child context of that name, which is closed after it, and inside of what plugins wrap agent runs
+    with. ``parameters`` are for those to see. Raises what ``create_child_context`` and ``managed_user_context`` raise.
+    """
+    _require_entry(context)
+    child = context.create_child_context(agent_name)
+    child.lifetime.variables = _variables_here(context)
+    async with managed_user_context(child):
+        if child.host is not None and child.host.hooks.around_agent_run:
+            await child._enter_around(child.host.hooks.around_agent_run(child, agent_name, parameters or {}))
+        yield child
 
 
 class managed_user_context:  # noqa: N801 - used like the functions of contextlib
@@ -114,6 +137,19 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         if error is None:
             raise ExceptionGroup(text, [failure.error for failure in failures])
         error.add_note(f"{text}: {', '.join(map(str, failures))}")
+
+
+def _variables_here(context: UserExecutionContext) -> Context | None:
+    """The Context of the context's request, when this code runs in it: what sets a ContextVar on entering can then
+    reset it on leaving.
+    """
+    variables = context.lifetime.variables
+    if variables is not None:
+        try:
+            variables.run(bool)
+        except RuntimeError:  # it is entered, and cannot be twice
+            return variables
+    return None
 
 
 def _reason(error: BaseException | None) -> CloseReason:

@@ -9,6 +9,7 @@ from ucm_middleware.ambient import Grant, ambient_grant, enter, leave
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
+from ucm_middleware.dispatch import Hooks
 from ucm_middleware.errors import CrossUserAccessError, InvalidContextError
 from ucm_middleware.ids import validate_id
 
@@ -28,10 +29,11 @@ class Guard:
     middleware: then it must say what it is for, in a ``privileged`` block. A guard made open goes on trusting it.
     """
 
-    __slots__ = ("_is_open", "_serving", "_trail")
+    __slots__ = ("_hooks", "_is_open", "_serving", "_trail")
 
-    def __init__(self, trail: AuditTrail, *, is_open: bool) -> None:
+    def __init__(self, trail: AuditTrail, hooks: Hooks, *, is_open: bool) -> None:
         self._trail = trail
+        self._hooks = hooks
         self._is_open = is_open
         self._serving = False
 
@@ -124,6 +126,7 @@ class Guard:
         """Record a denial. Returns the error to raise, which is the same for what is foreign and what is missing."""
         actor = self._acting()
         self._trail.denied(actor, action, asked_for)
+        self._hooks.access_denied(None if actor is None else actor.user_id, action)
         if actor is None:
             return CrossUserAccessError(
                 f"{action}: this code runs in no user's context; enter one, or wrap the access in "

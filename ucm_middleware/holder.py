@@ -1,7 +1,7 @@
 """Entering resources on a context, to be released at its teardown."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -14,12 +14,16 @@ from ucm_middleware.resources import (
     callback_resource,
     closing_resource,
     owner_resource,
+    plugin_resource,
     sync_resource,
 )
 from ucm_middleware.teardown import Closable
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+Wrapping = tuple[str, AbstractAsyncContextManager[object]]
+"""What a plugin wraps something with, after the name that stands for it in logs and records."""
 
 
 class ResourceHolder(Closable):
@@ -53,6 +57,26 @@ class ResourceHolder(Closable):
         """
         self.require_usable()
         self._lifetime.require_loop()
+        wrapping = self._around_resource(cm, name)
+        if not wrapping:
+            return await self._enter(cm, owner_task, name, timeout)
+        entered = await self._enter_around(wrapping)
+        try:
+            return await self._enter(cm, owner_task, name, timeout)
+        except BaseException as error:
+            await self._leave_around(entered, error)
+            raise
+
+    def callback(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call ``function`` at teardown; awaited when it is asynchronous."""
+        self._push(callback_resource(partial(function, *args, **kwargs), DEFAULT_RELEASE_TIMEOUT))
+
+    def closing(self, target: T, *, name: str | None = None, timeout: float = DEFAULT_RELEASE_TIMEOUT) -> T:
+        """Call the object's ``aclose()``, or else ``close()``, at teardown. Returns the object."""
+        self._push(closing_resource(target, name, timeout))
+        return target
+
+    async def _enter(self, cm: AbstractAsyncContextManager[T], owner_task: bool, name: str | None, timeout: float) -> T:
         if not owner_task:
             value = await cm.__aenter__()
             await self._push_entered(async_resource(cm, name, timeout))
@@ -69,15 +93,6 @@ class ResourceHolder(Closable):
             self._lifetime.discard(resource)
             raise
 
-    def callback(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call ``function`` at teardown; awaited when it is asynchronous."""
-        self._push(callback_resource(partial(function, *args, **kwargs), DEFAULT_RELEASE_TIMEOUT))
-
-    def closing(self, target: T, *, name: str | None = None, timeout: float = DEFAULT_RELEASE_TIMEOUT) -> T:
-        """Call the object's ``aclose()``, or else ``close()``, at teardown. Returns the object."""
-        self._push(closing_resource(target, name, timeout))
-        return target
-
     def _push(self, resource: Resource) -> None:
         """Keep a resource that is already open; when the context is not open any more, let go of it and refuse."""
         if not self._lifetime.permits_use or not self._lifetime.add(resource):
@@ -91,3 +106,29 @@ class ResourceHolder(Closable):
             error = self._closed_error()
             await self._lifetime.release_late(resource, error)
             raise error
+
+    # What plugins wrap with.
+
+    def _around_resource(self, cm: object, name: str | None) -> Sequence[Wrapping]:
+        """What plugins wrap this resource with, the outermost first."""
+        return ()
+
+    async def _enter_around(self, wrapping: Sequence[Wrapping]) -> list[Resource]:
+        """Enter what plugins wrap something with. The teardown lets go of it, unless ``_leave_around`` does before."""
+        entered: list[Resource] = []
+        try:
+            for name, cm in wrapping:
+                await cm.__aenter__()
+                resource = plugin_resource(cm, name)
+                await self._push_entered(resource)
+                entered.append(resource)
+        except BaseException as error:
+            await self._leave_around(entered, error)
+            raise
+        return entered
+
+    async def _leave_around(self, entered: Sequence[Resource], error: BaseException | None) -> None:
+        """Let go of it now. What a cancellation keeps from its turn is let go of at the teardown."""
+        for resource in reversed(entered):
+            if self._lifetime.discard(resource):
+                await self._lifetime.release_late(resource, error)

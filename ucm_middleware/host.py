@@ -9,6 +9,7 @@ from ucm_middleware.keys import OwnerKeys
 
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
+    from ucm_middleware.dispatch import Hooks
 
 
 class ContextHost(Protocol):
@@ -16,6 +17,7 @@ class ContextHost(Protocol):
 
     ids: UnifiedIDManager
     keys: OwnerKeys
+    hooks: "Hooks"
 
     @property
     def guard(self) -> object:

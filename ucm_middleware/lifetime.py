@@ -163,6 +163,11 @@ class Lifetime(Timed):
     def has_resources(self) -> bool:
         return bool(self.resources)
 
+    @property
+    def is_used(self) -> bool:
+        """Whether a resource is held; what plugins wrap with does not count."""
+        return any(not resource.of_plugin for resource in tuple(self.resources or ()))
+
     def where(self) -> str:
         """Where the context was opened, as text for an error."""
         opened_by = self.opened_by
@@ -286,11 +291,13 @@ class Lifetime(Timed):
             resources.remove(resource)
             return False
 
-    def discard(self, resource: Resource) -> None:
-        """Forget a resource whose entering failed."""
+    def discard(self, resource: Resource) -> bool:
+        """Forget a resource: its entering failed, or it is released before the others. False when it is not held."""
         with self.transition:
-            if self.resources and resource in self.resources:
-                self.resources.remove(resource)
+            if not self.resources or resource not in self.resources:
+                return False
+            self.resources.remove(resource)
+            return True
 
     def hand_over(self, other: "Lifetime") -> None:
         """Forget the resources that ``other`` holds too: it is the one that lets go of them."""
@@ -323,8 +330,10 @@ class Lifetime(Timed):
                     await self._release_async(resource, error, cancelled)
         cancelled.raise_it()
 
-    async def release_late(self, resource: Resource, error: BaseException) -> None:
-        """Release a resource that came after the teardown had begun; it is reported like the others."""
+    async def release_late(self, resource: Resource, error: BaseException | None) -> None:
+        """Release a resource apart: it came after the teardown had begun, or goes before. It is reported like the
+        others.
+        """
         cancelled = Cancelled()
         with anyio.CancelScope(shield=True):
             await self._release_async(resource, error, cancelled)

@@ -39,6 +39,7 @@ from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.keys import OwnerKeys
 from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Lifetime, loop_is_live, running_loop
+from ucm_middleware.plugins import load_hooks
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sharing import Finding, find_shared
@@ -68,7 +69,10 @@ class UserContextManager:
     ``ttl`` is the life of a context in seconds when none is given; None for no deadline. ``guard`` "open" trusts code
     outside of any context even when the manager serves a middleware. ``secret`` is what stored hashes are keyed by,
     32 random bytes or more, ``UCM_SECRET`` by default; ``previous_secrets`` are those before it, newest first,
-    ``UCM_SECRET_PREVIOUS`` by default. ``clock`` is monotonic, in seconds.
+    ``UCM_SECRET_PREVIOUS`` by default. ``clock`` is monotonic, in seconds. ``plugins`` are names of installed entry
+    points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more.
+
+    Raises PluginError for one that cannot be served.
     """
 
     MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
@@ -89,6 +93,7 @@ class UserContextManager:
         secret: str | bytes | None = None,
         previous_secrets: Sequence[str | bytes] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        plugins: Sequence[object] = (),
     ) -> None:
         limits = Limits(
             _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
@@ -107,7 +112,8 @@ class UserContextManager:
         self.ids = UnifiedIDManager()
         self._clock = clock
         self._trail = AuditTrail(MemoryLedger() if ledger is None else ledger)
-        self._guard = Guard(self._trail, is_open=guard == "open")
+        self.hooks = load_hooks(plugins, self.environment)
+        self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
         self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)
         self.keys = OwnerKeys(self._secrets, self._guard.denied)
         self._registry = Registry(limits, clock)
@@ -217,11 +223,16 @@ class UserContextManager:
             agent_context=agent_context,
             audit_metadata=audit_metadata,
         )
-        context.verify_isolation()
-        if self._draining:
-            self._refuse_while_draining()
-        context._host = self
-        displaced = self._admit(context, self.ttl if ttl is None else ttl, "create_context")
+        try:
+            context.verify_isolation()
+            if self._draining:
+                self._refuse_while_draining()
+            self._bind_session(context)
+            context._host = self
+            displaced = self._admit(context, self.ttl if ttl is None else ttl, "create_context")
+        except BaseException:
+            context._give_back()
+            raise
         if displaced is not None:
             self._close_displaced(displaced, context)
         self._record_opening(context, "create_context")
@@ -394,6 +405,8 @@ class UserContextManager:
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
         self._trail.child_opened(child, operation_name)
+        if self.hooks.context_opened:
+            self.hooks.context_opened(child)
 
     def context_closing(self, context: UserExecutionContext) -> None:
         self._closing.add(context)
@@ -413,6 +426,8 @@ class UserContextManager:
         except Exception:
             # Whatever a ledger raises: the teardown is through, and the next one must not suffer.
             logger.exception("the end of %r could not be recorded", context)
+        if self.hooks.context_closed:
+            self.hooks.context_closed(context, context.lifetime.reason or "closed")
         if self._draining:
             self._note_idle()
 
@@ -427,6 +442,7 @@ class UserContextManager:
             )
         self._close_displaced(displaced)
         self._trail.bound(context, anonymous_id)
+        self.hooks.context_bound(context, anonymous_id)
 
     def end_within(self, context: UserExecutionContext, seconds: float) -> None:
         self._plan(self._registry.limit(context, seconds))
@@ -472,6 +488,7 @@ class UserContextManager:
         if self._draining:
             self._refuse_while_draining()
         was_here = context._host is self
+        self._bind_session(context)
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
         displaced: Displaced = {}
@@ -487,7 +504,7 @@ class UserContextManager:
                 context._detach()
             raise self._recorded(error, context, "set_context", str(key)) from None
         self._close_displaced(displaced, context)
-        self._record_opening(context, "set_context")
+        self._record_opening(context, "set_context", is_new=not was_here)
 
     def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> Displaced | None:
         """Let a new context live here, under the pair of its user and its request."""
@@ -520,7 +537,12 @@ class UserContextManager:
             self._trail.refused(context.user_id, str(error))
         return error
 
-    def _record_opening(self, context: UserExecutionContext, source: str | None) -> None:
+    def _bind_session(self, context: UserExecutionContext) -> None:
+        """Have plugins bind the session that a context brings with it, before anybody gets to see the context."""
+        if self.hooks.bind_session and context._host is None and context._db_session is not None:
+            self.hooks.bind_session(context, context._db_session)
+
+    def _record_opening(self, context: UserExecutionContext, source: str | None, *, is_new: bool = True) -> None:
         """What is not on record does not live. None stands for a connection."""
         try:
             if source is None:
@@ -533,6 +555,8 @@ class UserContextManager:
         except BaseException:
             context.close("failed")
             raise
+        if is_new and self.hooks.context_opened:
+            self.hooks.context_opened(context)
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
         for context, reason in displaced.items():

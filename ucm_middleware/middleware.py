@@ -25,6 +25,7 @@ from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.ids import validate_id
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
+from ucm_middleware.messages import Messages
 from ucm_middleware.principal import Principal
 from ucm_middleware.refusal import refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
@@ -60,16 +61,20 @@ class UserContextMiddleware:
         cancel_on_disconnect: bool = False,
         drain_timeout: float = 10.0,
     ) -> None:
-        if require_identity and identify is None:
-            raise ConfigurationError("require_identity needs identify: without it no request could ever be served")
         self.app = app
         self.manager = UserContextManager() if manager is None else manager
+        if require_identity and identify is None and not self.manager.hooks.identify:
+            raise ConfigurationError(
+                "require_identity needs identify, or a plugin that identifies: without one no request could be served"
+            )
         self.identify = identify
         self.require_identity = require_identity
         self.ttl = self.manager.ttl if ttl is None else checked_ttl(ttl)
         self.keep = tuple(keep)
         self.cancel_on_disconnect = cancel_on_disconnect
         self.drain_timeout = checked_drain_timeout(drain_timeout)
+        hooks = self.manager.hooks
+        self._is_wrapped = bool(hooks.around_context or hooks.around_message)
         self.manager.serve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +101,10 @@ class UserContextMiddleware:
             scope = {**scope, "state": dict(scope["state"])}
         try:
             found = None if self.identify is None else self.identify(HTTPConnection(scope))
-            if found is not None and type(found) is not str and isawaitable(found):
+            if found is None:
+                if self.manager.hooks.identify:
+                    return self._serve_when_identified(None, scope, receive, send)
+            elif type(found) is not str and isawaitable(found):
                 return self._serve_when_identified(found, scope, receive, send)
             context = self._open(scope, found)
         except (UserContextError, HTTPException, WebSocketException) as error:
@@ -104,10 +112,13 @@ class UserContextMiddleware:
         return self._run(context, scope, receive, send)
 
     async def _serve_when_identified(
-        self, found: Awaitable[Identified], scope: Scope, receive: Receive, send: Send
+        self, waiting: Awaitable[Identified] | None, scope: Scope, receive: Receive, send: Send
     ) -> None:
         try:
-            context = self._open(scope, await found)
+            found = None if waiting is None else await waiting
+            if found is None and self.manager.hooks.identify:
+                found = await self.manager.hooks.identify(HTTPConnection(scope))
+            context = self._open(scope, found)
         except (UserContextError, HTTPException, WebSocketException) as error:
             await self._refuse(error, scope, send)
         else:
@@ -159,6 +170,8 @@ class UserContextMiddleware:
         lifetime.run_in_current_task()
         token = ambient.set(context)
         try:
+            if self._is_wrapped:
+                receive = await self._wrapped(context, scope, receive)
             await self.app(scope, receive, watched)
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None
@@ -185,6 +198,14 @@ class UserContextMiddleware:
             leave(token)
             if ahead is not None:
                 ahead.stop()
+
+    async def _wrapped(self, context: UserExecutionContext, scope: Scope, receive: Receive) -> Receive:
+        """Enter what plugins wrap the context with. Returns a ``receive`` that does so for messages."""
+        hooks = self.manager.hooks
+        await context._enter_around(hooks.around_context(context))
+        if not hooks.around_message or scope["type"] != "websocket":
+            return receive
+        return Messages(context, hooks.around_message, receive).receive
 
     async def _close(self, context: UserExecutionContext, reason: CloseReason, error: BaseException | None) -> None:
         if context.needs_waiting:

@@ -35,7 +35,8 @@ class ReleaseFailure:
 @dataclass(slots=True, eq=False)
 class Resource:
     """One thing to let go of. ``target`` is the object by which a replacing context can take it over,
-    ``owner`` the task that the exit runs in, when it has one of its own."""
+    ``owner`` the task that the exit runs in, when it has one of its own. What is ``of_plugin`` wraps the work of the
+    context, and is no use of it."""
 
     name: str
     target: object
@@ -43,21 +44,31 @@ class Resource:
     timeout: float
     is_async: bool
     owner: "asyncio.Task[Any] | None" = None
+    of_plugin: bool = False
 
 
 def sync_resource(cm: AbstractContextManager[Any], name: str | None) -> Resource:
     """The exit of an entered synchronous context manager."""
-    return Resource(name or _name(cm), cm, lambda error: cm.__exit__(*_exc_info(error)), DEFAULT_RELEASE_TIMEOUT, False)
+    return Resource(
+        name or name_of(cm), cm, lambda error: cm.__exit__(*_exc_info(error)), DEFAULT_RELEASE_TIMEOUT, False
+    )
 
 
 def async_resource(cm: AbstractAsyncContextManager[Any], name: str | None, timeout: float) -> Resource:
     """The exit of an entered asynchronous context manager."""
-    return Resource(name or _name(cm), cm, lambda error: cm.__aexit__(*_exc_info(error)), timeout, True)
+    return Resource(name or name_of(cm), cm, lambda error: cm.__aexit__(*_exc_info(error)), timeout, True)
+
+
+def plugin_resource(cm: AbstractAsyncContextManager[Any], name: str) -> Resource:
+    """The exit of what a plugin wraps something with."""
+    resource = async_resource(cm, name, DEFAULT_RELEASE_TIMEOUT)
+    resource.of_plugin = True
+    return resource
 
 
 def callback_resource(call: partial[object], timeout: float) -> Resource:
     """A function to call at teardown with its arguments; awaited when it is, or returns, an awaitable."""
-    return Resource(_name(call), call, lambda error: call(), timeout, inspect.iscoroutinefunction(call.func))
+    return Resource(name_of(call), call, lambda error: call(), timeout, inspect.iscoroutinefunction(call.func))
 
 
 def closing_resource(target: object, name: str | None, timeout: float) -> Resource:
@@ -66,11 +77,11 @@ def closing_resource(target: object, name: str | None, timeout: float) -> Resour
     close = aclose if callable(aclose) else getattr(target, "close", None)
     if not callable(close):
         raise ConfigurationError(
-            f"{_name(target)} has neither close() nor aclose(); register a callback that releases it instead"
+            f"{name_of(target)} has neither close() nor aclose(); register a callback that releases it instead"
         )
     function = cast("Callable[[], object]", close)
     is_async = close is aclose or inspect.iscoroutinefunction(close)
-    return Resource(name or _name(target), target, lambda error: function(), timeout, is_async)
+    return Resource(name or name_of(target), target, lambda error: function(), timeout, is_async)
 
 
 class OwnerTask(Generic[T]):
@@ -89,7 +100,7 @@ class OwnerTask(Generic[T]):
         self._entered: asyncio.Future[T] = loop.create_future()
         self._leave = asyncio.Event()
         self._error: BaseException | None = None
-        self.task = asyncio.Task(self._own(), loop=loop, name=f"owner of {_name(cm)}")
+        self.task = asyncio.Task(self._own(), loop=loop, name=f"owner of {name_of(cm)}")
 
     async def entered(self) -> T:
         """The value of the context manager, once its entering is through."""
@@ -133,7 +144,7 @@ class OwnerTask(Generic[T]):
 
 def owner_resource(owner: OwnerTask[Any], cm: object, name: str | None, timeout: float) -> Resource:
     """The exit of a context manager that has a task of its own."""
-    return Resource(name or _name(cm), cm, owner.exit, timeout, True, owner.task)
+    return Resource(name or name_of(cm), cm, owner.exit, timeout, True, owner.task)
 
 
 def is_only(raised: BaseException, error: BaseException | None) -> bool:
@@ -155,7 +166,7 @@ def _exc_info(error: BaseException | None) -> tuple[Any, Any, Any]:
     return (None, None, None) if error is None else (type(error), error, error.__traceback__)
 
 
-def _name(target: object) -> str:
+def name_of(target: object) -> str:
     # The generator behind @contextmanager and the function behind partial() say more than their wrappers.
     inner = getattr(target, "gen", None) or getattr(target, "func", target)
     named = getattr(inner, "__qualname__", None)
