@@ -38,6 +38,8 @@ T = TypeVar("T")
 MAX_DEPTH: Final = 10
 """How deep children may nest below a root context."""
 
+_ROOT: Final = (0, None)
+
 
 class Connection(Protocol):
     """What is needed of Starlette's HTTPConnection."""
@@ -64,11 +66,10 @@ class UserExecutionContext(ResourceHolder):
         "_audit_metadata",
         "_created",
         "_db_session",
-        "_depth",
         "_environment",
         "_handles",
         "_host",
-        "_parent_request_id",
+        "_lineage",
         "_request_id",
         "_run_id",
         "_session_bound",
@@ -81,7 +82,7 @@ class UserExecutionContext(ResourceHolder):
     _thread_id: str | None
     _run_id: str | None
     _websocket_client_id: str | None
-    _parent_request_id: str | None
+    _lineage: tuple[int, str | None]  # the depth, and the request id of the parent
     _agent_context: dict[str, Any] | None
     _audit_metadata: dict[str, Any] | None
     _db_session: Any
@@ -130,8 +131,8 @@ class UserExecutionContext(ResourceHolder):
         self._request_id = request_id
         self._lifetime = lifetime
         self._created = time.time()
-        self._depth = 0
-        self._thread_id = self._run_id = self._websocket_client_id = self._parent_request_id = None
+        self._lineage = _ROOT
+        self._thread_id = self._run_id = self._websocket_client_id = None
         self._parent = self._children = self._host = self._environment = self._handles = None
         self._agent_context = self._audit_metadata = self._db_session = None
         self.registry_keys = ()
@@ -222,11 +223,11 @@ class UserExecutionContext(ResourceHolder):
     @property
     def operation_depth(self) -> int:
         """0 for a root context, one more for each level of children."""
-        return self._depth
+        return self._lineage[0]
 
     @property
     def parent_request_id(self) -> str | None:
-        return self._parent_request_id
+        return self._lineage[1]
 
     @property
     def is_anonymous(self) -> bool:
@@ -397,7 +398,7 @@ class UserExecutionContext(ResourceHolder):
         """
         self.require_usable()
         _check_operation_name(operation_name)
-        if self._depth >= MAX_DEPTH:
+        if self.operation_depth >= MAX_DEPTH:
             raise ContextLimitError("depth", MAX_DEPTH, "children nest too deeply: open siblings instead")
         ids = UnifiedIDManager() if self._host is None else self._host.ids
         child = UserExecutionContext._open(
@@ -405,9 +406,8 @@ class UserExecutionContext(ResourceHolder):
         )
         child._thread_id, child._run_id = self.thread_id, self.run_id
         child._websocket_client_id = self._websocket_client_id
-        child._parent_request_id = self._request_id
+        child._lineage = (self.operation_depth + 1, self._request_id)
         child._parent = self
-        child._depth = self._depth + 1
         child._db_session = self._db_session
         child._agent_context = copy_data(
             {**self.agent_context, **(agent_context or {})}, "agent_context", self._user_id
@@ -503,8 +503,8 @@ class UserExecutionContext(ResourceHolder):
             "request_id": self._request_id,
             "websocket_client_id": self._websocket_client_id,
             "created_at": self.created_at.isoformat(),
-            "operation_depth": self._depth,
-            "parent_request_id": self._parent_request_id,
+            "operation_depth": self.operation_depth,
+            "parent_request_id": self.parent_request_id,
             "is_anonymous": self.is_anonymous,
             "state": self._lifetime.state.value,
             "has_db_session": self._db_session is not None,

@@ -83,25 +83,34 @@ class Releasing(Protocol):
         ...
 
 
+class Closing:
+    """What is to be known of a teardown: most contexts hold nothing when they end, and never have one."""
+
+    __slots__ = ("claimed", "failures", "interrupted", "overdue", "releasing", "stop", "waiters")
+
+    def __init__(self) -> None:
+        self.claimed = True  # until whoever began the closing has said so
+        self.failures: tuple[ReleaseFailure, ...] = ()
+        self.interrupted = False
+        self.overdue: asyncio.TimerHandle | None = None
+        self.releasing: Releasing | None = None
+        self.stop: BaseException | None = None
+        self.waiters: tuple[asyncio.Future[None], ...] = ()
+
+
 class Lifetime(Timed):
     """The state, the deadline and the resources of one context. Every method may be called from any thread."""
 
     __slots__ = (
         "_cancelling",
-        "_claimed",
         "_clock",
         "_latest",
-        "_waiters",
-        "failures",
-        "interrupted",
+        "closing",
         "loop",
         "opened_by",
-        "overdue",
         "reason",
-        "releasing",
         "resources",
         "state",
-        "stop",
         "task",
         "variables",
     )
@@ -110,14 +119,10 @@ class Lifetime(Timed):
     loop: asyncio.AbstractEventLoop | None
     task: asyncio.Task[Any] | None
     variables: Context | None
-    overdue: asyncio.TimerHandle | None
-    releasing: Releasing | None
-    failures: tuple[ReleaseFailure, ...]
-    stop: BaseException | None
+    closing: Closing | None
     _latest: float | None
     _clock: Callable[[], float] | None
     resources: list[Resource] | None
-    _waiters: list[asyncio.Future[None]] | None
 
     # One lock for all: it is held for a few instructions, and a lock for each context would cost every request an
     # allocation that almost none needs. Reentrant, because a finalizer or a signal handler may close a context in the
@@ -128,12 +133,9 @@ class Lifetime(Timed):
         self.state = state
         self.opened_by = opened_by
         self.reason = None
-        self.failures = ()
         self._cancelling = self.wait = 0
-        self.interrupted = False
-        self._claimed = True  # until someone has begun to close it, and said so
-        self.deadline = self._latest = self._clock = self.resources = self._waiters = None
-        self.loop = self.task = self.variables = self.overdue = self.releasing = self.stop = None
+        self.deadline = self._latest = self._clock = self.resources = self.closing = None
+        self.loop = self.task = self.variables = None
 
     @property
     def is_open(self) -> bool:
@@ -151,7 +153,15 @@ class Lifetime(Timed):
         state = self.state
         if state is OPEN or state is UNBOUND:
             return self.deadline is None or not self.is_expired
-        return state is CLOSING and self.releasing is not None and self.releasing.is_here()
+        if state is not CLOSING or self.closing is None:
+            return False
+        releasing = self.closing.releasing
+        return releasing is not None and releasing.is_here()
+
+    @property
+    def failures(self) -> tuple[ReleaseFailure, ...]:
+        """What was not released, so far."""
+        return () if self.closing is None else self.closing.failures
 
     @property
     def handler_runs_elsewhere(self) -> bool:
@@ -186,44 +196,71 @@ class Lifetime(Timed):
 
     def begin_closing(self, reason: CloseReason) -> bool:
         """Move to closing. True for exactly one caller."""
+        closing = Closing()
         with self.transition:
             if self.state is not OPEN and self.state is not UNBOUND:
                 return False
+            self.closing = closing
             self.state = CLOSING
             self.reason = reason
-            self._claimed = True
             return True
 
-    def offer_teardown(self) -> None:
+    def offer_teardown(self, releasing: Releasing) -> None:
         """Let someone claim the teardown, now that whoever began the closing has said so where it must be known."""
-        self._claimed = False
+        closing = self._closing()
+        closing.releasing = releasing
+        closing.claimed = False
 
     def claim_teardown(self) -> bool:
         """True for exactly one caller, once the lifetime is closing: that one does the teardown."""
         with self.transition:
-            if self._claimed or self.state is not CLOSING:
+            closing = self.closing
+            if closing is None or closing.claimed or self.state is not CLOSING:
                 return False
-            self._claimed = True
+            closing.claimed = True
             return True
 
     def finish_closing(self) -> None:
         """Move to closed, and wake whoever waits for it."""
         self.state = CLOSED  # first: who comes to wait from now on sees it
-        waiters = self._waiters
-        self._waiters = self.releasing = self.loop = self.task = self.variables = None
-        if self.overdue is not None:
-            self.overdue.cancel()
-            self.overdue = None
-        if waiters is not None:
-            for waiter in waiters:
-                with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
-                    waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+        self.loop = self.task = self.variables = None
+        closing = self.closing
+        if closing is None:
+            return
+        closing.releasing = None
+        overdue, closing.overdue = closing.overdue, None
+        if overdue is not None:
+            overdue.cancel()
+        waiters, closing.waiters = closing.waiters, ()
+        for waiter in waiters:
+            with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
+                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+
+    def _closing(self) -> Closing:
+        """The teardown's record, also when the context ended without one."""
+        made = Closing()
+        with self.transition:
+            if self.closing is None:
+                self.closing = made
+            return self.closing
+
+    def stop_later(self, stop: BaseException) -> None:
+        """Keep what stops the interpreter, which a release raised, until the teardown is through."""
+        self._closing().stop = stop
+
+    def take_stop(self) -> BaseException | None:
+        """What was kept, to be raised now."""
+        if self.closing is None:
+            return None
+        stop, self.closing.stop = self.closing.stop, None
+        return stop
 
     async def wait_closed(self) -> None:
         """Wait until whoever owns the teardown is through with it. A cancellation is raised after, not instead."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        closing = self._closing()
         with self.transition:
-            self._waiters = [*(self._waiters or ()), waiter]
+            closing.waiters = (*closing.waiters, waiter)
             if self.state is CLOSED:  # looked at last: who closed before found no waiter
                 return
         await _uncancelled(waiter)
@@ -241,10 +278,13 @@ class Lifetime(Timed):
         True when it was the only one; False when there was none, or someone else means the whole task too. (As with
         asyncio.timeout, a TaskGroup that failed and was caught counts as someone else before Python 3.13.)
         """
-        task = asyncio.current_task()
-        if not self.interrupted or task is None:
+        closing = self.closing
+        if closing is None or not closing.interrupted:
             return False
-        self.interrupted = False
+        task = asyncio.current_task()
+        if task is None:
+            return False
+        closing.interrupted = False
         return task.uncancel() <= self._cancelling
 
     def interrupt(self) -> None:
@@ -260,7 +300,7 @@ class Lifetime(Timed):
         # On the loop's own thread, so that a handler that has returned meanwhile is left alone: the server may
         # already run another user's request in the same task.
         if self.task is task:
-            self.interrupted = True
+            self._closing().interrupted = True
             task.cancel()
 
     def require_loop(self) -> None:
@@ -385,12 +425,12 @@ class Lifetime(Timed):
 
     def _fail(self, failure: ReleaseFailure) -> None:
         failure.error.add_note(f"while releasing {failure.name}: {failure.outcome}")
-        self.failures += (failure,)
+        self._closing().failures += (failure,)
         logger.error("resource not released: %s", failure, exc_info=failure.error)
 
     def _call(self, resource: Resource, error: BaseException | None) -> object:
         """Run a release where we are. What it raises is noted."""
-        releasing = self.releasing
+        releasing = None if self.closing is None else self.closing.releasing
         token = None if releasing is None else releasing.enter()
         try:
             return resource.release(error)
@@ -401,14 +441,14 @@ class Lifetime(Timed):
             if not is_only(raised, error):
                 self._fail(ReleaseFailure(resource.name, "failed", _without_our_frame(raised)))
         except BaseException as raised:  # noqa: BLE001 - KeyboardInterrupt or SystemExit: raised again at the end
-            self.stop = raised
+            self.stop_later(raised)
         finally:
             if releasing is not None and token is not None:
                 releasing.leave(token)
         return None
 
     async def _run(self, resource: Resource, error: BaseException | None) -> None:
-        releasing = self.releasing
+        releasing = None if self.closing is None else self.closing.releasing
         token = None if releasing is None else releasing.enter()
         try:
             outcome = resource.release(error)

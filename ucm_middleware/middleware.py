@@ -190,9 +190,8 @@ class UserContextMiddleware:
             raise
         else:
             lifetime.task = None
-            if lifetime.interrupted:
-                lifetime.absorb_interrupt()
             if not context.end("finished"):
+                lifetime.absorb_interrupt()
                 await self._close(context, "finished", None)
         finally:
             leave(token)

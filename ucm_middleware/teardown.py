@@ -188,10 +188,9 @@ class Closable:
         if not lifetime.begin_closing(reason):
             return False
         self._say_closing()
-        lifetime.releasing = self._releasing()
         if reason in INTERRUPTING:
             lifetime.interrupt()
-        lifetime.offer_teardown()
+        lifetime.offer_teardown(self._releasing())
         return True
 
     def _closed_error(self) -> ContextClosedError:
@@ -230,10 +229,11 @@ class Closable:
         self._tear_down_overdue()
 
     def _wait_for_handler(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._lifetime.state is CLOSING:
+        closing = self._lifetime.closing
+        if closing is not None and self._lifetime.state is CLOSING:
             # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
             timer = loop.call_later(HANDLER_GRACE, self._tear_down_overdue, context=Context())
-            self._lifetime.overdue = timer
+            closing.overdue = timer
 
     def _tear_down_overdue(self) -> None:
         if self._lifetime.claim_teardown():
@@ -296,12 +296,13 @@ class Closable:
         """Wipe the data, let go of everything that could keep this context alive, and say so."""
         metadata = self._wipe()
         lifetime = self._lifetime
-        stop, lifetime.stop = lifetime.stop, None
+        stop = lifetime.take_stop()
         parent, self._parent = self._parent, None
         self._children = None
         if parent is not None:
             if stop is not None and not parent.is_open:  # the parent is closing: it goes on, and stops at the end
-                parent.lifetime.stop, stop = stop, None
+                parent.lifetime.stop_later(stop)
+                stop = None
             parent._forget(self)
         lifetime.finish_closing()
         self._say_closed(metadata)
