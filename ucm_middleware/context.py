@@ -114,14 +114,30 @@ class UserExecutionContext(ResourceHolder):
         request_id = (
             UnifiedIDManager().generate_request_id() if request_id is None else validate_id(request_id, "request_id")
         )
+        self._fill(
+            user_id, thread_id, run_id, request_id, db_session, websocket_client_id, agent_context, audit_metadata
+        )
+
+    def _fill(
+        self,
+        user_id: str,
+        thread_id: str | None,
+        run_id: str | None,
+        request_id: str,
+        db_session: Any,
+        websocket_client_id: str | None,
+        agent_context: Mapping[str, Any] | None,
+        audit_metadata: Mapping[str, Any] | None,
+    ) -> None:
+        """The constructor, from ids that are checked. Thread and run may be None where the request id was made here."""
         if websocket_client_id is not None:
             websocket_client_id = validate_id(websocket_client_id, "websocket_client_id")
         self._start(user_id, request_id, Lifetime(OPEN, caller()), False)
         self._thread_id = thread_id
         self._run_id = run_id
         self._websocket_client_id = websocket_client_id
-        self._agent_context = copy_data(agent_context, "agent_context", user_id)
-        self._audit_metadata = copy_data(audit_metadata, "audit_metadata", user_id)
+        self._agent_context = copy_data(agent_context, "agent_context", user_id) or None
+        self._audit_metadata = copy_data(audit_metadata, "audit_metadata", user_id) or None
         self._take_session(db_session)
 
     def _start(self, user_id: str, request_id: str, lifetime: Lifetime, anonymous: bool) -> None:
@@ -532,6 +548,21 @@ class UserExecutionContext(ResourceHolder):
         """A context without data, from ids that are already checked: the short way, on the path of each request."""
         context = object.__new__(cls)
         context._start(user_id, request_id, lifetime, anonymous)
+        return context
+
+    @classmethod
+    def _with_own_ids(
+        cls,
+        user_id: str,
+        request_id: str,
+        db_session: Any,
+        websocket_client_id: str | None,
+        agent_context: Mapping[str, Any] | None,
+        audit_metadata: Mapping[str, Any] | None,
+    ) -> Self:
+        """A context whose thread and run derive from a request id that was made here."""
+        context = object.__new__(cls)
+        context._fill(user_id, None, None, request_id, db_session, websocket_client_id, agent_context, audit_metadata)
         return context
 
     @property

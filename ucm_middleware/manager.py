@@ -212,17 +212,22 @@ class UserContextManager:
         ttl = checked_ttl(ttl_seconds)
         user_id = validate_id(user_id, "user_id")
         self._guard.require(user_id, "create_context")
-        thread_id = self.ids.generate_thread_id() if thread_id is None else thread_id
-        context = UserExecutionContext(
-            user_id=user_id,
-            thread_id=thread_id,
-            run_id=self.ids.generate_run_id(thread_id) if run_id is None else run_id,
-            request_id=self.ids.generate_request_id() if request_id is None else request_id,
-            db_session=db_session,
-            websocket_client_id=websocket_client_id,
-            agent_context=agent_context,
-            audit_metadata=audit_metadata,
-        )
+        if request_id is None and thread_id is None and run_id is None:
+            context = UserExecutionContext._with_own_ids(
+                user_id, self.ids.generate_request_id(), db_session, websocket_client_id, agent_context, audit_metadata
+            )
+        else:
+            thread_id = self.ids.generate_thread_id() if thread_id is None else thread_id
+            context = UserExecutionContext(
+                user_id=user_id,
+                thread_id=thread_id,
+                run_id=self.ids.generate_run_id(thread_id) if run_id is None else run_id,
+                request_id=self.ids.generate_request_id() if request_id is None else request_id,
+                db_session=db_session,
+                websocket_client_id=websocket_client_id,
+                agent_context=agent_context,
+                audit_metadata=audit_metadata,
+            )
         try:
             context.verify_isolation()
             if self._draining:

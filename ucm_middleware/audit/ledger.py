@@ -93,11 +93,13 @@ class MemoryLedger:
         with self._lock:
             while incoming:
                 record = incoming.popleft()
-                kept = named.get(record.user_id) or self._kept_of(record.user_id, record.event)
+                kept = named.get(record.user_id)
+                if kept is None:
+                    kept = self._kept_of(record.user_id, record.event)
+                else:
+                    named.move_to_end(record.user_id)  # the users seen last stay longest
                 if record.event == "opened":
                     kept.opening = record
-                    if record.user_id in named:
-                        named.move_to_end(record.user_id)  # the users seen last stay longest
                 records = kept.records
                 if len(records) >= most:
                     del records[0]
