@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.contexts import events, running_as, visitor
-from ucm_middleware import ContextLimitError, CrossUserAccessError, UserContextManager
+from ucm_middleware import ContextLimitError, CrossUserAccessError, UnifiedIDManager, UserContextManager
 from ucm_middleware.audit.ledger import MemoryLedger
 from ucm_middleware.audit.records import AuditRecord, Event
 
@@ -117,6 +117,20 @@ class TestRecord:
             "reason": "expired",
             "seconds": 1.5,
         }
+
+    def test_ids_that_were_not_given_are_those_of_the_context(self) -> None:
+        manager = UserContextManager()
+        context = manager.create_isolated_context("alice")
+        (opened,) = events(manager, "alice", "opened")
+        assert (opened["thread_id"], opened["run_id"]) == (context.thread_id, context.run_id)
+        assert UnifiedIDManager().extract_thread_id(context.run_id) == context.thread_id
+
+    def test_ids_that_were_given_are_shown_as_they_are(self) -> None:
+        manager = UserContextManager()
+        given = UnifiedIDManager().generate_request_id()
+        manager.create_isolated_context("alice", given, thread_id="t-1", run_id="r-1")
+        (opened,) = events(manager, "alice", "opened")
+        assert (opened["request_id"], opened["thread_id"], opened["run_id"]) == (given, "t-1", "r-1")
 
     def test_data_does_not_overrule_it(self) -> None:
         shown = AuditRecord(

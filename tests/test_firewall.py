@@ -127,7 +127,8 @@ class TestValues:
         assert seen == ["nobody", "span 1", None]
         assert TRACE.get() == "span 1"
 
-    async def test_the_servers_own_code_stays_outside(self) -> None:
+    @pytest.mark.parametrize("make_scope", [http_scope, websocket_scope])
+    async def test_the_servers_own_code_stays_outside(self, make_scope: Callable[[], Scope]) -> None:
         seen: list[str] = []
 
         async def receive() -> Message:
@@ -148,8 +149,41 @@ class TestValues:
             await send({"type": "http.response.start", "status": 200})
             assert (USER.get(), TRACE.get()) == ("bob", "none")
 
-        await ContextFirewall(app)(http_scope(), receive, send)
+        await ContextFirewall(app)(make_scope(), receive, send)
         assert seen == ["alice"] * 4
+
+    def test_a_connection_that_is_the_last_one_pays_nothing_where_nothing_is_set_outside(self) -> None:
+        seen: list[object] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            seen.extend((receive, send))
+            USER.set("bob")
+
+        async def serve() -> None:
+            await ContextFirewall(app)(websocket_scope(), nothing, ignore)
+            assert USER.get() == "nobody"
+
+        contextvars.Context().run(asyncio.run, serve())
+        assert seen == [nothing, ignore]
+
+    def test_a_request_is_never_the_last_one(self) -> None:
+        # A server may start the next request of the connection from within them.
+        seen: list[str] = []
+
+        async def receive() -> Message:
+            seen.append(USER.get())
+            return {"type": "http.request"}
+
+        async def send(message: Message) -> None:
+            seen.append(USER.get())
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            USER.set("bob")
+            await receive()
+            await answer(send)
+
+        contextvars.Context().run(asyncio.run, ContextFirewall(app)(http_scope(), receive, send))
+        assert seen == ["nobody"] * 3
 
     async def test_a_lifespan_is_let_through_as_it_is(self) -> None:
         seen: list[object] = []
@@ -270,6 +304,42 @@ class TestTasks:
         await behind(handle)
         await tasks[0]
         assert seen == ["bob"]
+
+
+class TestMessages:
+    @pytest.mark.parametrize("make_scope", [http_scope, websocket_scope])
+    async def test_a_task_may_be_made_of_one(self, make_scope: Callable[[], Scope]) -> None:
+        got: list[object] = []
+
+        async def send(message: Message) -> None:
+            await asyncio.sleep(0)
+            got.append(message)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            got.append(await asyncio.wait_for(asyncio.create_task(receive()), 10))
+            async with anyio.create_task_group() as group:
+                group.start_soon(send, {"type": "sent"})
+
+        await ContextFirewall(app)(make_scope(), nothing, send)
+        assert got == [{"type": "http.request"}, {"type": "sent"}]
+
+    @pytest.mark.parametrize("error", [LookupError("of the server"), asyncio.CancelledError()])
+    @pytest.mark.parametrize("turns", [0, 1])
+    async def test_the_errors_of_the_server_reach_the_app(self, error: BaseException, turns: int) -> None:
+        async def send(message: Message) -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            raise error
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            USER.set("bob")
+            with pytest.raises(type(error)) as caught:
+                await send({"type": "http.response.start", "status": 200})
+            assert caught.value is error
+            assert USER.get() == "bob"
+
+        await ContextFirewall(app)(http_scope(), nothing, send)
+        assert USER.get() == "alice"
 
 
 class TestPassingThrough:

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -475,6 +476,36 @@ class TestExpiry:
     def test_a_manager_sweeps_by_itself(self) -> None:
         context = UserContextManager().create_isolated_context("alice", ttl_seconds=0.01)
         wait_until(lambda: not context.is_open, "the context has expired")
+
+
+class TestRefusedSessions:
+    """A session that came with a context which may not live is still the caller's."""
+
+    class Session:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    def test_at_the_limit(self, manager: UserContextManager) -> None:
+        for _ in range(manager.MAX_CONTEXTS_PER_USER):
+            manager.create_isolated_context("alice")
+        session = self.Session()
+        with pytest.raises(ContextLimitError):
+            manager.create_isolated_context("alice", db_session=session)
+        assert not session.closed
+        assert sys.getrefcount(session) == 2, "the refused context still holds it"
+
+    def test_when_the_owner_closes_what_lives(self, manager: UserContextManager) -> None:
+        session = self.Session()
+        manager.create_isolated_context("alice", db_session=session).close()
+        assert session.closed
+
+
+def test_without_the_gil_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    with pytest.raises(ConfigurationError, match="PYTHON_GIL=1"):
+        UserContextManager()
 
 
 class TestRaces:
