@@ -1,5 +1,6 @@
 """The audit records: what is written down, how much of it is kept, and how it is read back."""
 
+import gc
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,7 @@ import pytest
 
 from support.contexts import events, running_as, visitor
 from ucm_middleware import ContextLimitError, CrossUserAccessError, UnifiedIDManager, UserContextManager
-from ucm_middleware.audit.ledger import MemoryLedger
+from ucm_middleware.audit.ledger import BATCH, MemoryLedger
 from ucm_middleware.audit.records import AuditRecord, Event
 
 FIXED = {
@@ -104,6 +105,16 @@ class TestMemoryLedger:
         ledger.append(record("alice"))
         assert trail is not None
         assert len(trail.records) == 1
+
+    def test_what_waits_to_be_sorted_is_bounded_too(self) -> None:
+        ledger = MemoryLedger(records_per_user=3)
+        written = [record("alice", at=number) for number in range(5000)]
+        for one in written:
+            ledger.append(one)
+        seconds = {one.at for one in written}
+        written.clear()
+        alive = [one for one in gc.get_objects() if type(one) is AuditRecord and one.at in seconds]
+        assert len(alive) <= 3 + BATCH
 
 
 class TestRecord:

@@ -476,3 +476,12 @@ class TestViews:
         with pytest.raises(InvalidContextError) as caught:
             create_isolated_execution_context("alice", audit_metadata={"a": {"b": [threading.Lock()]}})
         assert caught.value.field == "audit_metadata['a']['b'][0]"
+
+
+def test_what_has_closed_gets_no_identity_any_more() -> None:
+    # A bind that was on its way when the context closed.
+    context = visitor(UserContextManager())
+    anonymous_id = context.user_id
+    context.close()
+    assert context._become("alice") is False
+    assert (context.user_id, context.is_open) == (anonymous_id, False)

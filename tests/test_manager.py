@@ -487,14 +487,21 @@ class TestRefusedSessions:
         def close(self) -> None:
             self.closed = True
 
-    def test_at_the_limit(self, manager: UserContextManager) -> None:
+    def test_at_the_limit(self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(manager.MAX_CONTEXTS_PER_USER):
             manager.create_isolated_context("alice")
+        made: list[UserExecutionContext] = []
+        verify = UserExecutionContext.verify_isolation
+        monkeypatch.setattr(
+            UserExecutionContext, "verify_isolation", lambda context: [made.append(context), verify(context)][1]
+        )
         session = self.Session()
         with pytest.raises(ContextLimitError):
             manager.create_isolated_context("alice", db_session=session)
+        (refused,) = made
+        assert not refused.is_open
+        assert refused.lifetime.targets() == []
         assert not session.closed
-        assert sys.getrefcount(session) == 2, "the refused context still holds it"
 
     def test_when_the_owner_closes_what_lives(self, manager: UserContextManager) -> None:
         session = self.Session()

@@ -61,6 +61,18 @@ def alice(connection: HTTPConnection) -> str:
 
 
 class TestLife:
+    async def test_a_child_that_the_app_left_open_closes_with_it(self) -> None:
+        children: list[UserExecutionContext] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            children.append(current_context().create_child_context("search"))
+            children[0].callback(children.append, children[0])
+            await PlainTextResponse("found")(scope, receive, send)
+
+        await exchange(UserContextMiddleware(app, identify=alice), http_scope())
+        assert not children[0].is_open
+        assert len(children) == 2, "what the child held was not released"
+
     async def test_the_app_runs_in_a_context_that_closes_after_it(self) -> None:
         app = Remembering()
         sent = await exchange(UserContextMiddleware(app, identify=alice), http_scope())

@@ -469,3 +469,27 @@ def use_once(registry: Registry, context: UserExecutionContext) -> None:
 def context_of_same_kind(context: UserExecutionContext) -> UserExecutionContext:
     assert isinstance(context.host, UserContextManager)
     return context_of(context.host, None if context.is_anonymous else "bob")
+
+
+def test_a_sweep_is_not_disturbed_by_a_context_that_ends_meanwhile() -> None:
+    manager = manager_with(Clock())
+    context = manager.create_isolated_context("alice", ttl_seconds=60)
+    manager.create_isolated_context("bob", ttl_seconds=60)
+    ended = threading.Event()
+
+    def end() -> None:
+        context.end("finished")
+        ended.set()
+
+    class Walked(dict[Any, Any]):
+        def __iter__(self) -> Iterator[Any]:
+            walk = super().__iter__()
+            threading.Thread(target=end).start()
+            ended.wait(0.1)  # it may have to wait until the sweep is through: then this runs out
+            return walk
+
+    (queue,) = manager._registry._deadlines[False].queues.items()
+    manager._registry._deadlines[False].queues[queue[0]] = Walked(queue[1])
+    assert manager._registry.take_due() == []
+    assert ended.wait(10)
+    assert [shown["user_id"] for shown in manager.get_active_contexts().values()] == ["bob"]
