@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 
 settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("soak", settings.get_profile("ucm"), derandomize=False)  # see tests/test_state_machine.py
 # At import, so that --hypothesis-profile can still choose another one.
 settings.load_profile("ucm")
 
