@@ -9,6 +9,8 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pytest
@@ -18,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from support.asgi import DENIAL, exchange, http_scope, status_of, websocket_scope
 from support.clock import Clock
-from support.model import ENDED_WELL, INTERRUPTING, Key, Known, Model, Refused
+from support.model import INTERRUPTING, Key, Known, Model, Refused
 from support.world import ASYNCHRONOUS, KINDS, Fault, Inside, Kind, Thing, World, finished
 from ucm_middleware import (
     EVERYONE,
@@ -26,6 +28,7 @@ from ucm_middleware import (
     ContextLimitError,
     ContextNotFoundError,
     CrossUserAccessError,
+    Principal,
     UserContextManager,
     UserContextMiddleware,
     UserExecutionContext,
@@ -46,6 +49,7 @@ USERS = ("alice", "bob", "carol")
 TEXTS = (*USERS, "desk", "('alice', 'desk')", "alice:desk")
 KEYS: tuple[Key, ...] = (*TEXTS, ("alice", "desk"), ("bob", "desk"), ("alice", "bob"), ("bob", "alice"))
 TTLS = (None, 1.0, 5.0, 60.0)
+YEAR = 365 * 24 * 3600.0
 SOONEST = 0.0011
 """Seconds that a sweep may be late: its resolution, and what floats lose. Whoever looks sees a deadline exactly."""
 
@@ -53,9 +57,21 @@ STATUS = {"revoked": 401, "expired": 504, "shutdown": 503}
 GIVEN: dict[str, Any] = {"shared": [], "deep": {"list": []}}
 """The same to all: what is put into one context's copy must be seen in no other."""
 
+
+class Own(Enum):
+    """Keys that depend on whose context it is about."""
+
+    ID = "the owner's id"
+    DESK = "the pair of the owner and a text"
+    PAIR = "the pair that every context has"
+
+
 users = st.sampled_from(USERS)
-keys = st.sampled_from(KEYS)
+keys = st.sampled_from([*KEYS, *Own])
 ttls = st.sampled_from(TTLS)
+whose = st.sampled_from([None, *USERS])
+"""None for the user that the asking code runs for."""
+
 numbers = st.integers(0, 11)
 askers = st.one_of(st.none(), numbers)
 """Trusted code outside, or some context that code runs in."""
@@ -84,14 +100,17 @@ class ContextMachine(RuleBasedStateMachine):
         self.world = World()
         self.model = Model(PER_USER, TOTAL, ANONYMOUS)
         self.clock = Clock()
-        self.start = self.clock()
+        self.model.now = self.clock()
         self.broken = True  # from each step on until everything was found as foretold
         self.denials: dict[str, set[str]] = {}
-        self.anonymous_ids: dict[Known, str] = {}
         self.checked: set[Known] = set()
 
-    @initialize(guard=st.sampled_from(["closed", "open"]))
-    def begin(self, guard: Any) -> None:
+    @initialize(
+        guard=st.sampled_from(["closed", "open"]),
+        callers=st.lists(st.tuples(st.sampled_from([None, *USERS]), ttls), max_size=5),
+    )
+    @on_loop
+    async def begin(self, guard: Any, callers: list[tuple[str | None, float | None]]) -> None:
         self.guard = guard
         self.manager = UserContextManager(
             max_contexts_per_user=PER_USER,
@@ -103,6 +122,8 @@ class ContextMachine(RuleBasedStateMachine):
         self.apps = {
             ttl: UserContextMiddleware(_stay, manager=self.manager, identify=_claimed, ttl=ttl) for ttl in TTLS
         }
+        for user, ttl in callers:
+            await self.call(user, False, ttl)
 
     def teardown(self) -> None:
         try:
@@ -187,6 +208,9 @@ class ContextMachine(RuleBasedStateMachine):
         ]
         return fitting[number % len(fitting)] if fitting else None
 
+    def user(self, user: str | None, asker: Known | None) -> str:
+        return user or (USERS[0] if asker is None or asker.anonymous else asker.owner)
+
     def asker(self, number: int | None) -> Known | None:
         return None if number is None else self.pick(number, inside=True)
 
@@ -201,14 +225,23 @@ class ContextMachine(RuleBasedStateMachine):
         self.model.all.append(known)
         return known
 
-    def is_known(self, context: UserExecutionContext) -> Known:
-        return next(known for known in self.model.all if known.context is context)
+    def named(self, key: Key | Own, known: Known | None) -> Key:
+        """The key, spelt out for a context; some text for none."""
+        if not isinstance(key, Own):
+            return key
+        if known is None:
+            return "desk"
+        pairs = {Own.DESK: (known.owner, "desk"), Own.PAIR: (known.owner, known.context.request_id)}
+        return pairs.get(key, known.owner)
 
     # Opening.
 
     @rule(user=st.one_of(st.none(), users), websocket=st.booleans(), ttl=ttls)
     @on_loop
     async def a_request_comes(self, user: str | None, websocket: bool, ttl: float | None) -> None:
+        await self.call(user, websocket, ttl)
+
+    async def call(self, user: str | None, websocket: bool, ttl: float | None) -> None:
         inside = Inside(self.world)
         more: dict[str, Any] = {"inside": inside, "claimed": user, "state": {}, "extensions": DENIAL}
         scope = (websocket_scope if websocket else http_scope)(**more)
@@ -229,7 +262,7 @@ class ContextMachine(RuleBasedStateMachine):
 
     @rule(
         number=askers,
-        user=users,
+        user=whose,
         request_id=st.sampled_from([None, None, "desk", "bob", "alice"]),
         ttl=ttls,
         managed=st.booleans(),
@@ -237,9 +270,16 @@ class ContextMachine(RuleBasedStateMachine):
     )
     @on_loop
     async def one_is_created(
-        self, number: int | None, user: str, request_id: str | None, ttl: float | None, managed: bool, session: bool
+        self,
+        number: int | None,
+        user: str | None,
+        request_id: str | None,
+        ttl: float | None,
+        managed: bool,
+        session: bool,
     ) -> None:
         asker = self.asker(number)
+        user = self.user(user, asker)
         create = self.manager.create_managed_context if managed else self.manager.create_isolated_context
         blank = create_isolated_execution_context(user, request_id)  # stands for the one that comes, or does not
         thing = Thing(self.world, blank, "close", "none")
@@ -265,20 +305,21 @@ class ContextMachine(RuleBasedStateMachine):
         self.model.all[-1] = known
         known.context, known.data, known.taken = context, fresh.data, fresh.taken
 
-    @rule(number=askers, user=users, key=keys, ttl=ttls, kind=st.sampled_from([None, *KINDS]))
+    @rule(number=askers, user=whose, key=keys, ttl=ttls, kind=st.sampled_from([None, *KINDS]))
     @on_loop
     async def one_made_by_hand_is_put_under_a_key(
-        self, number: int | None, user: str, key: Key, ttl: float | None, kind: Kind | None
+        self, number: int | None, user: str | None, key: Key | Own, ttl: float | None, kind: Kind | None
     ) -> None:
         asker = self.asker(number)
-        context = create_isolated_execution_context(user, agent_context=GIVEN)
+        context = create_isolated_execution_context(self.user(user, asker), agent_context=GIVEN)
         known = self.know(context, GIVEN)
+        under = self.named(key, known)
         if kind is not None:
             await self.enter(known, kind, "none")
         await self.try_it(
             asker,
-            lambda: self.model.put(asker, known, key, ttl),
-            lambda: self.manager.set_context(key, context, ttl_seconds=ttl),
+            lambda: self.model.put(asker, known, under, ttl),
+            lambda: self.manager.set_context(under, context, ttl_seconds=ttl),
         )
         if known not in self.model.registered:  # refused: it is the caller's, as it was
             assert context.agent_context == known.data
@@ -288,47 +329,42 @@ class ContextMachine(RuleBasedStateMachine):
 
     @rule(number=askers, which=numbers, key=keys, ttl=ttls)
     @on_loop
-    async def one_is_put_under_another_key(self, number: int | None, which: int, key: Key, ttl: float | None) -> None:
+    async def one_is_put_under_another_key(
+        self, number: int | None, which: int, key: Key | Own, ttl: float | None
+    ) -> None:
         known = self.pick(which, root=True)
         if known is None:
             return
         asker = self.asker(number)
+        under = self.named(key, known)
         await self.try_it(
             asker,
-            lambda: self.model.put(asker, known, key, ttl),
-            lambda: self.manager.set_context(key, known.context, ttl_seconds=ttl),
+            lambda: self.model.put(asker, known, under, ttl),
+            lambda: self.manager.set_context(under, known.context, ttl_seconds=ttl),
         )
 
     # Binding.
 
-    @rule(which=numbers, user=users, inside=st.booleans())
+    @rule(which=numbers, user=users, inside=st.booleans(), ends=st.booleans())
     @on_loop
-    async def one_is_bound(self, which: int, user: str, inside: bool) -> None:
+    async def one_is_bound(self, which: int, user: str, inside: bool, ends: bool) -> None:
         known = self.pick(which, anonymous=True, root=True) or self.pick(which, root=True)
         if known is None:
             return
         asker = known if inside and known.inside is not None else None
-        if known.anonymous:
-            self.anonymous_ids[known] = known.owner
-        await self.try_it(asker, lambda: self.model.bind(known, user, asker), lambda: known.context.bind(user))
+        # Credentials that last longer than any context may: what is left of them is a year exactly.
+        who = Principal(user, datetime.now(UTC) + timedelta(days=1000)) if ends else user
+        seconds = YEAR if ends else None
+        await self.try_it(asker, lambda: self.model.bind(known, user, seconds, asker), lambda: known.context.bind(who))
         assert known.context.user_id == known.owner
         assert known.context.is_anonymous == known.anonymous
 
     # Finding.
 
-    @rule(number=askers, key=keys)
+    @rule(number=askers, which=numbers, key=keys)
     @on_loop
-    async def someone_asks_for_a_key(self, number: int | None, key: Key) -> None:
-        asker = self.asker(number)
-        await self.get(asker, key)
-
-    @rule(number=askers, which=numbers, pair=st.booleans())
-    @on_loop
-    async def someone_asks_for_one_that_is_there(self, number: int | None, which: int, pair: bool) -> None:
-        known = self.pick(which, root=True)
-        if known is not None:
-            key = known.keys[0] if known.keys and not pair else (known.owner, known.context.request_id)
-            await self.get(self.asker(number), key)
+    async def someone_asks_for_a_key(self, number: int | None, which: int, key: Key | Own) -> None:
+        await self.get(self.asker(number), self.named(key, self.pick(which, root=True)))
 
     async def get(self, asker: Known | None, key: Key) -> None:
         found: list[Known] = []
@@ -342,17 +378,23 @@ class ContextMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.pick(0) is not None)
     @rule(
-        which=numbers, kind=st.sampled_from(KINDS), fault=st.sampled_from(["none", "none", "fails", "hangs", "looks"])
+        which=numbers,
+        things=st.lists(
+            st.tuples(st.sampled_from(KINDS), st.sampled_from(["none", "none", "fails", "hangs", "looks"])),
+            min_size=1,
+            max_size=3,
+        ),
     )
     @on_loop
-    async def a_resource_is_entered(self, which: int, kind: Kind, fault: Fault) -> None:
+    async def resources_are_entered(self, which: int, things: list[tuple[Kind, Fault]]) -> None:
         known = self.pick(which)
         assert known is not None
-        await self.enter(known, kind, "none" if fault == "hangs" and kind not in ASYNCHRONOUS else fault)
+        for kind, fault in things:
+            await self.enter(known, kind, "none" if fault == "hangs" and kind not in ASYNCHRONOUS else fault)
 
     async def enter(self, known: Known, kind: Kind, fault: Fault) -> Thing:
-        if fault == "looks" and kind == "owned cm":  # its task exits it as the code that it was entered by
-            fault = "none"
+        if fault == "looks" and (kind == "owned cm" or not self.model.is_usable(known)):
+            fault = "none"  # the one exits as the code that entered it, and it is too late for the other
         thing = Thing(self.world, known.context, kind, fault)
         if self.model.is_usable(known):
             await self.world.outcome(thing.enter())
@@ -419,12 +461,21 @@ class ContextMachine(RuleBasedStateMachine):
     # The end.
 
     @precondition(lambda self: self.pick(0, inside=True) is not None)
-    @rule(which=numbers, how=st.sampled_from(["returns", "raises", "cancelled", "cancelled twice"]))
+    @rule(
+        which=numbers,
+        how=st.sampled_from(["returns", "raises", "cancelled", "cancelled twice", "cancelled late"]),
+        kind=st.sampled_from(sorted(ASYNCHRONOUS)),
+        times=st.integers(1, 3),
+    )
     @on_loop
-    async def a_handler_ends(self, which: int, how: str) -> None:
+    async def a_handler_ends(self, which: int, how: str, kind: Kind, times: int) -> None:
         known = self.pick(which, inside=True)
         assert known is not None
-        await self.end(known, how)
+        if how != "cancelled late":
+            await self.end(known, how)
+        elif self.model.is_usable(known):
+            await self.enter(known, kind, "none")
+            await self.end_and_cancel(known, times)
 
     async def end(self, known: Known, how: str) -> None:
         inside = known.inside
@@ -440,7 +491,7 @@ class ContextMachine(RuleBasedStateMachine):
         reason = {"returns": "finished", "raises": "failed"}.get(how, "cancelled")
         known.inside = None
         if known.phase == "closing":
-            self.model.tear_down(known)
+            self.model.tear_down(known, failed=reason != "finished")
         else:
             self.model.close(known, reason)
         assert inside.task.done()
@@ -449,16 +500,11 @@ class ContextMachine(RuleBasedStateMachine):
         if error is not None:
             assert isinstance(error, ValueError) if how == "raises" else isinstance(error, ExceptionGroup)
 
-    @precondition(lambda self: self.pick(0, inside=True) is not None)
-    @rule(which=numbers, kind=st.sampled_from(sorted(ASYNCHRONOUS)), times=st.integers(1, 3))
-    @on_loop
-    async def a_handler_is_cancelled_while_its_context_lets_go(self, which: int, kind: Kind, times: int) -> None:
-        known = self.pick(which, inside=True)
-        assert known is not None
+    async def end_and_cancel(self, known: Known, times: int) -> None:
+        """The handler returns, and its task is cancelled while the context lets go of what it holds."""
         inside = known.inside
-        if not self.model.is_usable(known) or inside is None or inside.task is None:
-            return
-        await self.enter(known, kind, "none")
+        assert inside is not None
+        assert inside.task is not None
         self.world.gate.clear()
         inside.end()
         await self.world.settle()
@@ -473,19 +519,15 @@ class ContextMachine(RuleBasedStateMachine):
         known.inside = None
         self.model.close(known, "finished")
 
-    @rule(number=askers, key=keys, waits=st.booleans())
+    @rule(number=askers, which=numbers, key=keys, waits=st.booleans(), everything=st.integers(0, 9))
     @on_loop
-    async def a_key_is_cleared(self, number: int | None, key: Key, waits: bool) -> None:
-        await self.clear(self.asker(number), key, waits)
-
-    @rule(number=askers, which=numbers, waits=st.booleans())
-    @on_loop
-    async def one_is_cleared(self, number: int | None, which: int, waits: bool) -> None:
-        known = self.pick(which, root=True)
-        if known is not None:
-            await self.clear(
-                self.asker(number), known.keys[-1] if known.keys else (known.owner, known.context.request_id), waits
-            )
+    async def a_key_is_cleared(
+        self, number: int | None, which: int, key: Key | Own, waits: bool, everything: int
+    ) -> None:
+        if everything == 9:  # seldom: it leaves little to look at
+            await self.clear_everything()
+        else:
+            await self.clear(self.asker(number), self.named(key, self.pick(which, root=True)), waits)
 
     async def clear(self, asker: Known | None, key: Key, waits: bool) -> None:
         found: list[Known] = []
@@ -532,9 +574,7 @@ class ContextMachine(RuleBasedStateMachine):
             assert inside.task is not None
             assert inside.task.done()
 
-    @rule()
-    @on_loop
-    async def everything_is_cleared(self) -> None:
+    async def clear_everything(self) -> None:
         self.model.notice_expired()
         there = self.model.registered.copy()
         assert await self.ask(None, self.manager.cleanup_all_contexts) == len(there)
@@ -543,14 +583,16 @@ class ContextMachine(RuleBasedStateMachine):
 
     # Time.
 
-    @rule(seconds=st.sampled_from([0.5, 1.0, 4.0, 59.0, 3600.0]))
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 4.0, 59.0]), swept=st.booleans())
     @on_loop
-    async def time_passes(self, seconds: float) -> None:
+    async def time_passes(self, seconds: float, swept: bool) -> None:
         self.advance(seconds)
+        if swept:
+            await self.sweep()
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)
-        self.model.now = self.clock() - self.start
+        self.model.now = self.clock()
 
     @precondition(lambda self: any(known.deadline is not None for known in self.model.live()))
     @rule(which=numbers)
@@ -569,9 +611,7 @@ class ContextMachine(RuleBasedStateMachine):
         self.advance(known.deadline - self.model.now)
         await self.get(None, known.keys[0])
 
-    @rule()
-    @on_loop
-    async def the_manager_sweeps(self) -> None:
+    async def sweep(self) -> None:
         self.model.notice_expired()
         before = self.model.registered.copy()
         closed = self.manager.sweep()
@@ -584,7 +624,7 @@ class ContextMachine(RuleBasedStateMachine):
     # What must be refused.
 
     @precondition(lambda self: self.guard == "closed")
-    @rule(key=keys, user=users)
+    @rule(key=st.sampled_from(KEYS), user=users)
     @on_loop
     async def untrusted_code_outside_is_refused(self, key: Key, user: str) -> None:
         manager = self.manager
@@ -701,7 +741,7 @@ class ContextMachine(RuleBasedStateMachine):
                     known.reason != known.parent.reason
                 )
             for thing in known.things:
-                assert not thing.sees_errors or (thing.seen is None) == (known.reason in ENDED_WELL)
+                assert not thing.sees_errors or (thing.seen is not None) == known.saw_error
 
     def each_end_is_on_record_once(self) -> None:
         for known in self.model.all:

@@ -1,5 +1,6 @@
 """What contexts there are, whose, and under which keys: the rules of the manager, told as simply as possible."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -42,6 +43,7 @@ class Known:
     data: dict[str, Any] = field(default_factory=dict)
     taken: dict[str, Any] = field(default_factory=dict)
     inside: Inside | None = None
+    saw_error: bool = False
     failed_late: int = 0
     phase: Phase = "live"
     reason: str | None = None
@@ -169,12 +171,14 @@ class Model:
                 known.keys.remove(owner)
                 known.keys = known.keys or [(known.owner, known.context.request_id)]
 
-    def bind(self, known: Known, user: str, asker: Known | None) -> None:
+    def bind(self, known: Known, user: str, seconds: float | None, asker: Known | None) -> None:
+        """Give it its user, whose credentials last so many seconds more."""
         if not self.is_usable(known):
             raise Refused(ContextClosedError)
         if not known.anonymous:
             if known.owner != user:
                 raise Refused(IdentityConflictError)
+            self.limit(known, seconds)
             return
         if known.things or known.children:
             raise Refused(IdentityConflictError)
@@ -186,6 +190,12 @@ class Model:
         known.keys = renamed + [key for key in known.keys if isinstance(key, str)]
         for other, reason in going.items():
             self.close(other, reason, asker)
+        self.limit(known, seconds)
+
+    def limit(self, known: Known, seconds: float | None) -> None:
+        if seconds is not None:
+            known.latest = min(self.now + seconds, math.inf if known.latest is None else known.latest)
+            self.set_deadline(known, known.latest if known.deadline is None else known.deadline)
 
     def set_deadline(self, known: Known, deadline: float) -> None:
         known.deadline = deadline if known.latest is None else min(deadline, known.latest)
@@ -204,10 +214,12 @@ class Model:
         if known.inside is None or from_within or reason in INTERRUPTING:
             self.tear_down(known)
 
-    def tear_down(self, known: Known) -> None:
-        """The handler has ended, or there was none to wait for."""
+    def tear_down(self, known: Known, *, failed: bool = False) -> None:
+        """The handler has ended, or failed, or there was none to wait for."""
+        known.saw_error = failed or known.reason not in ENDED_WELL
         for child in reversed(known.children.copy()):
-            self.close(child, known.reason or "")
+            child.phase, child.reason = "closing", known.reason
+            self.tear_down(child, failed=known.saw_error)
         known.phase = "closed"
         if known.parent is not None:
             known.parent.children.remove(known)

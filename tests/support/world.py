@@ -32,6 +32,9 @@ ASYNCHRONOUS: Final[frozenset[Kind]] = frozenset({"async cm", "owned cm", "aclos
 TIMEOUT: Final = 0.5
 """Seconds, on the world's loop, that a release may take."""
 
+MOST_WAITS: Final = 100
+"""How often what hangs may have to run out of its time until nothing does any more."""
+
 
 class Loop(asyncio.SelectorEventLoop):
     """Its time stands still until it is told to move on, and it knows when there is nothing left to do."""
@@ -80,7 +83,7 @@ class World:
 
     async def settle(self) -> None:
         """Wait until nothing happens any more of itself. What hangs runs out of its time."""
-        while True:
+        for _ in range(MOST_WAITS):
             before = -1
             while self.loop.scheduled != before + 1:  # the one is this task, that comes back
                 before = self.loop.scheduled
@@ -92,6 +95,7 @@ class World:
                 self.loop.now += TIMEOUT
             elif not apart:
                 return
+        raise AssertionError("what hangs is not cut off")
 
     async def outcome(self, work: Awaitable[T]) -> T:
         """What comes of something that may have to wait: for releases, for what hangs."""
