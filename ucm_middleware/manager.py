@@ -427,10 +427,9 @@ class UserContextManager:
             raise ConfigurationError("the context lives under another manager")
         displaced: Displaced = {}
         try:
-            displaced.update(self._registry.insert(context, key, ttl, self.ttl))
-            if isinstance(key, str) and key != context.user_id:
-                # So that the user too finds it by this text: from inside, it means the pair.
-                displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
+            # So that the user too finds it by this text: from inside, it means the pair.
+            also = (context.user_id, key) if isinstance(key, str) and key != context.user_id else None
+            displaced.update(self._registry.insert(context, key, ttl, self.ttl, also))
             if not context.is_open:  # closed in the middle of it, by a thread, a finalizer or a signal handler
                 self._registry.remove(context)
                 raise context._closed_error()

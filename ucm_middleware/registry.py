@@ -78,9 +78,14 @@ class Registry:
         return None if entry is None else entry.context
 
     def insert(
-        self, context: UserExecutionContext, key: Key, ttl: float | None, usual_ttl: float | None = None
+        self,
+        context: UserExecutionContext,
+        key: Key,
+        ttl: float | None,
+        usual_ttl: float | None = None,
+        also: Key | None = None,
     ) -> Displaced:
-        """Put a context under a key. Returns the contexts that must be closed now, and why.
+        """Put a context under a key, and under one more of its owner's. Returns whom to close now, and why.
 
         ``usual_ttl`` is for a context that is new here, when ``ttl`` is None; one that is in already keeps its
         deadline.
@@ -93,6 +98,8 @@ class Registry:
             if not context.is_open:  # whoever closed it has looked for it here already, or waits for the lock
                 raise _closed(context)
             displaced = self._make_way(context, key)
+            if also is not None:
+                displaced.update(self._make_way(context, also))
             mine = self._by_owner.get(owner)
             entry = None if mine is None else mine.get(context)
             if entry is None:
@@ -105,6 +112,9 @@ class Registry:
             elif key not in entry.keys:
                 entry.keys += (key,)
             self._by_key[key] = entry
+            if also is not None:
+                self._by_key[also] = entry
+                entry.keys += () if also in entry.keys else (also,)
             if ttl is not None:
                 self._set_deadline(entry, now + ttl, now)
         return displaced
