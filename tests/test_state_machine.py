@@ -64,12 +64,14 @@ class Own(Enum):
     ID = "the owner's id"
     DESK = "the pair of the owner and a text"
     PAIR = "the pair that every context has"
+    ABSENT = "the id of a user who has no context"
 
 
 users = st.sampled_from(USERS)
 keys = st.sampled_from([*KEYS, *Own])
 ttls = st.sampled_from(TTLS)
-whose = st.sampled_from([None, *USERS])
+SQUATTED = "the user under whose id another's context stands"
+whose = st.sampled_from([None, SQUATTED, *USERS])
 """None for the user that the asking code runs for."""
 
 numbers = st.integers(0, 11)
@@ -209,6 +211,10 @@ class ContextMachine(RuleBasedStateMachine):
         return fitting[number % len(fitting)] if fitting else None
 
     def user(self, user: str | None, asker: Known | None) -> str:
+        """The user meant, spelt out; some user where there is none such."""
+        if user == SQUATTED:
+            taken = [str(key) for known in self.model.live() for key in known.keys if key in USERS]
+            return next((user for user in taken if not self.model.live(user)), USERS[0])
         return user or (USERS[0] if asker is None or asker.anonymous else asker.owner)
 
     def asker(self, number: int | None) -> Known | None:
@@ -229,8 +235,9 @@ class ContextMachine(RuleBasedStateMachine):
         """The key, spelt out for a context; some text for none."""
         if not isinstance(key, Own):
             return key
-        if known is None:
-            return "desk"
+        absent = [user for user in USERS if not self.model.live(user)]
+        if known is None or key is Own.ABSENT:
+            return absent[0] if absent else "desk"
         pairs = {Own.DESK: (known.owner, "desk"), Own.PAIR: (known.owner, known.context.request_id)}
         return pairs.get(key, known.owner)
 
@@ -325,7 +332,10 @@ class ContextMachine(RuleBasedStateMachine):
             assert context.agent_context == known.data
             await self.world.outcome(context.aclose())
             self.model.close(known, "closed")
-            self.checked.add(known)  # no manager knows of it, and so no trail
+            self.checked.add(known)
+            with self.outside():
+                trail = self.manager.get_audit_trail(known.owner)
+            assert trail is None or not any(_is_of(event, known) for event in trail["events"])
 
     @rule(number=askers, which=numbers, key=keys, ttl=ttls)
     @on_loop
@@ -838,7 +848,7 @@ def _is_of(event: dict[str, Any], known: Known) -> bool:
 
 TestContexts = ContextMachine.TestCase
 TestContexts.settings = settings(
-    max_examples=250 * SCALE,
+    max_examples=300 * SCALE,
     stateful_step_count=40,
     derandomize=SCALE == 1,
     report_multiple_bugs=False,
