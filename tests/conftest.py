@@ -8,6 +8,7 @@ from hypothesis import settings
 pytest_plugins = "pytester"
 
 settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("soak", settings.get_profile("ucm"), derandomize=False)  # see tests/test_state_machine.py
 # At import, so that --hypothesis-profile can still choose another one.
 settings.load_profile("ucm")
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -246,6 +248,20 @@ class TestChildren:
         assert len(caught.value.findings) == 1
         child.agent_context["mine"] = context.agent_context["mine"] = Shared([])
         assert child.verify_isolation() is True
+
+    def test_one_that_another_thread_closes_while_it_is_looked_at_is_no_fault(self) -> None:
+        child = create_isolated_execution_context("alice").create_child_context("search")
+
+        def close(frame: FrameType, event: str, function: object) -> None:
+            if event == "c_return" and function is isinstance and frame.f_code.co_name == "verify_isolation":
+                child.close()  # at a moment at which another thread may run, and close it
+
+        sys.setprofile(close)
+        try:
+            assert child.verify_isolation() is True
+        finally:
+            sys.setprofile(None)
+        assert not child.is_open
 
     def test_it_closes_with_its_parent_at_the_latest_and_leaves_the_session_to_it(self) -> None:
         session = mock.Mock(spec=["close"])

@@ -5,11 +5,11 @@ import contextvars
 import gc
 import sys
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from types import coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import pytest
@@ -28,11 +28,18 @@ USER: ContextVar[str] = ContextVar("USER", default="nobody")
 TRACE: ContextVar[str] = ContextVar("TRACE", default="none")
 UNSET: ContextVar[str] = ContextVar("UNSET")
 
+T = TypeVar("T")
 Handler = Callable[[], Awaitable[object]]
 
 
 async def nothing() -> Message:
     return {"type": "http.request"}
+
+
+def coroutine_of(work: Awaitable[T]) -> Coroutine[Any, Any, T]:
+    """What servers give and tasks take."""
+    assert asyncio.iscoroutine(work)
+    return work
 
 
 async def ignore(message: Message) -> None:
@@ -316,9 +323,8 @@ class TestMessages:
             got.append(message)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            got.append(await asyncio.wait_for(asyncio.create_task(receive()), 10))
-            async with anyio.create_task_group() as group:
-                group.start_soon(send, {"type": "sent"})
+            got.append(await asyncio.create_task(coroutine_of(receive())))
+            await asyncio.create_task(coroutine_of(send({"type": "sent"})))
 
         await ContextFirewall(app)(make_scope(), nothing, send)
         assert got == [{"type": "http.request"}, {"type": "sent"}]

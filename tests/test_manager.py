@@ -358,6 +358,14 @@ class TestLimits:
         manager.create_isolated_context("alice").create_child_context("part")
         assert len(manager.get_active_contexts()) == 1
 
+    def test_at_the_limit_a_text_key_replaces_what_the_owner_has_there(self) -> None:
+        manager = UserContextManager(max_contexts_per_user=1)
+        first, second = (create_isolated_execution_context("alice") for _ in range(2))
+        manager.set_context(("alice", "draft"), first)  # as alice's own code does with "draft"
+        manager.set_context("draft", second)
+        assert (first.is_open, second.is_open) == (False, True)
+        assert manager.get_context("draft") is manager.get_context(("alice", "draft")) is second
+
     def test_whoever_binds_at_the_limit_of_that_user_stays_anonymous(self) -> None:
         manager = UserContextManager(max_contexts_per_user=1)
         manager.create_isolated_context("alice")
@@ -492,9 +500,12 @@ class TestRefusedSessions:
             manager.create_isolated_context("alice")
         made: list[UserExecutionContext] = []
         verify = UserExecutionContext.verify_isolation
-        monkeypatch.setattr(
-            UserExecutionContext, "verify_isolation", lambda context: [made.append(context), verify(context)][1]
-        )
+
+        def note(context: UserExecutionContext) -> bool:
+            made.append(context)
+            return verify(context)
+
+        monkeypatch.setattr(UserExecutionContext, "verify_isolation", note)
         session = self.Session()
         with pytest.raises(ContextLimitError):
             manager.create_isolated_context("alice", db_session=session)

@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from support.asgi import exchange, http_scope, status_of
+from support.clock import Clock
 from support.waiting import PATIENCE
 from ucm_middleware import (
     ContextClosedError,
@@ -434,3 +435,54 @@ class TestInTheMiddleOfAnything:
         at = 0
         for key in manager.get_active_contexts():
             assert manager.get_context(key).request_id == "r-1"
+
+
+class TestChildrenOfOneThatEnds:
+    """What keeps a context from being used keeps its children from it too."""
+
+    async def test_they_are_of_no_use_while_their_parent_waits_for_its_handler(self) -> None:
+        context = create_isolated_execution_context("alice")
+        child = context.create_child_context("search")
+        grandchild = child.create_child_context("read")
+        inside, end = asyncio.Event(), asyncio.Event()
+
+        async def handle() -> None:
+            async with managed_user_context(context):
+                inside.set()
+                await end.wait()
+
+        handler = asyncio.create_task(handle())
+        await inside.wait()
+        context.close("cleared")
+        for part in (child, grandchild):
+            assert part.is_open
+            with pytest.raises(ContextClosedError) as caught:
+                _ = part.agent_context
+            assert caught.value.reason == "cleared"
+        end.set()
+        await handler
+        assert (child.is_open, grandchild.is_open) == (False, False)
+
+    @pytest.mark.parametrize("add", ["callback", "closing"])
+    def test_they_take_nothing_in_once_their_parent_has_expired(self, log: Log, add: str) -> None:
+        clock = Clock()
+        manager = UserContextManager(clock=clock)
+        parent = manager.create_isolated_context("alice", ttl_seconds=1.0)
+        child = parent.create_child_context("search")
+        clock.advance(1.0)
+        with pytest.raises(ContextClosedError):
+            if add == "callback":
+                child.callback(log.append, "released")
+            else:
+                child.closing(Closes(log))
+        assert log == ["released"]
+        parent.close()
+        assert log == ["released"]
+
+
+class Closes:
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def close(self) -> None:
+        self.log.append("released")

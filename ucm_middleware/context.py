@@ -464,11 +464,12 @@ class UserExecutionContext(ResourceHolder):
         """
         self.require_usable()
         roots = self._own_roots()
-        if isinstance(self._parent, UserExecutionContext):
+        parent = self._parent  # looked at once: another thread may close this context meanwhile
+        if isinstance(parent, UserExecutionContext):
             # As if the parent were another user: a child must not share even with its parent, the session excepted.
             roots += [
                 Root(f"{root.owner} (parent)", root.label, root.value)
-                for root in self._parent._own_roots()
+                for root in parent._own_roots()
                 if not root.opaque
             ]
         if findings := find_shared(roots, self._user_id):

@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from ucm_middleware.errors import ContextClosedError
 from ucm_middleware.resources import (
     DEFAULT_RELEASE_TIMEOUT,
     OwnerTask,
@@ -95,10 +96,13 @@ class ResourceHolder(Closable):
 
     def _push(self, resource: Resource) -> None:
         """Keep a resource that is already open; when the context is not open any more, let go of it and refuse."""
-        if not self._lifetime.permits_use or not self._lifetime.add(resource):
-            error = self._closed_error()
+        try:
+            self.require_usable()
+            if not self._lifetime.add(resource):
+                raise self._closed_error()
+        except ContextClosedError as error:
             self._lifetime.release_late_here(resource, error)
-            raise error
+            raise
 
     async def _push_entered(self, resource: Resource) -> None:
         """The same for what was entered asynchronously, meanwhile."""

@@ -200,7 +200,8 @@ class Lifetime(Timed):
         with self.transition:
             if self.state is not OPEN and self.state is not UNBOUND:
                 return False
-            self.closing = closing
+            if self.closing is None:  # there is one when something came too late for a parent that was closing
+                self.closing = closing
             self.state = CLOSING
             self.reason = reason
             return True

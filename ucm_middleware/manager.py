@@ -498,10 +498,9 @@ class UserContextManager:
             raise ConfigurationError("the context lives under another manager")
         displaced: Displaced = {}
         try:
-            displaced.update(self._registry.insert(context, key, ttl, self.ttl))
-            if isinstance(key, str) and key != context.user_id:
-                # So that the user too finds it by this text: from inside, it means the pair.
-                displaced.update(self._registry.insert(context, (context.user_id, key), ttl, self.ttl))
+            # So that the user too finds it by this text: from inside, it means the pair.
+            also = (context.user_id, key) if isinstance(key, str) and key != context.user_id else None
+            displaced.update(self._registry.insert(context, key, ttl, self.ttl, also))
             self._require_still_open(context)
         except UserContextError as error:
             self._close_displaced(displaced)

@@ -105,9 +105,14 @@ class Registry:
         return context
 
     def insert(
-        self, context: UserExecutionContext, key: Key, ttl: float | None, usual_ttl: float | None = None
+        self,
+        context: UserExecutionContext,
+        key: Key,
+        ttl: float | None,
+        usual_ttl: float | None = None,
+        also: Key | None = None,
     ) -> Displaced:
-        """Put a context under a key. Returns the contexts that must be closed now, and why.
+        """Put a context under a key, and under one more of its owner's. Returns whom to close now, and why.
 
         ``usual_ttl`` is for a context that is new here, when ``ttl`` is None; one that is in already keeps its
         deadline.
@@ -119,6 +124,8 @@ class Registry:
             if not context.is_open:  # whoever closed it has looked for it here already, or waits for the lock
                 raise _closed(context)
             displaced = self._make_way(context, key)
+            if also is not None:
+                displaced.update(self._make_way(context, also))
             mine = self._unfold(owner)
             if mine is None or context not in mine:
                 self._make_room(owner, context.is_anonymous, displaced)
@@ -134,6 +141,9 @@ class Registry:
             elif key not in context.registry_keys:
                 context.registry_keys += (key,)
             self._by_key[key] = context
+            if also is not None:
+                self._by_key[also] = context
+                context.registry_keys += () if also in context.registry_keys else (also,)
             if ttl is not None:
                 self._set_deadline(context, ttl)
         return displaced

@@ -68,12 +68,13 @@ class Closable:
         """Raise ContextClosedError from the closing on, and from the deadline on even when nothing has noticed it
         yet.
         """
-        if not self._lifetime.permits_use:
+        lifetime = self._lifetime
+        if not lifetime.permits_use:
             raise self._closed_error()
-        parent = self._parent
+        parent = self._parent if lifetime.is_open else None  # what is being released here may be used to the end
         while parent is not None:
-            if parent.is_open and parent.lifetime.is_expired:
-                raise self._closed_error()
+            if not parent.is_open or parent.lifetime.is_expired:
+                raise parent._closed_error()
             parent = parent._parent
 
     def close(self, reason: CloseReason = "closed", error: BaseException | None = None) -> None:
