@@ -171,7 +171,7 @@ class Registry:
                 key = (user_id, key[1])
                 present = self._by_key.get(key)
                 if present is not None:
-                    displaced[present.context] = "replaced"
+                    displaced[present.context] = "replaced" if self._is_live(present.context) else "expired"
                 self._by_key[key] = entry
             renamed.append(key)
         entry.keys = tuple(renamed)
