@@ -376,6 +376,17 @@ class TestLimits:
         stranger.bind("bob")
         assert stranger.user_id == "bob"
 
+    def test_what_has_expired_is_not_replaced_by_whoever_is_bound(self) -> None:
+        clock = Clock()
+        manager = UserContextManager(clock=clock)
+        manager.create_isolated_context("alice", "draft", ttl_seconds=1.0)
+        stranger = visitor(manager)
+        manager.set_context((stranger.user_id, "draft"), stranger)
+        clock.advance(1.0)
+        stranger.bind("alice")
+        assert [event["reason"] for event in events(manager, "alice", "closed")] == ["expired"]
+        assert manager.get_context(("alice", "draft")) is stranger
+
     def test_whoever_is_bound_counts_as_named(self) -> None:
         manager = UserContextManager(max_contexts=1, max_anonymous_contexts=1)
         visitor(manager).bind("alice")
