@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -115,6 +116,30 @@ class TestMemoryLedger:
         written.clear()
         alive = [one for one in gc.get_objects() if type(one) is AuditRecord and one.at in seconds]
         assert len(alive) <= 3 + BATCH
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_what_interrupts_the_sorting_disturbs_nothing(self, before: bool) -> None:
+        # A finalizer or a signal handler, as the line is found not to be empty, or with a record in hand.
+        class Interrupted(deque[AuditRecord]):
+            def popleft(self) -> AuditRecord:
+                if before:
+                    interrupt()
+                taken = super().popleft()
+                interrupt()
+                return taken
+
+        def interrupt() -> None:
+            if len(written) == 1:
+                written.extend(record("alice") for _ in range(BATCH))
+                for one in written[1:]:
+                    ledger.append(one)
+
+        written = [record("alice")]
+        ledger = MemoryLedger(records_per_user=2 * BATCH)
+        ledger._incoming = Interrupted(written)
+        trail = ledger.trail("alice")
+        assert trail is not None
+        assert trail.records == tuple(written)
 
 
 class TestRecord:

@@ -64,6 +64,7 @@ class MemoryLedger:
 
     def after_fork(self) -> None:
         """A new lock: a thread of the parent may have held the old one."""
+        self._is_sorting = False
         self._lock = threading.RLock()  # reentrant: a finalizer or a signal handler may close a context meanwhile
 
     def append(self, record: AuditRecord) -> None:
@@ -91,20 +92,26 @@ class MemoryLedger:
         """Put what waits in line where it belongs, in the order in which it came."""
         incoming, named, most = self._incoming, self._named, self.records_per_user
         with self._lock:
-            while incoming:
-                record = incoming.popleft()
-                kept = named.get(record.user_id)
-                if kept is None:
-                    kept = self._kept_of(record.user_id, record.event)
-                else:
-                    named.move_to_end(record.user_id)  # the users seen last stay longest
-                if record.event == "opened":
-                    kept.opening = record
-                records = kept.records
-                if len(records) >= most:
-                    del records[0]
-                    kept.dropped += 1
-                records.append(record)
+            if self._is_sorting:  # what interrupts it leaves its records to it, or two would take from one line
+                return
+            self._is_sorting = True
+            try:
+                while incoming:
+                    record = incoming.popleft()
+                    kept = named.get(record.user_id)
+                    if kept is None:
+                        kept = self._kept_of(record.user_id, record.event)
+                    else:
+                        named.move_to_end(record.user_id)  # the users seen last stay longest
+                    if record.event == "opened":
+                        kept.opening = record
+                    records = kept.records
+                    if len(records) >= most:
+                        del records[0]
+                        kept.dropped += 1
+                    records.append(record)
+            finally:
+                self._is_sorting = False
 
     def _kept_of(self, user_id: str | None, event: Event) -> _Kept:
         """Where the records of an anonymous user belong, or of one not known yet, or of none."""
