@@ -130,7 +130,7 @@ class TestMemoryLedger:
 
         def interrupt() -> None:
             if len(written) == 1:
-                written.extend(record("alice") for _ in range(BATCH))
+                written.extend(record("alice") for _ in range(BATCH - before))
                 for one in written[1:]:
                     ledger.append(one)
 

@@ -78,7 +78,7 @@ class Deadlines(Generic[T]):
         """Take out what is due, so many at most: the owner's lock is held meanwhile."""
         due: list[T] = []
         for queue in list(self.queues.values()):
-            while len(due) < most and (entry := next(iter(queue), None)) is not None and entry.wake <= now:
+            while len(due) < most and (entry := _front(queue)) is not None and entry.wake <= now:
                 of = queue.pop(entry, None)
                 left = 0.0 if entry.deadline is None else entry.deadline - now
                 if of is None:
@@ -91,8 +91,14 @@ class Deadlines(Generic[T]):
 
     def next_wake(self) -> float | None:
         """When to look next; None when there is nothing to wait for."""
-        fronts = [next(iter(queue), None) for queue in list(self.queues.values())]
+        fronts = [_front(queue) for queue in list(self.queues.values())]
         return min((entry.wake for entry in fronts if entry is not None), default=None)
+
+
+def _front(queue: dict[Timed, T]) -> Timed | None:
+    for entry in queue:  # without a call, in the middle of which a finalizer could take an entry out
+        return entry
+    return None
 
 
 def _round_down(wait: float) -> float:

@@ -221,7 +221,7 @@ class Registry:
         if not mine:
             del self._by_owner[owner]
         for key in context.registry_keys:
-            if self._by_key.get(key) is context:
+            if key in self._by_key and self._by_key[key] is context:
                 del self._by_key[key]
         return True
 
@@ -244,6 +244,7 @@ class Registry:
                 lifetime = context.lifetime
                 self._deadlines[True].discard(lifetime)
                 self._queue(context)
+                self._rename(context, old, user_id, displaced)
                 self._by_owner.pop(old, None)
                 if user_id in self._by_owner:
                     self._by_owner[user_id][context] = None
@@ -251,7 +252,8 @@ class Registry:
                     self._by_owner[user_id] = group
                 self._live[True] -= 1
                 self._live[False] += 1
-                self._rename(context, old, user_id, displaced)
+                if not context.is_open:  # it was closed in the middle of this, and looked for where it was not yet
+                    self.remove(context)
         return displaced
 
     def _rename(self, context: UserExecutionContext, old: str, user_id: str, displaced: Displaced) -> None:

@@ -1,0 +1,146 @@
+"""Finalizers and signal handlers come in at any call of their own thread: what they do must not be lost, nor undone."""
+
+import sys
+from collections.abc import Callable
+from itertools import product
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from ucm_middleware import Principal, UserContextManager, UserExecutionContext, create_isolated_execution_context
+from ucm_middleware.errors import UserContextError
+
+MOST = 400
+"""More calls than anything here makes."""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Interruption:
+    """Does its work once, at the n-th moment at which the interpreter may run something else in the registry's code."""
+
+    def __init__(self, moment: int, work: Callable[[], object], modules: tuple[str, ...]) -> None:
+        self._left = moment
+        self._work = work
+        self._modules = modules
+        self.happened = False
+
+    def __enter__(self) -> "Interruption":
+        sys.setprofile(self._look)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        sys.setprofile(None)
+
+    def _look(self, frame: FrameType, event: str, arg: object) -> None:
+        # A function is entered, or one of C has returned: there the interpreter looks for what waits.
+        if event not in ("call", "c_return") or frame.f_globals.get("__name__") not in self._modules:
+            return
+        self._left -= 1
+        if self._left == 0:
+            sys.setprofile(None)
+            self.happened = True
+            self._work()
+
+
+class House:
+    """A manager with contexts of a few users in every form, and what can be done to them."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.manager = UserContextManager(
+            max_contexts_per_user=3, max_contexts=6, max_anonymous_contexts=2, clock=self.clock
+        )
+        self.manager._sweeper._planned = -1.0  # whatever it is asked for, it is awake already: no thread
+        self.all: list[UserExecutionContext] = []
+        self.lone = self.open("alice", "r-1")
+        self.first, self.second = self.open("bob", "r-1"), self.open("bob", "r-2")
+        self.keyed = create_isolated_execution_context("carol", "r-1")
+        self.manager.set_context("carol", self.keyed)
+        self.all.append(self.keyed)
+        self.visitor = self.manager._open_for_connection(None, 7.0, None, False)
+        self.all.append(self.visitor)
+
+    def open(self, user_id: str, request_id: str | None = None, ttl: float = 60) -> UserExecutionContext:
+        context = self.manager.create_isolated_context(user_id, request_id, ttl_seconds=ttl)
+        self.all.append(context)
+        return context
+
+    def put(self, key: Any, user_id: str, request_id: str) -> None:
+        context = create_isolated_execution_context(user_id, request_id)
+        self.all.append(context)
+        self.manager.set_context(key, context, ttl_seconds=30)
+
+    def check(self) -> None:
+        registry = self.manager._registry
+        live = [context for _, context in registry.live()]
+        assert sorted(map(id, live)) == sorted(id(c) for c in self.all if c.is_open and c.host is not None)
+        assert len(registry) == len(live)
+        assert registry._live == [sum(c.is_anonymous == kind for c in live) for kind in (False, True)]
+        for key, context in registry.live():
+            assert registry.lookup(key) is context, (key, context)
+        for key, context in registry._by_key.items():
+            assert context.is_open
+            assert key in context.registry_keys
+        assert all(registry._by_owner.values())
+        for kind in (False, True):
+            queued = [of for queue in registry._deadlines[kind].queues.values() for of in queue.values()]
+            timed = [c for c in live if c.is_anonymous == kind and c.lifetime.deadline is not None]
+            assert {id(c) for c in timed} <= {id(c) for c in queued}, "nobody would notice its deadline"
+
+
+def attempt(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except UserContextError:
+        return
+
+
+OPERATIONS: dict[str, Callable[[House], object]] = {
+    "open": lambda house: house.open("dave", "r-1"),
+    "open another": lambda house: house.open("alice", "r-2"),
+    "open in place": lambda house: house.open("bob", "r-1"),
+    "put": lambda house: house.put("carol", "carol", "r-2"),
+    "close lone": lambda house: house.lone.close(),
+    "close one of two": lambda house: house.first.close(),
+    "close keyed": lambda house: house.keyed.close(),
+    "end lone": lambda house: house.lone.end("finished"),
+    "bind to new": lambda house: house.visitor.bind("dave"),
+    "bind to lone": lambda house: house.visitor.bind("alice"),
+    "bind to many": lambda house: house.visitor.bind(Principal("bob")),
+    "limit": lambda house: house.manager.end_within(house.lone, 5.0),
+    "sweep": lambda house: (setattr(house.clock, "now", 6.95), house.manager.sweep()),
+    "sweep all": lambda house: (setattr(house.clock, "now", 100.0), house.manager.sweep()),
+    "look": lambda house: house.manager._registry.next_wake(),
+    "list": lambda house: house.manager.get_active_contexts(),
+    "find": lambda house: house.manager.get_context(("alice", "r-1")),
+}
+
+
+# Two contexts that want one key at one moment: whoever comes last has it, and the other one lives on without it.
+RIVALS = {("open another", "open another"), ("open in place", "open in place"), ("put", "put")}
+
+
+@pytest.mark.parametrize(
+    ("operation", "interruption"), [pair for pair in product(OPERATIONS, repeat=2) if pair not in RIVALS]
+)
+def test_whatever_comes_in_the_table_is_right_after(operation: str, interruption: str) -> None:
+    for moment in range(1, MOST):
+        house = House()
+        with Interruption(
+            moment,
+            lambda house=house: attempt(lambda: OPERATIONS[interruption](house)),
+            ("ucm_middleware.registry", "ucm_middleware.expiry"),
+        ) as coming:
+            attempt(lambda house=house: OPERATIONS[operation](house))
+        house.check()
+        if not coming.happened:
+            return
+    raise AssertionError("it makes more calls than thought")
