@@ -173,8 +173,9 @@ class TestValues:
         contextvars.Context().run(asyncio.run, serve())
         assert seen == [nothing, ignore]
 
-    def test_a_request_is_never_the_last_one(self) -> None:
-        # A server may start the next request of the connection from within them.
+    @pytest.mark.parametrize("scope", [http_scope(), http_scope(http_version="2"), websocket_scope(http_version="2")])
+    def test_what_is_not_the_last_one_pays(self, scope: Scope) -> None:
+        # A server may start the next request of the connection from within them, or wait for it.
         seen: list[str] = []
 
         async def receive() -> Message:
@@ -189,7 +190,7 @@ class TestValues:
             await receive()
             await answer(send)
 
-        contextvars.Context().run(asyncio.run, ContextFirewall(app)(http_scope(), receive, send))
+        contextvars.Context().run(asyncio.run, ContextFirewall(app)(scope, receive, send))
         assert seen == ["nobody"] * 3
 
     async def test_a_lifespan_is_let_through_as_it_is(self) -> None:

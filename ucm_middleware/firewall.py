@@ -78,13 +78,13 @@ class Boundary:
 
         The server's ``receive`` and ``send`` are stepped outside again: a server may start the next request of the
         connection from within them, and it, its log and the middlewares around us would then inherit this Context. A
-        WebSocket is the last exchange of its connection: there it is done for the sake of what is set outside, and
-        messages cost nothing where nothing is.
+        WebSocket is the last exchange of its connection, other than over HTTP/2: there it is done for the sake of what
+        is set outside, and messages cost nothing where nothing is.
         """
         assert self.context is not None
         # A copy, since a Context cannot be entered twice, and the one we are in is entered.
         outside = copy_context()
-        if scope["type"] == "http" or len(outside):
+        if scope["type"] == "http" or len(outside) or scope.get("http_version", "1.1") != "1.1":
             receive, send = _outside(outside.run, receive, send)
         run = self.context.run
         running = run(app, scope, receive, send)
