@@ -138,7 +138,11 @@ class UserContextMiddleware:
         variables: Context | None = scope[BOUNDARY].context
         context = self.manager._open_for_connection(user_id, self.ttl, variables, scope["type"] == "websocket")
         if seconds_left is not None:
-            self.manager.end_within(context, seconds_left)
+            try:
+                self.manager.end_within(context, seconds_left)
+            except BaseException:  # no thread could be started to watch it, and nobody else would close it
+                context.close("failed")
+                raise
         scope[CONTEXT] = context
         if "state" in scope:
             scope["state"]["user_context"] = context
