@@ -8,19 +8,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from starlette.requests import HTTPConnection
 
 import ucm_middleware
+from support.asgi import exchange, http_scope
 from support.clock import Clock
 from support.contexts import visitor
 from support.waiting import PATIENCE, wait_until
-from ucm_middleware import Principal, UserContextManager
+from ucm_middleware import Principal, UserContextManager, UserContextMiddleware, create_isolated_execution_context
 from ucm_middleware.audit.ledger import MemoryLedger
 from ucm_middleware.audit.records import AuditRecord
 from ucm_middleware.sweeper import Sweeper
+from ucm_middleware.types import Receive, Scope, Send
 
 SOON = 0.02
 HOUR = 3600.0
@@ -223,6 +226,32 @@ def test_a_thread_that_could_not_be_started_is_started_for_the_next_deadline(mon
     assert manager.get_active_contexts() == {}
     other = manager.create_isolated_context("bob", ttl_seconds=SOON)
     wait_until(is_closed(other), "one that came after is closed")
+
+
+async def test_a_connection_whose_credentials_nobody_would_watch_is_not_left_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def identify(connection: HTTPConnection) -> Principal:
+        return Principal("alice", expires_at=datetime.now(UTC) + timedelta(hours=1))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise AssertionError("it must not get here")
+
+    manager = UserContextManager()
+    with NoThreads(monkeypatch), pytest.raises(RuntimeError, match="new thread"):
+        await exchange(UserContextMiddleware(app, manager=manager, identify=identify), http_scope())
+    assert len(manager._registry) == 0
+
+
+def test_credentials_that_ended_before_there_was_a_manager_are_watched_by_it() -> None:
+    passed = [0.0]
+    manager = UserContextManager(clock=lambda: time.monotonic() + sum(passed))
+    context = create_isolated_execution_context("alice")
+    context.bind(Principal("alice", expires_at=datetime.now(UTC) + timedelta(hours=1)))
+    manager.set_context("alice", context)
+    passed.append(HOUR + 1)
+    assert manager.sweep() == 1
+    assert context.lifetime.reason == "expired"
 
 
 def test_what_could_not_be_closed_for_want_of_a_thread_is_closed_later(

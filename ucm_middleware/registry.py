@@ -127,7 +127,8 @@ class Registry:
             if also is not None:
                 displaced.update(self._make_way(context, also))
             mine = self._unfold(owner)
-            if mine is None or context not in mine:
+            is_new = mine is None or context not in mine
+            if is_new:
                 self._make_room(owner, context.is_anonymous, displaced)
                 self._evict_squatter(owner, context)
                 context.registry_keys = (key,)
@@ -146,6 +147,8 @@ class Registry:
                 context.registry_keys += () if also in context.registry_keys else (also,)
             if ttl is not None:
                 self._set_deadline(context, ttl)
+            elif is_new:
+                self._queue(context)  # its user's credentials may end
         return displaced
 
     def admit(self, context: UserExecutionContext, ttl: float | None) -> Displaced | None:
