@@ -29,6 +29,7 @@ from ucm_middleware import (
     Principal,
     UnauthenticatedError,
     UnifiedIDManager,
+    UserContextError,
     UserContextManager,
     UserExecutionContext,
     create_isolated_execution_context,
@@ -36,7 +37,7 @@ from ucm_middleware import (
     managed_user_context,
 )
 from ucm_middleware.ambient import ambient_grant
-from ucm_middleware.registry import Exclusion
+from ucm_middleware.registry import Exclusion, Registry
 from ucm_middleware.testing import closing_contexts
 
 HOUR = 3600.0
@@ -548,6 +549,32 @@ class TestRaces:
         with pytest.raises(IdentityConflictError):
             context.bind("alice")
         assert [shown["is_anonymous"] for shown in manager.get_active_contexts().values()] == [True]
+
+    @pytest.mark.parametrize("moment", ["bound", "opened", "put"])
+    def test_who_has_expired_is_closed_also_when_whoever_needed_the_room_is_refused(
+        self, clock: Clock, monkeypatch: pytest.MonkeyPatch, moment: str
+    ) -> None:
+        manager = UserContextManager(max_contexts=1, clock=clock)
+        expired = manager.create_isolated_context("alice", ttl_seconds=HOUR)
+        clock.advance(HOUR)
+        room = Registry._make_room
+
+        def make_room(registry: Registry, *args: Any) -> None:
+            room(registry, *args)
+            context.close()
+
+        context = visitor(manager) if moment == "bound" else create_isolated_execution_context("bob")
+        monkeypatch.setattr(Registry, "_make_room", make_room)
+        monkeypatch.setattr(UserExecutionContext, "_with_own_ids", lambda *args: context)
+        with pytest.raises(UserContextError):
+            if moment == "bound":
+                context.bind("bob")
+            elif moment == "opened":
+                manager.create_isolated_context("bob")
+            else:
+                manager.set_context("bob", context)
+        assert not expired.is_open
+        assert len(manager._registry) == 0
 
     def test_a_context_that_closes_while_it_is_bound_does_not_stay(
         self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch

@@ -440,12 +440,11 @@ class UserContextManager:
         self._guard.require_unbound(context)
         anonymous_id = context.user_id
         context.verify_isolation()
-        displaced = self._registry.rebind(context, user_id, lambda: context._become(user_id))
+        self._close_displaced(self._registry.rebind(context, user_id, lambda: context._become(user_id)))
         if context.user_id != user_id:
             raise IdentityConflictError(
                 "the context closed, or got another identity, at the same moment; open a new one"
             )
-        self._close_displaced(displaced)
         self._trail.bound(context, anonymous_id)
         self.hooks.context_bound(context, anonymous_id)
 
@@ -512,10 +511,12 @@ class UserContextManager:
 
     def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> Displaced | None:
         """Let a new context live here, under the pair of its user and its request."""
+        displaced: Displaced | None = None
         try:
             displaced = self._registry.admit(context, ttl)
             self._require_still_open(context)
         except UserContextError as error:
+            self._close_displaced(displaced or {})
             context._detach()
             raise self._recorded(error, context, source, context.request_id) from None
         return displaced
