@@ -19,7 +19,14 @@ from support.asgi import exchange, http_scope
 from support.clock import Clock
 from support.contexts import visitor
 from support.waiting import PATIENCE, wait_until
-from ucm_middleware import Principal, UserContextManager, UserContextMiddleware, create_isolated_execution_context
+from ucm_middleware import (
+    Principal,
+    UserContextManager,
+    UserContextMiddleware,
+    UserExecutionContext,
+    create_isolated_execution_context,
+    hookimpl,
+)
 from ucm_middleware.audit.ledger import MemoryLedger
 from ucm_middleware.audit.records import AuditRecord
 from ucm_middleware.sweeper import Sweeper
@@ -249,6 +256,22 @@ def test_credentials_that_ended_before_there_was_a_manager_are_watched_by_it() -
     context = create_isolated_execution_context("alice")
     context.bind(Principal("alice", expires_at=datetime.now(UTC) + timedelta(hours=1)))
     manager.set_context("alice", context)
+    passed.append(HOUR + 1)
+    assert manager.sweep() == 1
+    assert context.lifetime.reason == "expired"
+
+
+@pytest.mark.parametrize("ttl", [None, 2 * HOUR])
+def test_credentials_that_a_plugin_knows_of_are_watched_too(ttl: float | None) -> None:
+    class Knowing:
+        @hookimpl
+        def ucm_bind_session(self, context: UserExecutionContext) -> None:
+            context.bind(Principal("alice", expires_at=datetime.now(UTC) + timedelta(hours=1)))
+
+    passed = [0.0]
+    manager = UserContextManager(clock=lambda: time.monotonic() + sum(passed), plugins=[Knowing()], ttl=ttl)
+    manager.create_isolated_context("bob")  # another one lives as long, and waits in front
+    context = manager.create_isolated_context("alice", db_session=object())
     passed.append(HOUR + 1)
     assert manager.sweep() == 1
     assert context.lifetime.reason == "expired"

@@ -158,6 +158,8 @@ class Registry:
         """
         owner, lifetime, anonymous = context._user_id, context._lifetime, context._anonymous
         queue = None
+        if lifetime.deadline is not None:  # a plugin has bound it to credentials that end
+            return self.insert(context, (owner, context._request_id), ttl)
         if ttl is not None:
             now = self.clock()
             deadline = lifetime.expire_at(now + ttl, self.clock)
