@@ -2,34 +2,29 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import product
 from types import FrameType
 from typing import Any
 
 import pytest
 
+from support.clock import Clock
 from ucm_middleware import Principal, UserContextManager, UserExecutionContext, create_isolated_execution_context
 from ucm_middleware.errors import UserContextError
 
+TABLE = {"ucm_middleware.registry", "ucm_middleware.expiry"}
 MOST = 400
 """More calls than anything here makes."""
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Interruption:
-    """Does its work once, at the n-th moment at which the interpreter may run something else in the registry's code."""
+    """Does its work once, at the n-th moment in the table's code at which the interpreter may run something else."""
 
-    def __init__(self, moment: int, work: Callable[[], object], modules: tuple[str, ...]) -> None:
+    def __init__(self, moment: int, work: Callable[[], object]) -> None:
         self._left = moment
         self._work = work
-        self._modules = modules
         self.happened = False
 
     def __enter__(self) -> "Interruption":
@@ -41,7 +36,7 @@ class Interruption:
 
     def _look(self, frame: FrameType, event: str, arg: object) -> None:
         # A function is entered, or one of C has returned: there the interpreter looks for what waits.
-        if event not in ("call", "c_return") or frame.f_globals.get("__name__") not in self._modules:
+        if event not in ("call", "c_return") or frame.f_globals.get("__name__") not in TABLE:
             return
         self._left -= 1
         if self._left == 0:
@@ -78,6 +73,10 @@ class House:
         self.all.append(context)
         self.manager.set_context(key, context, ttl_seconds=30)
 
+    def sweep(self, later: float) -> None:
+        self.clock.advance(later)
+        self.manager.sweep()
+
     def check(self) -> None:
         registry = self.manager._registry
         live = [context for _, context in registry.live()]
@@ -96,13 +95,6 @@ class House:
             assert {id(c) for c in timed} <= {id(c) for c in queued}, "nobody would notice its deadline"
 
 
-def attempt(work: Callable[[], object]) -> None:
-    try:
-        work()
-    except UserContextError:
-        return
-
-
 OPERATIONS: dict[str, Callable[[House], object]] = {
     "open": lambda house: house.open("dave", "r-1"),
     "open another": lambda house: house.open("alice", "r-2"),
@@ -116,8 +108,8 @@ OPERATIONS: dict[str, Callable[[House], object]] = {
     "bind to lone": lambda house: house.visitor.bind("alice"),
     "bind to many": lambda house: house.visitor.bind(Principal("bob")),
     "limit": lambda house: house.manager.end_within(house.lone, 5.0),
-    "sweep": lambda house: (setattr(house.clock, "now", 6.95), house.manager.sweep()),
-    "sweep all": lambda house: (setattr(house.clock, "now", 100.0), house.manager.sweep()),
+    "sweep": lambda house: house.sweep(6.95),  # a wait that was rounded down is over, and the deadline not there yet
+    "sweep all": lambda house: house.sweep(100.0),
     "look": lambda house: house.manager._registry.next_wake(),
     "list": lambda house: house.manager.get_active_contexts(),
     "find": lambda house: house.manager.get_context(("alice", "r-1")),
@@ -128,18 +120,19 @@ OPERATIONS: dict[str, Callable[[House], object]] = {
 RIVALS = {("open another", "open another"), ("open in place", "open in place"), ("put", "put")}
 
 
+def attempt(operation: str, house: House) -> None:
+    with suppress(UserContextError):
+        OPERATIONS[operation](house)
+
+
 @pytest.mark.parametrize(
     ("operation", "interruption"), [pair for pair in product(OPERATIONS, repeat=2) if pair not in RIVALS]
 )
 def test_whatever_comes_in_the_table_is_right_after(operation: str, interruption: str) -> None:
     for moment in range(1, MOST):
         house = House()
-        with Interruption(
-            moment,
-            lambda house=house: attempt(lambda: OPERATIONS[interruption](house)),
-            ("ucm_middleware.registry", "ucm_middleware.expiry"),
-        ) as coming:
-            attempt(lambda house=house: OPERATIONS[operation](house))
+        with Interruption(moment, partial(attempt, interruption, house)) as coming:
+            attempt(operation, house)
         house.check()
         if not coming.happened:
             return
