@@ -96,13 +96,11 @@ class Registry:
 
     def lookup(self, key: Key) -> UserExecutionContext | None:
         """The context under a key, expired or not."""
-        context = self._by_key.get(key)
-        if context is None and isinstance(key, tuple):
+        if isinstance(key, tuple):
             lone = self._lone.get(key[0])
-            if lone is not None and lone.request_id == key[1]:
+            if lone is not None and lone._request_id == key[1]:
                 return lone
-            context = self._by_key.get(key)  # it may have been unfolded in between
-        return context
+        return self._by_key.get(key)  # second: one that was unfolded in between is here by now
 
     def insert(
         self,
