@@ -476,6 +476,7 @@ def test_a_sweep_is_not_disturbed_by_a_context_that_ends_meanwhile() -> None:
     context = manager.create_isolated_context("alice", ttl_seconds=60)
     manager.create_isolated_context("bob", ttl_seconds=60)
     ended = threading.Event()
+    sweeping = threading.current_thread()
 
     def end() -> None:
         context.end("finished")
@@ -484,7 +485,8 @@ def test_a_sweep_is_not_disturbed_by_a_context_that_ends_meanwhile() -> None:
     class Walked(dict[Any, Any]):
         def __iter__(self) -> Iterator[Any]:
             walk = super().__iter__()
-            threading.Thread(target=end).start()
+            if threading.current_thread() is sweeping:  # and not the manager's own thread
+                threading.Thread(target=end).start()
             ended.wait(0.1)  # it may have to wait until the sweep is through: then this runs out
             return walk
 
