@@ -1,6 +1,7 @@
 """Finalizers and signal handlers come in at any call of their own thread: what they do must not be lost, nor undone."""
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from support.clock import Clock
+from support.waiting import PATIENCE
 from ucm_middleware import Principal, UserContextManager, UserExecutionContext, create_isolated_execution_context
 from ucm_middleware.errors import UserContextError
 
@@ -134,6 +136,26 @@ def test_whatever_comes_in_the_table_is_right_after(operation: str, interruption
         with Interruption(moment, partial(attempt, interruption, house)) as coming:
             attempt(operation, house)
         house.check()
+        if not coming.happened:
+            return
+    raise AssertionError("it makes more calls than thought")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_signal_handler_that_raises_leaves_the_lock_free(operation: str) -> None:
+    def raise_it() -> None:
+        raise KeyboardInterrupt
+
+    for moment in range(1, MOST):
+        house = House()
+        with Interruption(moment, raise_it) as coming, suppress(KeyboardInterrupt):
+            attempt(operation, house)
+        registry = house.manager._registry
+        through = threading.Thread(target=registry.live, daemon=True)
+        through.start()
+        through.join(PATIENCE)
+        assert not through.is_alive()
+        assert registry._held == 0
         if not coming.happened:
             return
     raise AssertionError("it makes more calls than thought")

@@ -37,7 +37,7 @@ from ucm_middleware import (
     managed_user_context,
 )
 from ucm_middleware.ambient import ambient_grant
-from ucm_middleware.registry import Exclusion, Registry
+from ucm_middleware.registry import Registry
 from ucm_middleware.testing import closing_contexts
 
 HOUR = 3600.0
@@ -599,16 +599,19 @@ class TestRaces:
         assert manager.get_active_contexts() == {}
 
 
-class Signalling(Exclusion):
+class Signalling:
     """A lock that tells when somebody else comes for it."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.wanted = threading.Event()
+        self._lock = threading.RLock()
 
     def __enter__(self) -> None:
         self.wanted.set()
-        super().__enter__()
+        self._lock.acquire()
+
+    def __exit__(self, *raised: object) -> None:
+        self._lock.release()
 
 
 class TestTheEnd:

@@ -5,13 +5,17 @@
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Final
+from functools import wraps
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
 from ucm_middleware.expiry import Deadlines
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Key = str | tuple[str, str]
 """A user's own id, any other key of theirs, or the pair (user id, request id)."""
@@ -37,27 +41,28 @@ class Limits:
         self.anonymous = anonymous
 
 
-class Exclusion:
-    """A reentrant lock that says whether it is held.
+def _exclusive(
+    method: Callable[Concatenate["Registry", P], T],
+) -> Callable[Concatenate["Registry", P], T]:
+    """Run a method under the registry's lock, and let it be seen that somebody does.
 
     Under the GIL, threads, finalizers and signal handlers come in between calls only. So a few lines that call nothing
-    are atomic by themselves: where they find ``held`` at 0, no operation under the lock is in its middle, and they need
-    not take it.
+    are atomic by themselves: where they find ``_held`` at 0, no operation under the lock is in its middle, and they
+    need not take it.
     """
 
-    __slots__ = ("_lock", "held")
+    @wraps(method)
+    def exclusive(registry: "Registry", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        # The lock's own way in and out, which no signal handler that raises can come in the middle of.
+        with registry._lock:
+            held = registry._held
+            registry._held = held + 1
+            try:
+                return method(registry, *args, **kwargs)
+            finally:
+                registry._held = held
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self.held = 0
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self.held += 1
-
-    def __exit__(self, *error: object) -> None:
-        self.held -= 1
-        self._lock.release()
+    return exclusive
 
 
 class Registry:
@@ -82,7 +87,8 @@ class Registry:
         # The lock is reentrant: a finalizer or a signal handler may close a context in the middle of an operation. So
         # what is walked is a snapshot, and what was checked before a call is checked again after it: only between
         # calls can nothing happen.
-        self._lock = Exclusion()
+        self._lock = threading.RLock()
+        self._held = 0
         self._lone: dict[str, UserExecutionContext] = {}
         self._by_key: dict[Key, UserExecutionContext] = {}
         self._by_owner: dict[str, dict[UserExecutionContext, None]] = {}
@@ -102,6 +108,7 @@ class Registry:
                 return lone
         return self._by_key.get(key)  # second: one that was unfolded in between is here by now
 
+    @_exclusive
     def insert(
         self,
         context: UserExecutionContext,
@@ -118,35 +125,34 @@ class Registry:
         Raises CrossUserAccessError when the key is another user's, ContextLimitError when there are too many contexts.
         """
         owner = context.user_id
-        with self._lock:
-            if not context.is_open:  # whoever closed it has looked for it here already, or waits for the lock
-                raise _closed(context)
-            displaced = self._make_way(context, key)
-            if also is not None:
-                displaced.update(self._make_way(context, also))
-            mine = self._unfold(owner)
-            is_new = mine is None or context not in mine
-            if is_new:
-                self._make_room(owner, context.is_anonymous, displaced)
-                self._evict_squatter(owner, context)
-                context.registry_keys = (key,)
-                group = {context: None}
-                if owner in self._by_owner:
-                    self._by_owner[owner][context] = None
-                else:
-                    self._by_owner[owner] = group
-                self._live[context.is_anonymous] += 1
-                ttl = usual_ttl if ttl is None else ttl
-            elif key not in context.registry_keys:
-                context.registry_keys += (key,)
-            self._by_key[key] = context
-            if also is not None:
-                self._by_key[also] = context
-                context.registry_keys += () if also in context.registry_keys else (also,)
-            if ttl is not None:
-                self._set_deadline(context, ttl)
-            elif is_new:
-                self._queue(context)  # its user's credentials may end
+        if not context.is_open:  # whoever closed it has looked for it here already, or waits for the lock
+            raise _closed(context)
+        displaced = self._make_way(context, key)
+        if also is not None:
+            displaced.update(self._make_way(context, also))
+        mine = self._unfold(owner)
+        is_new = mine is None or context not in mine
+        if is_new:
+            self._make_room(owner, context.is_anonymous, displaced)
+            self._evict_squatter(owner, context)
+            context.registry_keys = (key,)
+            group = {context: None}
+            if owner in self._by_owner:
+                self._by_owner[owner][context] = None
+            else:
+                self._by_owner[owner] = group
+            self._live[context.is_anonymous] += 1
+            ttl = usual_ttl if ttl is None else ttl
+        elif key not in context.registry_keys:
+            context.registry_keys += (key,)
+        self._by_key[key] = context
+        if also is not None:
+            self._by_key[also] = context
+            context.registry_keys += () if also in context.registry_keys else (also,)
+        if ttl is not None:
+            self._set_deadline(context, ttl)
+        elif is_new:
+            self._queue(context)  # its user's credentials may end
         return displaced
 
     def admit(self, context: UserExecutionContext, ttl: float | None) -> Displaced | None:
@@ -168,8 +174,8 @@ class Registry:
                 lifetime.wait = ttl
             else:
                 queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
-        if (  # without the lock, which would cost more than all the rest; see Exclusion
-            self._lock.held == 0
+        if (  # without the lock, which would cost more than all the rest; see _exclusive
+            self._held == 0
             and (lifetime.state is OPEN or lifetime.state is UNBOUND)  # from here on, who closes it finds it here
             and owner not in self._lone
             and owner not in self._by_owner
@@ -200,22 +206,26 @@ class Registry:
         """Take a context out, and free its keys. False when it was not in."""
         lifetime = context._lifetime
         owner = context._user_id
-        if self._lock.held == 0 and owner in self._lone and self._lone[owner] is context:  # as above
+        if self._held == 0 and owner in self._lone and self._lone[owner] is context:  # as above
             del self._lone[owner]
             self._live[context._anonymous] -= 1
             queues = self._deadlines[context._anonymous].queues
             if lifetime.wait in queues and lifetime in queues[lifetime.wait]:
                 del queues[lifetime.wait][lifetime]
             return True
-        with self._lock:
-            owner = context.user_id  # a late binding may just have changed it, under this lock
-            if owner in self._lone and self._lone[owner] is context:
-                del self._lone[owner]
-            elif not self._remove_from_group(owner, context):
-                return False
-            self._live[context.is_anonymous] -= 1
-            self._deadlines[context.is_anonymous].discard(lifetime)
-            return True
+        return self._remove(context)
+
+    @_exclusive
+    def _remove(self, context: UserExecutionContext) -> bool:
+        lifetime = context._lifetime
+        owner = context.user_id  # a late binding may just have changed it, under this lock
+        if owner in self._lone and self._lone[owner] is context:
+            del self._lone[owner]
+        elif not self._remove_from_group(owner, context):
+            return False
+        self._live[context.is_anonymous] -= 1
+        self._deadlines[context.is_anonymous].discard(lifetime)
+        return True
 
     def _remove_from_group(self, owner: str, context: UserExecutionContext) -> bool:
         mine = self._by_owner.get(owner)
@@ -229,6 +239,7 @@ class Registry:
                 del self._by_key[key]
         return True
 
+    @_exclusive
     def rebind(self, context: UserExecutionContext, user_id: str, transition: Callable[[], bool]) -> Displaced:
         """Move an anonymous context to its user. ``transition`` does the binding, with the lock held.
 
@@ -236,28 +247,27 @@ class Registry:
         """
         old = context.user_id
         displaced: Displaced = {}
-        with self._lock:
-            if not self._is_in(context, old):
-                return displaced
-            self._unfold(old)
-            self._unfold(user_id)
-            self._make_room(user_id, False, displaced)
-            group = {context: None}
-            if transition():
-                self._evict_squatter(user_id, context)
-                lifetime = context.lifetime
-                self._deadlines[True].discard(lifetime)
-                self._queue(context)
-                self._rename(context, old, user_id, displaced)
-                self._by_owner.pop(old, None)
-                if user_id in self._by_owner:
-                    self._by_owner[user_id][context] = None
-                else:
-                    self._by_owner[user_id] = group
-                self._live[True] -= 1
-                self._live[False] += 1
-                if not context.is_open:  # it was closed in the middle of this, and looked for where it was not yet
-                    self.remove(context)
+        if not self._is_in(context, old):
+            return displaced
+        self._unfold(old)
+        self._unfold(user_id)
+        self._make_room(user_id, False, displaced)
+        group = {context: None}
+        if transition():
+            self._evict_squatter(user_id, context)
+            lifetime = context.lifetime
+            self._deadlines[True].discard(lifetime)
+            self._queue(context)
+            self._rename(context, old, user_id, displaced)
+            self._by_owner.pop(old, None)
+            if user_id in self._by_owner:
+                self._by_owner[user_id][context] = None
+            else:
+                self._by_owner[user_id] = group
+            self._live[True] -= 1
+            self._live[False] += 1
+            if not context.is_open:  # it was closed in the middle of this, and looked for where it was not yet
+                self.remove(context)
         return displaced
 
     def _rename(self, context: UserExecutionContext, old: str, user_id: str, displaced: Displaced) -> None:
@@ -274,28 +284,28 @@ class Registry:
             renamed.append(key)
         context.registry_keys = tuple(renamed)
 
+    @_exclusive
     def limit(self, context: UserExecutionContext, seconds: float) -> float | None:
         """Let a context live so many seconds more at most, whatever it is given later. Returns its deadline."""
-        with self._lock:
-            if not self._is_in(context, context.user_id):
-                return None
-            lifetime = context.lifetime
-            self._deadlines[context.is_anonymous].discard(lifetime)
-            lifetime.limit(self.clock() + seconds, self.clock)
-            self._queue(context)
-            return lifetime.deadline
+        if not self._is_in(context, context.user_id):
+            return None
+        lifetime = context.lifetime
+        self._deadlines[context.is_anonymous].discard(lifetime)
+        lifetime.limit(self.clock() + seconds, self.clock)
+        self._queue(context)
+        return lifetime.deadline
 
+    @_exclusive
     def live(self) -> list[tuple[Key, UserExecutionContext]]:
         """A snapshot: every live context with the first key it stands under."""
-        with self._lock:
-            return self._shown(list(self._lone.values()), list(self._by_owner.values()))
+        return self._shown(list(self._lone.values()), list(self._by_owner.values()))
 
+    @_exclusive
     def live_of(self, user_ids: Iterable[str]) -> list[tuple[Key, UserExecutionContext]]:
         """A snapshot of some users' live contexts."""
-        with self._lock:
-            users = list(user_ids)
-            lone = [self._lone[user] for user in users if user in self._lone]
-            return self._shown(lone, [self._by_owner[user] for user in users if user in self._by_owner])
+        users = list(user_ids)
+        lone = [self._lone[user] for user in users if user in self._lone]
+        return self._shown(lone, [self._by_owner[user] for user in users if user in self._by_owner])
 
     def _shown(
         self, lone: list[UserExecutionContext], groups: list[dict[UserExecutionContext, None]]
@@ -306,23 +316,23 @@ class Registry:
         shown += [(context.registry_keys[0], context) for group in groups for context in list(group)]
         return shown
 
+    @_exclusive
     def take_due(self) -> list[UserExecutionContext]:
         """Some contexts whose deadline has come; call again until there are none. They stay in until they close."""
-        with self._lock:
-            now = self.clock()
-            return [context for deadlines in self._deadlines for context in deadlines.pop_due(now, SLICE)]
+        now = self.clock()
+        return [context for deadlines in self._deadlines for context in deadlines.pop_due(now, SLICE)]
 
+    @_exclusive
     def postpone(self, context: UserExecutionContext) -> None:
         """Let ``take_due`` offer a context again, a second from now."""
-        with self._lock:
-            if self._is_in(context, context.user_id):
-                self._deadlines[context.is_anonymous].add(context.lifetime, context, self.clock(), RETRY)
+        if self._is_in(context, context.user_id):
+            self._deadlines[context.is_anonymous].add(context.lifetime, context, self.clock(), RETRY)
 
+    @_exclusive
     def next_wake(self) -> float | None:
         """When the next deadline must be looked at, on the registry's clock."""
-        with self._lock:
-            wakes = [deadlines.next_wake() for deadlines in self._deadlines]
-            return min((wake for wake in wakes if wake is not None), default=None)
+        wakes = [deadlines.next_wake() for deadlines in self._deadlines]
+        return min((wake for wake in wakes if wake is not None), default=None)
 
     def _is_in(self, context: UserExecutionContext, owner: str) -> bool:
         return self._lone.get(owner) is context or context in self._by_owner.get(owner, ())
