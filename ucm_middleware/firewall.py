@@ -92,8 +92,8 @@ class Boundary:
         running = run(app, scope, receive, send)
         if type(running) is not CoroutineType:
             return _step(run, running)
-        steps = running.__await__()
-        waiting = run(next, steps, _DONE)
+        steps = running.__await__()  # pyright: ignore[reportUnknownVariableType]
+        waiting = run(next, steps, _DONE)  # pyright: ignore[reportUnknownArgumentType]
         return None if waiting is _DONE else _go_on(run, steps, waiting)
 
 
@@ -107,7 +107,7 @@ async def _receive_outside(run: Callable[..., Any], receive: Receive) -> Message
 async def _send_outside(run: Callable[..., Any], send: Send, message: Message) -> None:
     sending = run(send, message)
     if type(sending) is CoroutineType:
-        steps = sending.__await__()
+        steps = sending.__await__()  # pyright: ignore[reportUnknownVariableType]
         waiting = run(next, steps, _DONE)
         if waiting is not _DONE:
             await _go_on(run, steps, waiting)
@@ -125,7 +125,8 @@ def _step(run: Callable[..., Any], work: Awaitable[_T]) -> Generator[Any, Any, _
         waiting = run(steps.send, None)
     except StopIteration as stop:
         return cast("_T", stop.value)
-    return cast("_T", (yield from _go_on(run, steps, waiting)))
+    rest: Any = _go_on(run, steps, waiting)
+    return cast("_T", (yield from rest))
 
 
 @coroutine

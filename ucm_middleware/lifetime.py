@@ -134,7 +134,8 @@ class Lifetime(Timed):
         self.state = state
         self.opened_by = opened_by
         self.reason = None
-        self._cancelling = self.wait = 0
+        self._cancelling = 0
+        self.wait = 0.0
         self.deadline = self._latest = self._clock = self.resources = self.closing = None
         self.loop = self.task = self.variables = None
 
