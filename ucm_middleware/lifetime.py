@@ -121,7 +121,6 @@ class Lifetime(Timed):
     variables: Context | None
     closing: Closing | None
     _latest: float | None
-    wait: float
     _clock: Callable[[], float] | None
     resources: list[Resource] | None
 

@@ -48,7 +48,7 @@ def _exclusive(
 
     Under the GIL, threads, finalizers and signal handlers come in between calls only. So a few lines that call nothing
     are atomic by themselves: where they find ``_held`` at 0, no operation under the lock is in its middle, and they
-    need not take it.
+    need not take it. A debugger that traces lines is a call at each of them: under one, counts may drift among threads.
     """
 
     @wraps(method)
