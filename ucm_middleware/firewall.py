@@ -55,10 +55,10 @@ def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary
     The scope stays the same object, since outer middlewares read from it what the router wrote, such as the route; but
     its state is from now on shared with no other request.
     """
-    context = Context()
-    scope[BOUNDARY] = boundary = Boundary(context)
     if "state" in scope:
         scope["state"] = scope["state"].copy()
+    context = Context()
+    scope[BOUNDARY] = boundary = Boundary(context)
     for variable in keep:
         if (value := variable.get(_UNSET)) is not _UNSET:
             context.run(variable.set, value)

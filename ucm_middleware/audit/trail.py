@@ -12,7 +12,6 @@ from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import COMPLIANCE_VERSION, AuditRecord, Event, Outcome, iso
 from ucm_middleware.context import UserExecutionContext
 
-_CONNECTED: Final[Mapping[str, object]] = {"source": "connection", "isolation_verified": True}
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 
 
@@ -31,10 +30,9 @@ class AuditTrail:
 
     def connected(self, context: UserExecutionContext) -> None:
         """The same for the context of a connection, which begins without any data: on the path of each request."""
+        data: dict[str, object] = {"source": "connection", "isolation_verified": True}
         self._append(
-            AuditRecord(
-                "opened", context._created, context._user_id, context._request_id, None, None, "ok", None, _CONNECTED
-            )
+            AuditRecord("opened", context._created, context._user_id, context._request_id, None, None, "ok", None, data)
         )
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
