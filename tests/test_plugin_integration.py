@@ -18,6 +18,7 @@ from ucm_middleware import (
     ContextClosedError,
     CrossUserAccessError,
     IdentityConflictError,
+    InvalidContextError,
     IsolatedEnvironment,
     PluginError,
     Principal,
@@ -31,6 +32,7 @@ from ucm_middleware import (
     hookimpl,
     managed_user_context,
 )
+from ucm_middleware.refusal import refusal_for
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 Journal = list[Any]
@@ -784,11 +786,91 @@ class TestManager:
         with pytest.raises(PluginError, match="'journal'"):
             UserContextManager()
 
-    def test_a_key_is_derived_by_the_first_that_does(self) -> None:
-        class Derives:
-            @hookimpl
-            def ucm_derive_key(self, context: UserExecutionContext, kind: str, client_id: str) -> str:
-                return f"{context.user_id}.{kind}.{client_id}"
 
-        manager = UserContextManager(plugins=[Derives()])
-        assert manager.hooks.derive_key(manager.create_isolated_context("alice"), "thread", "7") == "alice.thread.7"
+class Derives(Base):
+    """Makes the keys of threads, and leaves other kinds to the secret."""
+
+    def __init__(self, journal: Journal, key: Any = None) -> None:
+        super().__init__(journal)
+        self.key = key
+
+    @hookimpl
+    def ucm_derive_key(self, context: UserExecutionContext, kind: str, client_id: str) -> Any:
+        self.journal.append((context.user_id, kind, client_id))
+        return self.key or f"{context.user_id}.{client_id}" if kind == "thread" else None
+
+
+class TestDeriveKey:
+    @pytest.fixture
+    def manager(self, journal: Journal) -> UserContextManager:
+        return UserContextManager(plugins=[Derives(journal)], secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6")
+
+    def test_a_context_s_keys_are_the_plugin_s(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("alice")
+        assert context.derive_key("thread", "7") == "alice.7"
+        assert context.candidate_keys("thread", "7") == ("alice.7",)
+        assert context.check_key("thread", "7", "alice.7") == "alice.7"
+
+    def test_what_the_plugin_leaves_is_derived_with_the_secret(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("alice")
+        assert context.derive_key("file", "7").startswith("ucm1_")
+
+    @pytest.mark.security
+    @pytest.mark.parametrize("found", ["bob.7", None, "alice.8", "", "alice.7 ", "\0lice.7"])
+    def test_another_s_record_and_none_are_refused_alike(self, manager: UserContextManager, found: str | None) -> None:
+        context = manager.create_isolated_context("alice")
+        with managed_user_context(context):
+            with pytest.raises(CrossUserAccessError) as refused:
+                context.check_key("thread", "7", found)
+            with pytest.raises(CrossUserAccessError) as missing:
+                context.check_key("thread", "7", None)
+        assert str(refused.value) == str(missing.value)
+        first, second = events(manager, "alice", "denied")
+        assert {**first, "at": None} == {**second, "at": None}
+
+    @pytest.mark.security
+    def test_it_is_not_asked_by_whom_the_context_is_not_for(
+        self, manager: UserContextManager, journal: Journal
+    ) -> None:
+        context = manager.create_isolated_context("alice")
+        with running_as(manager, "bob"):
+            for ask in (context.derive_key, context.candidate_keys):
+                with pytest.raises(CrossUserAccessError):
+                    ask("thread", "7")
+            with pytest.raises(CrossUserAccessError):
+                context.check_key("thread", "7", "alice.7")
+        with pytest.raises(InvalidContextError):
+            context.derive_key("thread", "a\nb")
+        context.close()
+        with pytest.raises(ContextClosedError):
+            context.derive_key("thread", "7")
+        assert journal == []
+
+    def test_a_visitor_s_keys_settle_it_too(self, manager: UserContextManager) -> None:
+        stranger = visitor(manager)
+        assert stranger.derive_key("thread", "7") == f"{stranger.user_id}.7"
+        with pytest.raises(IdentityConflictError):
+            stranger.bind("alice")
+
+    def test_ids_as_long_as_they_may_be_make_a_key(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("a" * 256)
+        key = context.derive_key("thread", "b" * 256)
+        assert context.check_key("thread", "b" * 256, key) == key
+
+    @pytest.mark.parametrize("wrong", [b"key", 7, "\0", "a\nb", "\ud800", "\u202e"])
+    def test_what_is_no_key_is_the_plugin_s_fault_and_not_the_client_s(self, journal: Journal, wrong: object) -> None:
+        context = UserContextManager(plugins=[Derives(journal, wrong)]).create_isolated_context("alice")
+        with pytest.raises(PluginError, match="Derives.*ucm_derive_key returned a") as refused:
+            context.derive_key("thread", "7")
+        assert refusal_for(refused.value) is None
+
+    def test_an_error_of_the_plugin_s_names_it(self, journal: Journal) -> None:
+        class Fails:
+            @hookimpl
+            def ucm_derive_key(self) -> str:
+                raise OSError("no vault")
+
+        context = UserContextManager(plugins=[Fails()]).create_isolated_context("alice")
+        with pytest.raises(OSError, match="no vault") as refused:
+            context.derive_key("thread", "7")
+        assert "raised by ucm_derive_key of plugin" in refused.value.__notes__[0]

@@ -295,6 +295,8 @@ class UserExecutionContext(ResourceHolder):
         for the same user in every context and process that has the secret, and no other user's. See the module
         ``keys`` for its form.
 
+        A plugin that derives keys decides first, and then no secret is asked for.
+
         Whoever derives a key of an anonymous context settles it: the context has keys under its own unguessable id,
         which nothing later can find again, and binding it raises IdentityConflictError from then on.
 
@@ -334,7 +336,7 @@ class UserExecutionContext(ResourceHolder):
         host.require_owner(self._user_id, action)
         self._settle()
         if host.hooks.derive_key and (given := host.hooks.derive_key(self, kind, client_id)) is not None:
-            return host.keys, (validate_id(given, "key"),)
+            return host.keys, (given,)
         return host.keys, host.keys.candidates(self._user_id, kind, client_id)
 
     def _settle(self) -> None:

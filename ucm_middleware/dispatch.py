@@ -107,10 +107,10 @@ class DeriveKey(tuple[Implementation, ...]):
     def __call__(self, context: "UserExecutionContext", kind: str, client_id: str) -> str | None:
         for implementation in self:
             found = _called(implementation, context, kind, client_id)
-            if isinstance(found, str) and found:
-                return found
+            if isinstance(found, str) and found and found.isprintable():
+                return str.__str__(found)
             if found is not None:
-                raise implementation.wrong(found, "a key as text that is not empty, or None")
+                raise implementation.wrong(found, "a key as text that is printable and not empty, or None")
         return None
 
 

@@ -556,11 +556,11 @@ class UserContextManager:
             deadline = context._lifetime.deadline
             if deadline is not None:
                 self._sweeper.plan(deadline)
+            if is_new and self.hooks.context_opened:
+                self.hooks.context_opened(context)
         except BaseException:
             context.close("failed")
             raise
-        if is_new and self.hooks.context_opened:
-            self.hooks.context_opened(context)
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
         for context, reason in displaced.items():
