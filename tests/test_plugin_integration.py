@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import Any
 
 import pytest
@@ -391,6 +392,74 @@ class TestAroundMessage:
             await self.conversation(journal, Fails())
         assert journal == [("app", "a", "unset")]
 
+    async def test_a_message_is_not_lost_to_who_stops_waiting_for_it(self, journal: Journal) -> None:
+        entering = asyncio.Event()
+
+        class Slow(Base):
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_message(self, message: Message) -> AsyncIterator[None]:
+                if not entering.is_set():
+                    entering.set()
+                    await asyncio.Event().wait()
+                async with self.around("message", message["text"]):
+                    yield
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            waiting = asyncio.create_task(receive())
+            await entering.wait()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            while (message := await receive())["type"] == "websocket.receive":
+                journal.append(("app", message["text"]))
+
+        await self.conversation(journal, Slow(journal), app=app)
+        assert [entry for entry in journal if entry[0] == "app"] == [("app", "a"), ("app", "b")]
+
+    async def test_what_wrapped_the_last_one_is_left_before_the_next_also_by_who_stops_waiting(
+        self, journal: Journal
+    ) -> None:
+        leaving, go_on = asyncio.Event(), asyncio.Event()
+
+        class Slow:
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_message(self) -> AsyncIterator[None]:
+                yield
+                leaving.set()
+                await go_on.wait()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await receive()
+            waiting = asyncio.create_task(receive())
+            await leaving.wait()
+            waiting.cancel()
+            go_on.set()
+            await asyncio.wait([waiting])
+            journal.append(("app", (await receive())["text"]))
+
+        await self.conversation(journal, Messages(journal), Slow(), app=app)
+        assert journal[:4] == [
+            ("enter", "message", "a"),
+            ("leave", "message", "a"),
+            ("enter", "message", "b"),
+            ("app", "b"),
+        ]
+
+    async def test_a_message_that_was_cut_off_is_left_with_an_error(self, journal: Journal) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await receive()
+            threading.Thread(target=current_context().close, args=("revoked",)).start()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await receive()
+
+        await self.conversation(journal, Messages(journal), app=app)
+        assert journal[:2] == [("enter", "message", "a"), ("ContextClosedError", "message", "a")]
+
     async def test_http_has_no_messages(self, journal: Journal) -> None:
         manager = UserContextManager(plugins=[Messages(journal)])
         await exchange(UserContextMiddleware(noting(journal), manager=manager, identify=alice), http_scope())
@@ -571,6 +640,30 @@ class TestAgentRun:
         await exchange(middleware, websocket_scope(), *RECEIVED[:2], end)
         assert journal == ["message", "run", "message", "context"]
         assert [event["outcome"] for event in events(manager, "alice", "closed")] == ["ok", "ok"]
+
+    def test_on_another_event_loop_it_leaves_the_request_s_context_alone(self, journal: Journal) -> None:
+        """The request's own loop may be running in its Context at any moment, and two threads cannot."""
+        manager = UserContextManager(plugins=[AgentRuns(journal)])
+        context = manager.create_isolated_context("alice")
+
+        async def work() -> None:
+            async with agent_run(context, "search"):
+                journal.append("ran")
+
+        variables = context.lifetime.variables = Context()
+        thread = threading.Thread(target=asyncio.run, args=(work(),))
+        thread.start()
+        variables.run(thread.join)
+        assert [entry[0] for entry in journal if entry != "ran"] == ["enter", "leave"]
+        [closed] = events(manager, "alice", "closed")
+        assert closed["outcome"] == "ok"
+
+    async def test_one_that_outlives_its_run_is_told_where_the_run_began(self) -> None:
+        context = create_isolated_execution_context("alice")
+        async with agent_run(context, "search") as run:
+            pass
+        with pytest.raises(ContextClosedError, match=r"test_plugin_integration\.py:\d+"):
+            run.require_usable()
 
     async def test_without_a_plugin_and_without_a_manager(self) -> None:
         context = create_isolated_execution_context("alice")
@@ -773,6 +866,17 @@ class TestNotify:
             "ucm_context_closed",
         ]
         assert {record.levelno for record in caplog.records} == {logging.ERROR}
+        assert manager.get_active_contexts() == {}
+
+    def test_what_stops_the_interpreter_leaves_no_context_open(self) -> None:
+        class Stops:
+            @hookimpl
+            def ucm_context_opened(self) -> None:
+                raise KeyboardInterrupt
+
+        manager = UserContextManager(plugins=[Stops()])
+        with pytest.raises(KeyboardInterrupt):
+            manager.create_isolated_context("alice")
         assert manager.get_active_contexts() == {}
 
 
