@@ -282,6 +282,46 @@ class TestAroundContext:
             ("leave", "context", "alice"),
         ]
 
+    @pytest.mark.parametrize("when", ["entering", "leaving"])
+    async def test_what_it_raises_says_whose_it_is(self, when: str) -> None:
+        class Fails:
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_context(self) -> AsyncIterator[None]:
+                if when == "entering":
+                    raise failure
+                yield
+                if when == "leaving":
+                    raise failure
+
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_agent_run(self) -> AsyncIterator[None]:
+                async with self.ucm_around_context():
+                    yield
+
+        failure = OSError("down")
+        manager = UserContextManager(plugins=[Fails()], guard="open")
+        for _ in range(2):
+            with pytest.raises((OSError, ExceptionGroup)):
+                async with agent_run(manager.create_isolated_context("alice"), "search"):
+                    pass
+        [note] = [note for note in failure.__notes__ if note.startswith("raised by")]
+        assert "raised by ucm_around_agent_run of plugin 'tests.test_plugin_integration.TestAroundContext" in note
+        assert note.endswith("Fails' (of no distribution)")
+
+    async def test_what_it_passes_on_is_not_its_own(self) -> None:
+        class Passes:
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_agent_run(self) -> AsyncIterator[None]:
+                yield
+
+        with pytest.raises(OSError, match="the app's") as raised:
+            async with agent_run(UserContextManager(plugins=[Passes()]).create_isolated_context("alice"), "search"):
+                raise OSError("the app's")
+        assert not hasattr(raised.value, "__notes__")
+
     async def test_an_answer_of_the_wrong_kind_fails_the_request(self, journal: Journal) -> None:
         class Wrong:
             @hookimpl
@@ -407,7 +447,7 @@ class TestAroundMessage:
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await receive()
-            waiting = asyncio.create_task(receive())
+            waiting = asyncio.ensure_future(receive())
             await entering.wait()
             waiting.cancel()
             await asyncio.wait([waiting])
@@ -433,7 +473,7 @@ class TestAroundMessage:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await receive()
             await receive()
-            waiting = asyncio.create_task(receive())
+            waiting = asyncio.ensure_future(receive())
             await leaving.wait()
             waiting.cancel()
             go_on.set()
@@ -964,7 +1004,7 @@ class TestDeriveKey:
     @pytest.mark.parametrize("wrong", [b"key", 7, "\0", "a\nb", "\ud800", "\u202e"])
     def test_what_is_no_key_is_the_plugin_s_fault_and_not_the_client_s(self, journal: Journal, wrong: object) -> None:
         context = UserContextManager(plugins=[Derives(journal, wrong)]).create_isolated_context("alice")
-        with pytest.raises(PluginError, match="Derives.*ucm_derive_key returned a") as refused:
+        with pytest.raises(PluginError, match=r"Derives.*ucm_derive_key returned a") as refused:
             context.derive_key("thread", "7")
         assert refusal_for(refused.value) is None
 

@@ -7,6 +7,7 @@ from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
 from ucm_middleware.callsite import caller
 from ucm_middleware.current import Release
+from ucm_middleware.dispatch import Wrapping
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
     ConfigurationError,
@@ -16,7 +17,7 @@ from ucm_middleware.errors import (
     InvalidContextError,
 )
 from ucm_middleware.handles import own
-from ucm_middleware.holder import ResourceHolder, Wrapping
+from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
     MAX_LENGTH,
@@ -460,9 +461,10 @@ class UserExecutionContext(ResourceHolder):
         return session
 
     def verify_isolation(self) -> bool:
-        """True when nothing this context holds is another's.
+        """True when this context shares nothing mutable with its parent, the session excepted.
 
-        Raises ContextIsolationError that names what it shares with its parent, and ContextClosedError after teardown.
+        Raises ContextIsolationError that names what it shares, and ContextClosedError after teardown. What users share
+        with each other is found by the manager's ``validate_isolation``.
         """
         self.require_usable()
         roots = self._own_roots()
