@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from contextvars import Context, ContextVar
 from typing import Any
 
@@ -309,6 +309,40 @@ class TestAroundContext:
         [note] = [note for note in failure.__notes__ if note.startswith("raised by")]
         assert "raised by ucm_around_agent_run of plugin 'tests.test_plugin_integration.TestAroundContext" in note
         assert note.endswith("Fails' (of no distribution)")
+
+    async def test_it_cannot_swallow_an_error(self) -> None:
+        class Swallows:
+            @hookimpl(specname="ucm_around_context")
+            @asynccontextmanager
+            async def around(self) -> AsyncIterator[None]:
+                with suppress(OSError):
+                    yield
+
+            @hookimpl(specname="ucm_around_agent_run")
+            def run(self) -> AbstractAsyncContextManager[None]:
+                return self.around()
+
+            @hookimpl(specname="ucm_around_resource")
+            def resource(self) -> AbstractAsyncContextManager[None]:
+                return self.around()
+
+        async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+            raise OSError("the app's")
+
+        @asynccontextmanager
+        async def resource() -> AsyncIterator[None]:
+            raise OSError("the resource's")
+            yield
+
+        manager = UserContextManager(plugins=[Swallows()], guard="open")
+        with pytest.raises(OSError, match="the app's"):
+            await exchange(UserContextMiddleware(fails, manager=manager, identify=alice), http_scope())
+        async with managed_user_context(manager.create_isolated_context("alice")) as context:
+            with pytest.raises(OSError, match="the agent's"):
+                async with agent_run(context, "search"):
+                    raise OSError("the agent's")
+            with pytest.raises(OSError, match="the resource's"):
+                await context.enter_async_context(resource())
 
     async def test_what_it_passes_on_is_not_its_own(self) -> None:
         class Passes:
