@@ -265,6 +265,12 @@ class TestAnonymousOnes:
         assert context.derive_key("thread", "t-1") == derived("alice", "thread", "t-1")
         context.bind("alice")
 
+    def test_another_user_s_code_settles_nothing(self, manager: UserContextManager) -> None:
+        context = visitor(manager)
+        with running_as(manager, "bob"), pytest.raises(CrossUserAccessError):
+            context.derive_key("thread", "t-1")
+        context.bind("alice")
+
     def test_a_bad_name_settles_nothing(self, manager: UserContextManager) -> None:
         context = visitor(manager)
         with pytest.raises(InvalidContextError):

@@ -345,11 +345,15 @@ class TestAroundContext:
                 await context.enter_async_context(resource())
 
     async def test_what_it_passes_on_is_not_its_own(self) -> None:
+        class Raises(AbstractAsyncContextManager[None]):
+            async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+                if error is not None:
+                    raise error
+
         class Passes:
             @hookimpl
-            @asynccontextmanager
-            async def ucm_around_agent_run(self) -> AsyncIterator[None]:
-                yield
+            def ucm_around_agent_run(self) -> AbstractAsyncContextManager[None]:
+                return Raises()
 
         with pytest.raises(OSError, match="the app's") as raised:
             async with agent_run(UserContextManager(plugins=[Passes()]).create_isolated_context("alice"), "search"):
