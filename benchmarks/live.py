@@ -1,5 +1,7 @@
 """Holds many requests, connections or contexts open at once, for the benchmarks that look at them meanwhile."""
 
+# pyright: reportPrivateUsage=false
+
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -89,15 +91,25 @@ async def _serve(app: ASGIApp, scope: Scope, peer: Exchange | Conversation) -> N
 
 
 def made_by_hand() -> Hold:
-    """Contexts from ``create_isolated_context``, which the manager alone holds. The user ids are the app's own."""
+    """Contexts from ``create_isolated_context``, which the manager alone holds."""
     manager = _manager()
-    users = [f"user-{number:09}" for number in range(1_000_000)]
+    return _held_by(manager, manager.create_isolated_context)
+
+
+def opened_for_connections() -> Hold:
+    """Contexts as the middleware opens them, without the requests, which nothing public gives."""
+    manager = _manager()
+    return _held_by(manager, lambda user_id: manager._open_for_connection(user_id, TTL, None, False))
+
+
+def _held_by(manager: UserContextManager, open_one: Callable[[str], object]) -> Hold:
+    users = [f"user-{number:09}" for number in range(1_000_000)]  # the ids are the app's own, and not weighed
     next_user = iter(users)
 
     @asynccontextmanager
     async def hold(number: int) -> AsyncGenerator[None]:
         for _ in range(number):
-            manager.create_isolated_context(next(next_user))
+            open_one(next(next_user))
         yield
         manager.cleanup_all_contexts()
 

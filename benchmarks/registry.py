@@ -121,8 +121,16 @@ def measure_table(
     plain = Plain([key_of(context) for context in contexts])
     unlimited = 2 * len(contexts) + len(visitors)
     table = Registry(Limits(10, unlimited, unlimited), monotonic)
+    by_pair = isinstance(key_of(contexts[0]), tuple)
+
+    def put_in(context: UserExecutionContext, key: Key) -> None:
+        if by_pair:
+            table.admit(context, TTL)  # as each request does
+        else:
+            table.insert(context, key, TTL)
+
     for context in contexts:
-        table.insert(context, key_of(context), TTL)
+        put_in(context, key_of(context))
     asked = [_afresh(key_of(context)) for context in random.Random(3).choices(contexts, k=CHURN)]
     arrivals = [(context, key_of(context)) for context in visitors]
 
@@ -133,7 +141,14 @@ def measure_table(
             delete(key)
 
     def churn_table(items: Sequence[tuple[UserExecutionContext, Key]]) -> None:
-        insert, remove = table.insert, table.remove
+        remove = table.remove
+        if by_pair:
+            admit = table.admit
+            for context, _ in items:
+                admit(context, TTL)
+                remove(context)
+            return
+        insert = table.insert
         for context, key in items:
             insert(context, key, TTL)
             remove(context)

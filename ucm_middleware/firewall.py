@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import Context, ContextVar, copy_context
+from functools import partial
 from types import CoroutineType, coroutine
 from typing import Any, Final, TypeVar, cast
 
@@ -85,7 +86,8 @@ class Boundary:
         # A copy, since a Context cannot be entered twice, and the one we are in is entered.
         outside = copy_context()
         if scope["type"] == "http" or len(outside):
-            receive, send = _outside(outside.run, receive, send)
+            receive = partial(_receive_outside, outside.run, receive)
+            send = partial(_send_outside, outside.run, send)
         run = self.context.run
         running = run(app, scope, receive, send)
         if type(running) is not CoroutineType:
@@ -95,22 +97,22 @@ class Boundary:
         return None if waiting is _DONE else _go_on(run, steps, waiting)
 
 
-def _outside(run: Callable[..., Any], receive: Receive, send: Send) -> tuple[Receive, Send]:
-    # Coroutine functions, as those of servers are: an app may make a task of a message.
-    async def receive_outside() -> Message:
-        return await _step(run, run(receive))
+# Coroutine functions, as those of servers are: an app may make a task of a message.
 
-    async def send_outside(message: Message) -> None:
-        sending = run(send, message)
-        if type(sending) is CoroutineType:
-            steps = sending.__await__()
-            waiting = run(next, steps, _DONE)
-            if waiting is not _DONE:
-                await _go_on(run, steps, waiting)
-        else:
-            await _step(run, sending)
 
-    return receive_outside, send_outside
+async def _receive_outside(run: Callable[..., Any], receive: Receive) -> Message:
+    return await _step(run, run(receive))
+
+
+async def _send_outside(run: Callable[..., Any], send: Send, message: Message) -> None:
+    sending = run(send, message)
+    if type(sending) is CoroutineType:
+        steps = sending.__await__()
+        waiting = run(next, steps, _DONE)
+        if waiting is not _DONE:
+            await _go_on(run, steps, waiting)
+    else:
+        await _step(run, sending)
 
 
 @coroutine

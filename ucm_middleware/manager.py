@@ -234,12 +234,10 @@ class UserContextManager:
                 self._refuse_while_draining()
             self._bind_session(context)
             context._host = self
-            displaced = self._admit(context, self.ttl if ttl is None else ttl, "create_context")
+            self._admit(context, self.ttl if ttl is None else ttl, "create_context")
         except BaseException:
             context._give_back()
             raise
-        if displaced is not None:
-            self._close_displaced(displaced, context)
         self._record_opening(context, "create_context")
         return context
 
@@ -294,10 +292,16 @@ class UserContextManager:
         if self._draining:
             self._refuse_while_draining()
         context._host = self
-        displaced = self._admit(context, ttl, "connection")
-        if displaced is not None:
-            self._close_displaced(displaced, context)
-        self._record_opening(context, None)
+        self._admit(context, ttl, "connection")
+        try:
+            self._trail.connected(context)
+            if lifetime.deadline is not None:
+                self._sweeper.plan(lifetime.deadline)
+        except BaseException:
+            context.close("failed")  # what is not on record does not live
+            raise
+        if self.hooks.context_opened:
+            self.hooks.context_opened(context)
         return context
 
     # What is there.
@@ -419,13 +423,11 @@ class UserContextManager:
 
     def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._registry.remove(context)
-        self._record_end(context, metadata)
+        self.context_closed(context, metadata)
 
     def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
-        self._closing.discard(context)
-        self._record_end(context, metadata)
-
-    def _record_end(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
+        if context in self._closing:
+            self._closing.discard(context)
         try:
             self._trail.closed(context, metadata)
         except Exception:
@@ -510,15 +512,17 @@ class UserContextManager:
         self._close_displaced(displaced, context)
         self._record_opening(context, "set_context", is_new=not was_here)
 
-    def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> Displaced | None:
+    def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> None:
         """Let a new context live here, under the pair of its user and its request."""
         try:
             displaced = self._registry.admit(context, ttl)
+            if displaced is None:
+                return
             self._require_still_open(context)
         except UserContextError as error:
             context._detach()
             raise self._recorded(error, context, source, context.request_id) from None
-        return displaced
+        self._close_displaced(displaced, context)
 
     def _refuse_while_draining(self) -> None:
         if self._guard.acting_user() is None:  # what runs already may still finish
@@ -546,20 +550,16 @@ class UserContextManager:
         if self.hooks.bind_session and context._host is None and context._db_session is not None:
             self.hooks.bind_session(context, context._db_session)
 
-    def _record_opening(self, context: UserExecutionContext, source: str | None, *, is_new: bool = True) -> None:
-        """What is not on record does not live. None stands for a connection."""
+    def _record_opening(self, context: UserExecutionContext, source: str, *, is_new: bool = True) -> None:
         try:
-            if source is None:
-                self._trail.connected(context)
-            else:
-                self._trail.opened(context, source)
+            self._trail.opened(context, source)
             deadline = context._lifetime.deadline
             if deadline is not None:
                 self._sweeper.plan(deadline)
             if is_new and self.hooks.context_opened:
                 self.hooks.context_opened(context)
         except BaseException:
-            context.close("failed")
+            context.close("failed")  # what is not on record does not live
             raise
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:

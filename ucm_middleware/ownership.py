@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, Final, final
 from ucm_middleware.callsite import as_text, caller
 from ucm_middleware.current import ambient
 from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, HandleRevokedError
-from ucm_middleware.lifetime import State
+from ucm_middleware.lifetime import OPEN
 
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.host import ContextHost
 
 _NOBODY: Final = object()
-_OPEN: Final = State.OPEN  # a member of an enum is slow to look up
 
 
 class Ownership:
@@ -152,7 +151,7 @@ class Cell:
         lifetime = ownership.lifetime
         if (
             ambient.get() is not ownership.insider
-            or lifetime.state is not _OPEN
+            or lifetime.state is not OPEN
             or (lifetime.deadline is not None and lifetime.is_expired)
         ):
             ownership.require()

@@ -11,7 +11,7 @@ from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
 from ucm_middleware.expiry import Deadlines
 from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.lifetime import CloseReason
+from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason
 
 Key = str | tuple[str, str]
 """A user's own id, any other key of theirs, or the pair (user id, request id)."""
@@ -96,13 +96,11 @@ class Registry:
 
     def lookup(self, key: Key) -> UserExecutionContext | None:
         """The context under a key, expired or not."""
-        context = self._by_key.get(key)
-        if context is None and isinstance(key, tuple):
+        if isinstance(key, tuple):
             lone = self._lone.get(key[0])
-            if lone is not None and lone.request_id == key[1]:
+            if lone is not None and lone._request_id == key[1]:
                 return lone
-            context = self._by_key.get(key)  # it may have been unfolded in between
-        return context
+        return self._by_key.get(key)  # second: one that was unfolded in between is here by now
 
     def insert(
         self,
@@ -167,6 +165,7 @@ class Registry:
                 queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
         if (  # without the lock, which would cost more than all the rest; see Exclusion
             self._lock.held == 0
+            and (lifetime.state is OPEN or lifetime.state is UNBOUND)  # from here on, who closes it finds it here
             and owner not in self._lone
             and owner not in self._by_owner
             and owner not in self._by_key  # a squatter
