@@ -836,6 +836,32 @@ class TestBindSession:
         with pytest.raises(PermissionError):
             manager.create_isolated_context("alice").bind_session("bad")
 
+    @pytest.mark.parametrize("made", ["by the manager", "by hand"])
+    def test_the_context_is_the_manager_s_when_its_session_is_bound(self, journal: Journal, made: str) -> None:
+        class Reads:
+            @hookimpl
+            def ucm_bind_session(self, context: UserExecutionContext, session: Any) -> None:
+                if session == "bad":
+                    raise PermissionError("not this one")
+                journal.append((context.environment.get("TENANT"), context.derive_key("thread", "7")))
+
+        settings = IsolatedEnvironment(environ={"TENANT": "blue", "UCM_ENVIRONMENT": "testing"})
+        manager = UserContextManager(
+            plugins=[Reads()], environment=settings, secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6"
+        )
+        if made == "by the manager":
+            context = manager.create_isolated_context("alice", db_session="good")
+        else:
+            context = create_isolated_execution_context("alice", db_session="good")
+            manager.set_context("alice", context)
+            refused = create_isolated_execution_context("alice", db_session="bad")
+            with pytest.raises(PermissionError):
+                manager.set_context("alice", refused)
+            assert refused.is_open
+            assert refused.host is None
+        assert journal == [("blue", context.derive_key("thread", "7"))]
+        assert context.environment.get("TENANT") == "blue"
+
     async def test_it_works_in_a_thread(self, manager: UserContextManager, journal: Journal) -> None:
         context = manager.create_isolated_context("alice")
         assert await asyncio.to_thread(context.bind_session, "session") == "session"

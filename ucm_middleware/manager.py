@@ -232,8 +232,8 @@ class UserContextManager:
             context.verify_isolation()
             if self._draining:
                 self._refuse_while_draining()
-            self._bind_session(context)
             context._host = self
+            self._bind_session(context)
             self._admit(context, self.ttl if ttl is None else ttl, "create_context")
         except BaseException:
             context._give_back()
@@ -495,9 +495,15 @@ class UserContextManager:
         if self._draining:
             self._refuse_while_draining()
         was_here = context._host is self
-        self._bind_session(context)
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
+        if not context.registry_keys:  # nobody got to see it yet, nor its session
+            try:
+                self._bind_session(context)
+            except BaseException:
+                if not was_here:
+                    context._detach()
+                raise
         displaced: Displaced = {}
         try:
             # So that the user too finds it by this text: from inside, it means the pair.
@@ -547,7 +553,7 @@ class UserContextManager:
 
     def _bind_session(self, context: UserExecutionContext) -> None:
         """Have plugins bind the session that a context brings with it, before anybody gets to see the context."""
-        if self.hooks.bind_session and context._host is None and context._db_session is not None:
+        if self.hooks.bind_session and context._db_session is not None:
             self.hooks.bind_session(context, context._db_session)
 
     def _record_opening(self, context: UserExecutionContext, source: str, *, is_new: bool = True) -> None:
