@@ -497,13 +497,12 @@ class UserContextManager:
         was_here = context._host is self
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
-        if not context.registry_keys:  # nobody got to see it yet, nor its session
-            try:
-                self._bind_session(context)
-            except BaseException:
-                if not was_here:
-                    context._detach()
-                raise
+        try:
+            self._bind_session(context)
+        except BaseException:
+            if not was_here:
+                context._detach()
+            raise
         displaced: Displaced = {}
         try:
             # So that the user too finds it by this text: from inside, it means the pair.
@@ -553,8 +552,9 @@ class UserContextManager:
 
     def _bind_session(self, context: UserExecutionContext) -> None:
         """Have plugins bind the session that a context brings with it, before anybody gets to see the context."""
-        if self.hooks.bind_session and context._db_session is not None:
+        if self.hooks.bind_session and context._db_session is not None and not hasattr(context, "_session_bound"):
             self.hooks.bind_session(context, context._db_session)
+            context._session_bound = True
 
     def _record_opening(self, context: UserExecutionContext, source: str, *, is_new: bool = True) -> None:
         try:
