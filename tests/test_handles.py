@@ -193,6 +193,18 @@ class TestWhoMayUseIt:
         with pytest.raises(ContextClosedError):
             inherited.run(handle.call, "a")
 
+    def test_nor_does_it_leave_a_block_for_the_owner(
+        self, manager: UserContextManager, handle: Session, session: Session
+    ) -> None:
+        with running_as(manager, "bob"):
+            inherited = copy_context()
+        block = handle.begin()
+        block.__enter__()
+        with pytest.raises(ContextClosedError):
+            inherited.run(block.__exit__, None, None, None)
+        assert session.calls == ["begin"]
+        block.__exit__(None, None, None)
+
     def test_a_grant_that_names_the_user(self, manager: UserContextManager, handle: Session) -> None:
         with running_as(manager, "bob"):
             with manager.privileged(reason="a test", users=["carol"]), pytest.raises(CrossUserAccessError):
@@ -399,6 +411,18 @@ class TestRevoked:
                 used()
         assert session.calls == []
         assert other.call("a") == "A"
+
+    @uses
+    def test_in_its_own_context_too(
+        self, alice: UserExecutionContext, handle: Session, session: Session, use: Callable[[Session], Any]
+    ) -> None:
+        with managed_user_context(alice):
+            method, rows = handle.call, handle.rows()
+            revoke_handle(handle)
+            for used in (lambda: use(handle), lambda: method("a"), lambda: next(rows)):
+                with pytest.raises(HandleRevokedError):
+                    used()
+        assert session.calls == []
 
     def test_in_a_thread_that_is_using_it(self, handle: Session) -> None:
         started, outcome = threading.Event(), []

@@ -241,7 +241,7 @@ class TestAround:
                 return around() if name == "db" else None
 
         found = loaded(Named(), plugin(ucm_around_resource=around))
-        assert [name.partition(" of ")[0] for name, _ in found.around_resource(context, "db")] == [
+        assert [implementation.hook for implementation, _ in found.around_resource(context, "db")] == [
             "ucm_around_resource",
             "ucm_around_resource",
         ]

@@ -31,6 +31,7 @@ from ucm_middleware import (
     UserContextManager,
     UserExecutionContext,
     create_isolated_execution_context,
+    hookimpl,
 )
 from ucm_middleware.ids import validate_id
 from ucm_middleware.refusal import refusal_for
@@ -265,6 +266,12 @@ class TestAnonymousOnes:
         assert context.derive_key("thread", "t-1") == derived("alice", "thread", "t-1")
         context.bind("alice")
 
+    def test_another_user_s_code_settles_nothing(self, manager: UserContextManager) -> None:
+        context = visitor(manager)
+        with running_as(manager, "bob"), pytest.raises(CrossUserAccessError):
+            context.derive_key("thread", "t-1")
+        context.bind("alice")
+
     def test_a_bad_name_settles_nothing(self, manager: UserContextManager) -> None:
         context = visitor(manager)
         with pytest.raises(InvalidContextError):
@@ -352,6 +359,28 @@ class TestForeignAndMissingAreOne:
             missing = steps_of(alice, None)
             assert missing[0]["compare_digest"] == 1 + len(previous)
             for foreign_key in foreign_keys:
+                assert steps_of(alice, foreign_key) == missing
+
+    def test_the_steps_are_the_same_for_what_no_secret_explains_once_it_is_reported(self) -> None:
+        lost = managed(secret=OLDER).create_isolated_context("bob").derive_key("thread", "t-1")
+        with running_as(managed(), "alice") as alice:
+            denial(alice, lost)
+            assert steps_of(alice, lost) == steps_of(alice, None)
+
+    def test_the_steps_are_the_same_when_a_plugin_makes_the_keys(self) -> None:
+        class Plain:
+            @hookimpl
+            def ucm_derive_key(self, context: UserExecutionContext, client_id: str) -> str:
+                return f"{context.user_id}/{client_id}"
+
+        manager = UserContextManager(plugins=[Plain()])
+        before_the_plugin = derived("bob", "thread", "t-1")
+        with running_as(manager, "alice") as alice:
+            denial(alice, None)  # what is done once is done
+            missing = steps_of(alice, None)
+            assert missing[0]["compare_digest"] == 1
+            denial(alice, before_the_plugin)
+            for foreign_key in ("bob/t-1", "roberta/t-1", before_the_plugin):
                 assert steps_of(alice, foreign_key) == missing
 
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from contextvars import ContextVar
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextvars import Context, ContextVar
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from ucm_middleware import (
     ContextClosedError,
     CrossUserAccessError,
     IdentityConflictError,
+    InvalidContextError,
     IsolatedEnvironment,
     PluginError,
     Principal,
@@ -31,6 +33,7 @@ from ucm_middleware import (
     hookimpl,
     managed_user_context,
 )
+from ucm_middleware.refusal import refusal_for
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 Journal = list[Any]
@@ -279,6 +282,84 @@ class TestAroundContext:
             ("leave", "context", "alice"),
         ]
 
+    @pytest.mark.parametrize("when", ["entering", "leaving"])
+    async def test_what_it_raises_says_whose_it_is(self, when: str) -> None:
+        class Fails:
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_context(self) -> AsyncIterator[None]:
+                if when == "entering":
+                    raise failure
+                yield
+                if when == "leaving":
+                    raise failure
+
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_agent_run(self) -> AsyncIterator[None]:
+                async with self.ucm_around_context():
+                    yield
+
+        failure = OSError("down")
+        manager = UserContextManager(plugins=[Fails()], guard="open")
+        for _ in range(2):
+            with pytest.raises((OSError, ExceptionGroup)):
+                async with agent_run(manager.create_isolated_context("alice"), "search"):
+                    pass
+        [note] = [note for note in failure.__notes__ if note.startswith("raised by")]
+        assert "raised by ucm_around_agent_run of plugin 'tests.test_plugin_integration.TestAroundContext" in note
+        assert note.endswith("Fails' (of no distribution)")
+
+    async def test_it_cannot_swallow_an_error(self) -> None:
+        class Swallows:
+            @hookimpl(specname="ucm_around_context")
+            @asynccontextmanager
+            async def around(self) -> AsyncIterator[None]:
+                with suppress(OSError):
+                    yield
+
+            @hookimpl(specname="ucm_around_agent_run")
+            def run(self) -> AbstractAsyncContextManager[None]:
+                return self.around()
+
+            @hookimpl(specname="ucm_around_resource")
+            def resource(self) -> AbstractAsyncContextManager[None]:
+                return self.around()
+
+        async def fails(scope: Scope, receive: Receive, send: Send) -> None:
+            raise OSError("the app's")
+
+        @asynccontextmanager
+        async def resource() -> AsyncIterator[None]:
+            raise OSError("the resource's")
+            yield
+
+        manager = UserContextManager(plugins=[Swallows()], guard="open")
+        with pytest.raises(OSError, match="the app's"):
+            await exchange(UserContextMiddleware(fails, manager=manager, identify=alice), http_scope())
+        async with managed_user_context(manager.create_isolated_context("alice")) as context:
+            with pytest.raises(OSError, match="the agent's"):
+                async with agent_run(context, "search"):
+                    raise OSError("the agent's")
+            with pytest.raises(OSError, match="the resource's"):
+                await context.enter_async_context(resource())
+
+    async def test_what_it_passes_on_is_not_its_own(self) -> None:
+        class Raises(AbstractAsyncContextManager[None]):
+            async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+                if error is not None:
+                    raise error
+
+        class Passes:
+            @hookimpl
+            def ucm_around_agent_run(self) -> AbstractAsyncContextManager[None]:
+                return Raises()
+
+        with pytest.raises(OSError, match="the app's") as raised:
+            async with agent_run(UserContextManager(plugins=[Passes()]).create_isolated_context("alice"), "search"):
+                raise OSError("the app's")
+        assert not hasattr(raised.value, "__notes__")
+
     async def test_an_answer_of_the_wrong_kind_fails_the_request(self, journal: Journal) -> None:
         class Wrong:
             @hookimpl
@@ -388,6 +469,74 @@ class TestAroundMessage:
         with pytest.raises(OSError, match="down"):
             await self.conversation(journal, Fails())
         assert journal == [("app", "a", "unset")]
+
+    async def test_a_message_is_not_lost_to_who_stops_waiting_for_it(self, journal: Journal) -> None:
+        entering = asyncio.Event()
+
+        class Slow(Base):
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_message(self, message: Message) -> AsyncIterator[None]:
+                if not entering.is_set():
+                    entering.set()
+                    await asyncio.Event().wait()
+                async with self.around("message", message["text"]):
+                    yield
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            waiting = asyncio.ensure_future(receive())
+            await entering.wait()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            while (message := await receive())["type"] == "websocket.receive":
+                journal.append(("app", message["text"]))
+
+        await self.conversation(journal, Slow(journal), app=app)
+        assert [entry for entry in journal if entry[0] == "app"] == [("app", "a"), ("app", "b")]
+
+    async def test_what_wrapped_the_last_one_is_left_before_the_next_also_by_who_stops_waiting(
+        self, journal: Journal
+    ) -> None:
+        leaving, go_on = asyncio.Event(), asyncio.Event()
+
+        class Slow:
+            @hookimpl
+            @asynccontextmanager
+            async def ucm_around_message(self) -> AsyncIterator[None]:
+                yield
+                leaving.set()
+                await go_on.wait()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await receive()
+            waiting = asyncio.ensure_future(receive())
+            await leaving.wait()
+            waiting.cancel()
+            go_on.set()
+            await asyncio.wait([waiting])
+            journal.append(("app", (await receive())["text"]))
+
+        await self.conversation(journal, Messages(journal), Slow(), app=app)
+        assert journal[:4] == [
+            ("enter", "message", "a"),
+            ("leave", "message", "a"),
+            ("enter", "message", "b"),
+            ("app", "b"),
+        ]
+
+    async def test_a_message_that_was_cut_off_is_left_with_an_error(self, journal: Journal) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await receive()
+            threading.Thread(target=current_context().close, args=("revoked",)).start()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await receive()
+
+        await self.conversation(journal, Messages(journal), app=app)
+        assert journal[:2] == [("enter", "message", "a"), ("ContextClosedError", "message", "a")]
 
     async def test_http_has_no_messages(self, journal: Journal) -> None:
         manager = UserContextManager(plugins=[Messages(journal)])
@@ -570,6 +719,30 @@ class TestAgentRun:
         assert journal == ["message", "run", "message", "context"]
         assert [event["outcome"] for event in events(manager, "alice", "closed")] == ["ok", "ok"]
 
+    def test_on_another_event_loop_it_leaves_the_request_s_context_alone(self, journal: Journal) -> None:
+        """The request's own loop may be running in its Context at any moment, and two threads cannot."""
+        manager = UserContextManager(plugins=[AgentRuns(journal)])
+        context = manager.create_isolated_context("alice")
+
+        async def work() -> None:
+            async with agent_run(context, "search"):
+                journal.append("ran")
+
+        variables = context.lifetime.variables = Context()
+        thread = threading.Thread(target=asyncio.run, args=(work(),))
+        thread.start()
+        variables.run(thread.join)
+        assert [entry[0] for entry in journal if entry != "ran"] == ["enter", "leave"]
+        [closed] = events(manager, "alice", "closed")
+        assert closed["outcome"] == "ok"
+
+    async def test_one_that_outlives_its_run_is_told_where_the_run_began(self) -> None:
+        context = create_isolated_execution_context("alice")
+        async with agent_run(context, "search") as run:
+            pass
+        with pytest.raises(ContextClosedError, match=r"test_plugin_integration\.py:\d+"):
+            run.require_usable()
+
     async def test_without_a_plugin_and_without_a_manager(self) -> None:
         context = create_isolated_execution_context("alice")
         async with agent_run(context, "search") as run:
@@ -662,6 +835,32 @@ class TestBindSession:
         assert manager.get_active_contexts() == {}
         with pytest.raises(PermissionError):
             manager.create_isolated_context("alice").bind_session("bad")
+
+    @pytest.mark.parametrize("made", ["by the manager", "by hand"])
+    def test_the_context_is_the_manager_s_when_its_session_is_bound(self, journal: Journal, made: str) -> None:
+        class Reads:
+            @hookimpl
+            def ucm_bind_session(self, context: UserExecutionContext, session: Any) -> None:
+                if session == "bad":
+                    raise PermissionError("not this one")
+                journal.append((context.environment.get("TENANT"), context.derive_key("thread", "7")))
+
+        settings = IsolatedEnvironment(environ={"TENANT": "blue", "UCM_ENVIRONMENT": "testing"})
+        manager = UserContextManager(
+            plugins=[Reads()], environment=settings, secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6"
+        )
+        if made == "by the manager":
+            context = manager.create_isolated_context("alice", db_session="good")
+        else:
+            context = create_isolated_execution_context("alice", db_session="good")
+            manager.set_context("alice", context)
+            refused = create_isolated_execution_context("alice", db_session="bad")
+            with pytest.raises(PermissionError):
+                manager.set_context("alice", refused)
+            assert refused.is_open
+            assert refused.host is None
+        assert journal == [("blue", context.derive_key("thread", "7"))]
+        assert context.environment.get("TENANT") == "blue"
 
     async def test_it_works_in_a_thread(self, manager: UserContextManager, journal: Journal) -> None:
         context = manager.create_isolated_context("alice")
@@ -773,6 +972,17 @@ class TestNotify:
         assert {record.levelno for record in caplog.records} == {logging.ERROR}
         assert manager.get_active_contexts() == {}
 
+    def test_what_stops_the_interpreter_leaves_no_context_open(self) -> None:
+        class Stops:
+            @hookimpl
+            def ucm_context_opened(self) -> None:
+                raise KeyboardInterrupt
+
+        manager = UserContextManager(plugins=[Stops()])
+        with pytest.raises(KeyboardInterrupt):
+            manager.create_isolated_context("alice")
+        assert manager.get_active_contexts() == {}
+
 
 class TestManager:
     def test_the_deployment_names_plugins_too(self) -> None:
@@ -784,11 +994,91 @@ class TestManager:
         with pytest.raises(PluginError, match="'journal'"):
             UserContextManager()
 
-    def test_a_key_is_derived_by_the_first_that_does(self) -> None:
-        class Derives:
-            @hookimpl
-            def ucm_derive_key(self, context: UserExecutionContext, kind: str, client_id: str) -> str:
-                return f"{context.user_id}.{kind}.{client_id}"
 
-        manager = UserContextManager(plugins=[Derives()])
-        assert manager.hooks.derive_key(manager.create_isolated_context("alice"), "thread", "7") == "alice.thread.7"
+class Derives(Base):
+    """Makes the keys of threads, and leaves other kinds to the secret."""
+
+    def __init__(self, journal: Journal, key: Any = None) -> None:
+        super().__init__(journal)
+        self.key = key
+
+    @hookimpl
+    def ucm_derive_key(self, context: UserExecutionContext, kind: str, client_id: str) -> Any:
+        self.journal.append((context.user_id, kind, client_id))
+        return self.key or f"{context.user_id}.{client_id}" if kind == "thread" else None
+
+
+class TestDeriveKey:
+    @pytest.fixture
+    def manager(self, journal: Journal) -> UserContextManager:
+        return UserContextManager(plugins=[Derives(journal)], secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6")
+
+    def test_a_context_s_keys_are_the_plugin_s(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("alice")
+        assert context.derive_key("thread", "7") == "alice.7"
+        assert context.candidate_keys("thread", "7") == ("alice.7",)
+        assert context.check_key("thread", "7", "alice.7") == "alice.7"
+
+    def test_what_the_plugin_leaves_is_derived_with_the_secret(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("alice")
+        assert context.derive_key("file", "7").startswith("ucm1_")
+
+    @pytest.mark.security
+    @pytest.mark.parametrize("found", ["bob.7", None, "alice.8", "", "alice.7 ", "\0lice.7"])
+    def test_another_s_record_and_none_are_refused_alike(self, manager: UserContextManager, found: str | None) -> None:
+        context = manager.create_isolated_context("alice")
+        with managed_user_context(context):
+            with pytest.raises(CrossUserAccessError) as refused:
+                context.check_key("thread", "7", found)
+            with pytest.raises(CrossUserAccessError) as missing:
+                context.check_key("thread", "7", None)
+        assert str(refused.value) == str(missing.value)
+        first, second = events(manager, "alice", "denied")
+        assert {**first, "at": None} == {**second, "at": None}
+
+    @pytest.mark.security
+    def test_it_is_not_asked_by_whom_the_context_is_not_for(
+        self, manager: UserContextManager, journal: Journal
+    ) -> None:
+        context = manager.create_isolated_context("alice")
+        with running_as(manager, "bob"):
+            for ask in (context.derive_key, context.candidate_keys):
+                with pytest.raises(CrossUserAccessError):
+                    ask("thread", "7")
+            with pytest.raises(CrossUserAccessError):
+                context.check_key("thread", "7", "alice.7")
+        with pytest.raises(InvalidContextError):
+            context.derive_key("thread", "a\nb")
+        context.close()
+        with pytest.raises(ContextClosedError):
+            context.derive_key("thread", "7")
+        assert journal == []
+
+    def test_a_visitor_s_keys_settle_it_too(self, manager: UserContextManager) -> None:
+        stranger = visitor(manager)
+        assert stranger.derive_key("thread", "7") == f"{stranger.user_id}.7"
+        with pytest.raises(IdentityConflictError):
+            stranger.bind("alice")
+
+    def test_ids_as_long_as_they_may_be_make_a_key(self, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context("a" * 256)
+        key = context.derive_key("thread", "b" * 256)
+        assert context.check_key("thread", "b" * 256, key) == key
+
+    @pytest.mark.parametrize("wrong", [b"key", 7, "\0", "a\nb", "\ud800", "\u202e"])
+    def test_what_is_no_key_is_the_plugin_s_fault_and_not_the_client_s(self, journal: Journal, wrong: object) -> None:
+        context = UserContextManager(plugins=[Derives(journal, wrong)]).create_isolated_context("alice")
+        with pytest.raises(PluginError, match=r"Derives.*ucm_derive_key returned a") as refused:
+            context.derive_key("thread", "7")
+        assert refusal_for(refused.value) is None
+
+    def test_an_error_of_the_plugin_s_names_it(self, journal: Journal) -> None:
+        class Fails:
+            @hookimpl
+            def ucm_derive_key(self) -> str:
+                raise OSError("no vault")
+
+        context = UserContextManager(plugins=[Fails()]).create_isolated_context("alice")
+        with pytest.raises(OSError, match="no vault") as refused:
+            context.derive_key("thread", "7")
+        assert "raised by ucm_derive_key of plugin" in refused.value.__notes__[0]

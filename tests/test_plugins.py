@@ -187,6 +187,7 @@ class TestRefusedDistributions:
             ("import nothing_of_this_name", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
             ("1 / 0", "ZeroDivisionError: division by zero"),
             ("def", "SyntaxError: invalid syntax"),
+            ("raise SystemExit('no licence')", "SystemExit: no licence"),
         ],
     )
     def test_one_that_fails_to_import(self, shelf: Shelf, code: str, found: str) -> None:

@@ -131,6 +131,20 @@ class TestWhatIsRefused:
         for start in (SECRET[:8], OTHER[:8]):
             assert start not in "\n".join(shown)
 
+    def test_nor_where_a_key_cannot_be_derived(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.kdf.hkdf", None)
+        context = UserContextManager(secret=SECRET).create_isolated_context("alice")
+        with pytest.raises(ImportError) as caught:
+            context.derive_key("thread", "t-1")
+        shown = [
+            repr(value)
+            for entry in caught.traceback[1:]
+            for name, value in entry.frame.f_locals.items()
+            if name != "secret"
+        ]
+        assert shown
+        assert SECRET not in "\n".join(shown)
+
     @given(st.integers(MIN_BYTES, 64))
     def test_what_the_remedy_makes_passes(self, length: int) -> None:
         for good in (secrets.token_urlsafe(length), secrets.token_hex(length // 2), secrets.token_bytes(length)):

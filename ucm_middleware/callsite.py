@@ -3,7 +3,8 @@
 import inspect
 from typing import Final
 
-_PACKAGE: Final = __name__.partition(".")[0]
+_PASSED_OVER: Final = frozenset({__name__.partition(".")[0], "contextlib"})
+"""The package, and what stands between its own ``@asynccontextmanager`` and who enters that."""
 
 CallSite = str | tuple[str, int]
 """A description, or a file and a line, which are joined only where somebody reads them."""
@@ -12,7 +13,7 @@ CallSite = str | tuple[str, int]
 def caller() -> CallSite:
     """The file and line that the package was called from."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
         frame = frame.f_back
     return ("?", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 

@@ -7,6 +7,7 @@ from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
 
 from ucm_middleware.callsite import caller
 from ucm_middleware.current import Release
+from ucm_middleware.dispatch import Wrapping
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
     ConfigurationError,
@@ -16,7 +17,7 @@ from ucm_middleware.errors import (
     InvalidContextError,
 )
 from ucm_middleware.handles import own
-from ucm_middleware.holder import ResourceHolder, Wrapping
+from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
     MAX_LENGTH,
@@ -295,6 +296,8 @@ class UserExecutionContext(ResourceHolder):
         for the same user in every context and process that has the secret, and no other user's. See the module
         ``keys`` for its form.
 
+        A plugin that derives keys decides first, and then no secret is asked for.
+
         Whoever derives a key of an anonymous context settles it: the context has keys under its own unguessable id,
         which nothing later can find again, and binding it raises IdentityConflictError from then on.
 
@@ -334,7 +337,7 @@ class UserExecutionContext(ResourceHolder):
         host.require_owner(self._user_id, action)
         self._settle()
         if host.hooks.derive_key and (given := host.hooks.derive_key(self, kind, client_id)) is not None:
-            return host.keys, (validate_id(given, "key"),)
+            return host.keys, (given,)
         return host.keys, host.keys.candidates(self._user_id, kind, client_id)
 
     def _settle(self) -> None:
@@ -458,9 +461,10 @@ class UserExecutionContext(ResourceHolder):
         return session
 
     def verify_isolation(self) -> bool:
-        """True when nothing this context holds is another's.
+        """True when this context shares nothing mutable with its parent, the session excepted.
 
-        Raises ContextIsolationError that names what it shares with its parent, and ContextClosedError after teardown.
+        Raises ContextIsolationError that names what it shares, and ContextClosedError after teardown. What users share
+        with each other is found by the manager's ``validate_isolation``.
         """
         self.require_usable()
         roots = self._own_roots()

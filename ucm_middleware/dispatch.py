@@ -69,13 +69,19 @@ class Implementation:
 
     def blame(self, error: Exception) -> None:
         """Note on an error that goes its way whose it is."""
-        error.add_note(f"raised by {self.hook} of {self.source}")
+        note = f"raised by {self.hook} of {self.source}"
+        if note not in getattr(error, "__notes__", ()):  # one object may be raised for each request
+            error.add_note(note)
 
     def wrong(self, found: object, expected: str) -> PluginError:
         """The error for a result of the wrong kind. Of the result only the type is told: it may be a secret."""
         if inspect.iscoroutine(found):
             found.close()  # so that nothing complains of a coroutine never awaited
         return self.source.error(f"{self.hook} returned a {type(found).__name__}", f"it returns {expected}")
+
+
+Wrapping = tuple[Implementation, AsyncCM]
+"""What a plugin wraps something with, and whose it is."""
 
 
 class Identify(tuple[Implementation, ...]):
@@ -107,24 +113,24 @@ class DeriveKey(tuple[Implementation, ...]):
     def __call__(self, context: "UserExecutionContext", kind: str, client_id: str) -> str | None:
         for implementation in self:
             found = _called(implementation, context, kind, client_id)
-            if isinstance(found, str) and found:
-                return found
+            if isinstance(found, str) and found and found.isprintable():
+                return str.__str__(found)
             if found is not None:
-                raise implementation.wrong(found, "a key as text that is not empty, or None")
+                raise implementation.wrong(found, "a key as text that is printable and not empty, or None")
         return None
 
 
 class Around(tuple[Implementation, ...], Generic[*Ts]):
-    """The hooks that wrap. Gives what to enter, the outermost first, by name."""
+    """The hooks that wrap. Gives what to enter, the outermost first, and whose each is."""
 
     __slots__ = ()
 
-    def __call__(self, *args: *Ts) -> list[tuple[str, AsyncCM]]:
-        found: list[tuple[str, AsyncCM]] = []
+    def __call__(self, *args: *Ts) -> list[Wrapping]:
+        found: list[Wrapping] = []
         for implementation in self:
             cm = _called(implementation, *args)
             if _is_async_cm(cm):
-                found.append((str(implementation), cm))
+                found.append((implementation, cm))
             elif cm is not None:
                 raise implementation.wrong(cm, "an asynchronous context manager, or None to stay out")
         return found

@@ -144,7 +144,8 @@ def _variables_here(context: UserExecutionContext) -> Context | None:
     reset it on leaving.
     """
     variables = context.lifetime.variables
-    if variables is not None:
+    # On another loop the releases could not run in it: the request's own may be in there at that moment.
+    if variables is not None and context.lifetime.loop is asyncio.get_running_loop():
         try:
             variables.run(bool)
         except RuntimeError:  # it is entered, and cannot be twice

@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from ucm_middleware.dispatch import Wrapping
 from ucm_middleware.errors import ContextClosedError
 from ucm_middleware.resources import (
     DEFAULT_RELEASE_TIMEOUT,
@@ -22,9 +23,6 @@ from ucm_middleware.teardown import Closable
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
-Wrapping = tuple[str, AbstractAsyncContextManager[object]]
-"""What a plugin wraps something with, after the name that stands for it in logs and records."""
 
 
 class ResourceHolder(Closable):
@@ -121,9 +119,13 @@ class ResourceHolder(Closable):
         """Enter what plugins wrap something with. The teardown lets go of it, unless ``_leave_around`` does before."""
         entered: list[Resource] = []
         try:
-            for name, cm in wrapping:
-                await cm.__aenter__()
-                resource = plugin_resource(cm, name)
+            for implementation, cm in wrapping:
+                try:
+                    await cm.__aenter__()
+                except Exception as error:
+                    implementation.blame(error)
+                    raise
+                resource = plugin_resource(cm, str(implementation), implementation.blame)
                 await self._push_entered(resource)
                 entered.append(resource)
         except BaseException as error:

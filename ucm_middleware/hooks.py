@@ -50,7 +50,11 @@ def ucm_identify(connection: "HTTPConnection") -> "Identified | Awaitable[Identi
 
 @hookspec(firstresult=True)
 def ucm_derive_key(context: "UserExecutionContext", kind: str, client_id: str) -> str | None:
-    """The key under which this user's ``client_id`` of some ``kind`` (a thread, a session) is kept; not empty."""
+    """The key under which this user's ``client_id`` of some ``kind`` (a thread, a session) is kept.
+
+    Text that is printable and not empty, the same each time, and never another user's. It takes the place of the key
+    that the secret makes, and of those under previous secrets.
+    """
 
 
 # Each is entered in turn, and left in reverse order, whatever happens in between.

@@ -73,9 +73,8 @@ class OwnerKeys:
         """Tell the operator, once for each secret, of a key that none of the secrets explains."""
         known = [secret.fingerprint for secret in self._secrets.all]
         fingerprint = found[_FINGERPRINT]
-        if fingerprint in known or not _KEY.fullmatch(found):
-            return
-        if fingerprint in self._reported or len(self._reported) >= _MAX_REPORTED:
+        told_of = {*known, *self._reported}
+        if not _KEY.fullmatch(found) or fingerprint in told_of or len(self._reported) >= _MAX_REPORTED:
             return
         self._reported.add(fingerprint)
         logger.error(

@@ -232,8 +232,8 @@ class UserContextManager:
             context.verify_isolation()
             if self._draining:
                 self._refuse_while_draining()
-            self._bind_session(context)
             context._host = self
+            self._bind_session(context)
             self._admit(context, self.ttl if ttl is None else ttl, "create_context")
         except BaseException:
             context._give_back()
@@ -494,9 +494,14 @@ class UserContextManager:
         if self._draining:
             self._refuse_while_draining()
         was_here = context._host is self
-        self._bind_session(context)
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
+        try:
+            self._bind_session(context)
+        except BaseException:
+            if not was_here:
+                context._detach()
+            raise
         displaced: Displaced = {}
         try:
             # So that the user too finds it by this text: from inside, it means the pair.
@@ -548,8 +553,9 @@ class UserContextManager:
 
     def _bind_session(self, context: UserExecutionContext) -> None:
         """Have plugins bind the session that a context brings with it, before anybody gets to see the context."""
-        if self.hooks.bind_session and context._host is None and context._db_session is not None:
+        if self.hooks.bind_session and context._db_session is not None and not hasattr(context, "_session_bound"):
             self.hooks.bind_session(context, context._db_session)
+            context._session_bound = True
 
     def _record_opening(self, context: UserExecutionContext, source: str, *, is_new: bool = True) -> None:
         try:
@@ -557,11 +563,11 @@ class UserContextManager:
             deadline = context._lifetime.deadline
             if deadline is not None:
                 self._sweeper.plan(deadline)
+            if is_new and self.hooks.context_opened:
+                self.hooks.context_opened(context)
         except BaseException:
             context.close("failed")  # what is not on record does not live
             raise
-        if is_new and self.hooks.context_opened:
-            self.hooks.context_opened(context)
 
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
         for context, reason in displaced.items():

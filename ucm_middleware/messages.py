@@ -3,6 +3,8 @@
 # Contexts, their manager and the middleware open doors to each other that applications are not shown.
 # pyright: reportPrivateUsage=false
 
+import asyncio
+
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.dispatch import Around
 from ucm_middleware.resources import Resource
@@ -15,7 +17,7 @@ class Messages:
     What was entered for the last message is left at the context's teardown, like everything on it.
     """
 
-    __slots__ = ("_around", "_context", "_entered", "_receive")
+    __slots__ = ("_around", "_context", "_entered", "_receive", "_unwrapped")
 
     def __init__(
         self, context: UserExecutionContext, around: Around[UserExecutionContext, Message], receive: Receive
@@ -24,19 +26,28 @@ class Messages:
         self._around = around
         self._receive = receive
         self._entered: list[Resource] = []
+        self._unwrapped: Message | None = None
 
     async def receive(self) -> Message:
         """The next message, once it is wrapped. Raises what a plugin raises: the message is then not handled."""
         await self._leave()
-        message = await self._receive()
+        message, self._unwrapped = self._unwrapped, None
+        if message is None:
+            message = await self._receive()
         if message["type"] == "websocket.receive":
-            self._entered = await self._context._enter_around(self._around(self._context, message))
+            try:
+                self._entered = await self._context._enter_around(self._around(self._context, message))
+            except asyncio.CancelledError:
+                self._unwrapped = message  # for whoever stopped waiting, such as after a timeout, and asks again
+                raise
         return message
 
     async def _leave(self) -> None:
-        entered, self._entered = self._entered, []
-        if entered:
-            failures = self._context.lifetime.failures
-            await self._context._leave_around(entered, None)
-            if new := self._context.lifetime.failures[len(failures) :]:
-                raise new[0].error
+        if not self._entered:
+            return
+        context = self._context
+        failures = context.lifetime.failures
+        await context._leave_around(self._entered, None if context.is_open else context._seen_error(None))
+        self._entered = []  # only now: what a cancellation kept in is left the next time
+        if new := context.lifetime.failures[len(failures) :]:
+            raise new[0].error

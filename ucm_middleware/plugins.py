@@ -90,7 +90,7 @@ def _load(name: str, installed: Sequence[EntryPoint]) -> tuple[object, Source]:
     _require_core(offers[0].dist, source)
     try:
         plugin = offers[0].load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the server would end without a word of whose doing it is
         raise source.error(
             f"its entry point {offers[0].value!r} could not be imported: {type(error).__name__}: {error}",
             f"install what it needs, or take it out of plugins= and {ALLOWED}",

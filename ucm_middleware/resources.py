@@ -59,11 +59,18 @@ def async_resource(cm: AbstractAsyncContextManager[Any], name: str | None, timeo
     return Resource(name or name_of(cm), cm, lambda error: cm.__aexit__(*_exc_info(error)), timeout, True)
 
 
-def plugin_resource(cm: AbstractAsyncContextManager[Any], name: str) -> Resource:
-    """The exit of what a plugin wraps something with."""
-    resource = async_resource(cm, name, DEFAULT_RELEASE_TIMEOUT)
-    resource.of_plugin = True
-    return resource
+def plugin_resource(cm: AbstractAsyncContextManager[Any], name: str, blame: Callable[[Exception], None]) -> Resource:
+    """The exit of what a plugin wraps something with. ``blame`` notes on an error of the exit's own whose it is."""
+
+    async def leave(error: BaseException | None) -> None:
+        try:
+            await cm.__aexit__(*_exc_info(error))
+        except Exception as raised:
+            if raised is not error:
+                blame(raised)
+            raise
+
+    return Resource(name, cm, leave, DEFAULT_RELEASE_TIMEOUT, True, of_plugin=True)
 
 
 def callback_resource(call: partial[object], timeout: float) -> Resource:

@@ -138,12 +138,12 @@ def lower_base32(value: bytes) -> str:
     return b32encode(value).decode().lower()
 
 
-def _hkdf(value: bytes, purpose: str) -> bytes:
+def _hkdf(secret: bytes, purpose: str) -> bytes:
     # Imported here: it takes 7 ms and 8 MB, and an application without stored hashes needs none of it.
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    return HKDF(algorithm=SHA256(), length=32, salt=None, info=_INFO + purpose.encode()).derive(value)
+    return HKDF(algorithm=SHA256(), length=32, salt=None, info=_INFO + purpose.encode()).derive(secret)
 
 
 # Text and bytes that may be a secret go by that name in every frame that can raise: reporters of errors that show local

@@ -35,11 +35,16 @@ def course(desk: Observer, user: str) -> list[str]:
     return [entry["what"] for entry in desk.journal(user=user)]
 
 
+def wait_for_the_end(desk: Observer, user: str, contexts: int = 1) -> None:
+    """Until so many contexts of a user have closed: they are live no more as soon as their teardown begins."""
+    wait_until(lambda: course(desk, user).count("closed") == contexts, f"{contexts} contexts of {user} have closed")
+
+
 def test_a_plugin_identifies_and_wraps_the_request(desk: Observer) -> None:
     for _ in range(2):  # on one keep-alive connection as on another: what the first set, the second does not see
         seen = desk.request("alice", "/who").json()
         assert seen == {"user": "alice", "wrapped_in": ["context"]}
-    desk.wait_until_idle()
+    wait_for_the_end(desk, "alice", 2)
     assert course(desk, "alice") == ["opened", "enter context", "leave context", "closed"] * 2
 
 
@@ -73,7 +78,7 @@ def test_a_late_login_is_told(desk: Observer) -> None:
     visitor = desk.wait_for("bound")["before"]
     assert visitor.startswith("anonymous_")
     assert course(desk, visitor) == ["opened", "enter context"]
-    desk.wait_until_idle()
+    wait_for_the_end(desk, "alice")
     assert course(desk, "alice") == ["bound", "leave context", "closed"]
 
 
@@ -85,7 +90,7 @@ def test_resources_and_agent_runs_are_wrapped_sessions_bound_keys_derived(desk: 
         "after": ["context", "resource"],
         "key": "alice/thread/7",
     }
-    desk.wait_until_idle()
+    wait_for_the_end(desk, "alice", 2)
     assert course(desk, "alice") == [
         "opened",
         "enter context",
@@ -105,7 +110,7 @@ def test_resources_and_agent_runs_are_wrapped_sessions_bound_keys_derived(desk: 
 @pytest.mark.security
 def test_a_session_that_cannot_be_bound_is_not_handed_out(desk: Observer) -> None:
     assert desk.request("alice", "/broken-session").status_code == 500
-    desk.wait_until_idle()
+    wait_for_the_end(desk, "alice")
     assert course(desk, "alice")[-3:] == ["error in context", "leave context", "closed"]
 
 

@@ -68,6 +68,12 @@ def app(ucm_manager: UserContextManager) -> FastAPI:
                 return
             await socket.send_json({"user": current_context().user_id, "text": text})
 
+    @app.websocket("/bytes")
+    async def in_bytes(socket: WebSocket) -> None:
+        await socket.accept()
+        async for data in socket.iter_bytes():
+            await socket.send_bytes(data[::-1])
+
     return app
 
 
@@ -168,6 +174,12 @@ async def test_a_connection(app: FastAPI, ucm_ledger: RecordingLedger) -> None:
         assert await socket.receive_json() == {"user": "alice", "text": "hello"}
         assert ucm_ledger.select("closed") == []
     assert len(ucm_ledger.select("closed", user="alice")) == 1
+
+
+async def test_a_connection_in_bytes(app: FastAPI) -> None:
+    async with Drive(app, headers=ALICE).websocket("/bytes") as socket:
+        socket.send_bytes(b"abc")
+        assert await socket.receive_bytes() == b"cba"
 
 
 async def test_an_app_that_closes(app: FastAPI) -> None:

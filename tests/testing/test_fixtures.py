@@ -109,6 +109,14 @@ def test_a_manager_is_closed_at_the_end() -> None:
     assert not context.is_open
 
 
+def test_a_manager_is_closed_also_when_the_block_fails() -> None:
+    manager = UserContextManager()
+    with pytest.raises(OSError, match="the test's"), closing_contexts(manager):
+        context = manager.create_isolated_context("alice")
+        raise OSError("the test's")
+    assert not context.is_open
+
+
 def test_a_manager_that_cannot_be_closed_says_what_is_held() -> None:
     class Pool:
         async def aclose(self) -> None: ...

@@ -24,10 +24,14 @@ def closing_contexts(manager: ManagerT) -> Generator[ManagerT]:
     released, one that runs in another thread is waited for. Raises AssertionError that names each resource that could
     not be released, as happens when its loop has ended.
     """
-    yield manager
-    contexts = [*(context for _, context in manager._registry.live()), *manager._closing]
-    for context in contexts:
-        _close(context)
+    contexts: list[UserExecutionContext] = []
+    try:
+        yield manager
+    finally:
+        contexts += (context for _, context in manager._registry.live())
+        contexts += manager._closing
+        for context in contexts:
+            _close(context)
     if problems := [problem for context in contexts if (problem := problem_of(context)) is not None]:
         raise AssertionError(
             "contexts could not be closed after the test; close them in it, while their event loop runs:"

@@ -146,7 +146,7 @@ async def work(context: AuthenticatedContext) -> dict[str, Any]:
         "session": session.user,
         "run": in_the_run,
         "after": wrapped_in.get(),
-        "key": manager.hooks.derive_key(context, "thread", "7"),
+        "key": context.derive_key("thread", "7"),
     }
 
 
