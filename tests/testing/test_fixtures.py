@@ -111,8 +111,8 @@ def test_a_manager_is_closed_at_the_end() -> None:
 
 def test_a_manager_is_closed_also_when_the_block_fails() -> None:
     manager = UserContextManager()
+    context = manager.create_isolated_context("alice")
     with pytest.raises(OSError, match="the test's"), closing_contexts(manager):
-        context = manager.create_isolated_context("alice")
         raise OSError("the test's")
     assert not context.is_open
 
