@@ -5,7 +5,7 @@ import random
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ucm_middleware.expiry import SHORTEST_WAIT, Deadlines, Timed
+from ucm_middleware.expiry import MOST_EXACT, SHORTEST_WAIT, Deadlines, Timed
 
 RESOLUTION = SHORTEST_WAIT + 1e-6  # and what adding floats may lose
 YEAR = 365 * 24 * 3600.0
@@ -149,3 +149,17 @@ def test_discarding_what_is_out_already_changes_nothing() -> None:
     deadlines.discard(entry)
     deadlines.discard(entry)
     assert deadlines.pop_due(2.0, 10) == [other]
+
+
+def test_a_usual_wait_is_met_exactly_and_of_those_there_are_few() -> None:
+    deadlines, entry = Deadlines[Timed](), Timed(3600.0)
+    deadlines.open_queue(3600.0)
+    deadlines.add(entry, entry, 0.0, 3600.0)
+    assert entry.wake == 3600.0
+    for number in range(1000):
+        deadlines.open_queue(60.1 + number)
+    assert len(deadlines.queues) == MOST_EXACT
+    deadlines.open_queue(0.0)
+    late = Timed(0.0)
+    deadlines.add(late, late, 0.0, 0.0)
+    assert late.wake == SHORTEST_WAIT

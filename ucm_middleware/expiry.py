@@ -1,9 +1,10 @@
 """Deadlines, ordered without sorting: what is due, and when to look next.
 
 An entry waits in a queue with all others that wait about as long, so each queue is in order by itself: a dict, new
-entries at the end, the next one due at the front. Waits are rounded down to within 1/64, which bounds the number of
-queues; an entry that comes up early for that reason waits once more for the small rest. Adding and discarding cost
-the same whatever the number of entries, and an entry that is discarded leaves nothing behind.
+entries at the end, the next one due at the front. The usual times to live have queues of their own. Other waits are
+rounded down to within 1/64, which bounds the number of queues; an entry that comes up early for that reason waits once
+more for the small rest. Adding and discarding cost the same whatever the number of entries, and an entry that is
+discarded leaves nothing behind.
 """
 
 import math
@@ -16,6 +17,9 @@ T = TypeVar("T")
 SHORTEST_WAIT: Final = 0.001
 """Seconds. The resolution of the sweep; whoever looks at a deadline in between sees it exactly."""
 
+
+MOST_EXACT: Final = 64
+"""How many queues there may be when a wait still gets one that it is not rounded for."""
 
 LONGEST_TTL: Final = 365 * 24 * 3600.0
 """Seconds. A context that should live longer than a year is a mistake in the unit."""
@@ -58,6 +62,11 @@ class Deadlines(Generic[T]):
     def add(self, entry: Timed, of: T, now: float, seconds: float) -> None:
         """Take an entry in, to be looked at in so many seconds at the latest, but not at once."""
         self.queue_for(entry, now, seconds)[entry] = of
+
+    def open_queue(self, seconds: float) -> None:
+        """Give a usual time to live a queue of its own, as long as there are few."""
+        if seconds > SHORTEST_WAIT and len(self.queues) < MOST_EXACT:
+            self.queues.setdefault(seconds, {})
 
     def queue_for(self, entry: Timed, now: float, seconds: float) -> dict[Timed, T]:
         """The queue that an entry must be put into, which has been told when it is to be looked at."""

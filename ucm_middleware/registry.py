@@ -173,6 +173,7 @@ class Registry:
                 lifetime.wake = deadline
                 lifetime.wait = ttl
             else:
+                self._deadlines[anonymous].open_queue(ttl)
                 queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
         if (  # without the lock, which would cost more than all the rest; see _exclusive
             self._held == 0
@@ -286,12 +287,15 @@ class Registry:
 
     @_exclusive
     def limit(self, context: UserExecutionContext, seconds: float) -> float | None:
-        """Let a context live so many seconds more at most, whatever it is given later. Returns its deadline."""
+        """Let a context live so many seconds more at most, whatever it is given later.
+
+        Returns its deadline; None for a context that is not in, or not yet: it will be put in with its deadline.
+        """
+        lifetime = context.lifetime
+        lifetime.limit(self.clock() + seconds, self.clock)
         if not self._is_in(context, context.user_id):
             return None
-        lifetime = context.lifetime
         self._deadlines[context.is_anonymous].discard(lifetime)
-        lifetime.limit(self.clock() + seconds, self.clock)
         self._queue(context)
         return lifetime.deadline
 
