@@ -598,16 +598,46 @@ class TestRaces:
         assert context.is_open is False
         assert manager.get_active_contexts() == {}
 
+    def test_a_context_that_a_thread_is_just_closing_is_not_listed(
+        self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listings: list[object] = []
+        context_closing = UserContextManager.context_closing
+
+        def look_first(manager: UserContextManager, context: UserExecutionContext) -> None:
+            listings.append(manager.get_active_contexts())  # as another thread may
+            context_closing(manager, context)
+
+        monkeypatch.setattr(UserContextManager, "context_closing", look_first)
+        manager.create_isolated_context("alice").close()
+        assert listings == [{}]
+
+    def test_a_context_that_is_bound_while_it_is_set_is_registered_once(
+        self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = visitor(manager)
+        lock = Signalling()
+        lock.before = lambda: context.bind("alice")  # as another thread may, that gets the lock before this one
+        monkeypatch.setattr(manager._registry, "_lock", lock)
+        manager.set_context(("alice", "desk"), context)
+        assert len(manager.get_active_contexts()) == 1
+        context.close()
+        assert manager.get_active_contexts() == {}
+
 
 class Signalling:
     """A lock that tells when somebody else comes for it."""
 
     def __init__(self) -> None:
         self.wanted = threading.Event()
+        self.before: Callable[[], object] | None = None
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:
         self.wanted.set()
+        before, self.before = self.before, None
+        if before is not None:
+            before()
         self._lock.acquire()
 
     def __exit__(self, *raised: object) -> None:

@@ -68,10 +68,10 @@ class Own(Enum):
 
 
 users = st.sampled_from(USERS)
-keys = st.sampled_from([*KEYS, *Own])
+keys = st.sampled_from([*KEYS, *Own, Own.ID, Own.ABSENT, Own.ABSENT])
 ttls = st.sampled_from(TTLS)
 SQUATTED = "the user under whose id another's context stands"
-whose = st.sampled_from([None, SQUATTED, *USERS])
+whose = st.sampled_from([None, SQUATTED, SQUATTED, *USERS])
 """None for the user that the asking code runs for."""
 
 numbers = st.integers(0, 11)
@@ -318,7 +318,12 @@ class ContextMachine(RuleBasedStateMachine):
         self, number: int | None, user: str | None, key: Key | Own, ttl: float | None, kind: Kind | None
     ) -> None:
         asker = self.asker(number)
-        context = create_isolated_execution_context(self.user(user, asker), agent_context=GIVEN)
+        await self.put(asker, self.user(user, asker), key, ttl, kind)
+
+    async def put(
+        self, asker: Known | None, user: str, key: Key | Own, ttl: float | None = None, kind: Kind | None = None
+    ) -> None:
+        context = create_isolated_execution_context(user, agent_context=GIVEN)
         known = self.know(context, GIVEN)
         under = self.named(key, known)
         if kind is not None:
@@ -336,6 +341,20 @@ class ContextMachine(RuleBasedStateMachine):
             with self.outside():
                 trail = self.manager.get_audit_trail(known.owner)
             assert trail is None or not any(_is_of(event, known) for event in trail["events"])
+
+    @rule(user=users, then=st.sampled_from(["stays", "by hand", "a request", "a binding"]))
+    @on_loop
+    async def someone_squats(self, user: str, then: str) -> None:
+        """Trusted code puts a context under the id of another user, who comes, or not yet."""
+        owner = self.named(Own.ABSENT, None)
+        guest = str(owner) if owner in USERS else user
+        await self.put(None, user, owner)
+        if then == "by hand":
+            await self.put(None, guest, Own.ID)
+        elif then == "a request":
+            await self.call(guest, False, None)
+        elif then == "a binding" and (known := self.pick(0, anonymous=True, root=True)) is not None:
+            await self.bind(known, guest, None, False)
 
     @rule(number=askers, which=numbers, key=keys, ttl=ttls)
     @on_loop
@@ -361,7 +380,9 @@ class ContextMachine(RuleBasedStateMachine):
         known = self.pick(which, anonymous=True, root=True) or self.pick(which, root=True)
         if known is None:
             return
-        asker = known if inside and known.inside is not None else None
+        await self.bind(known, user, known if inside and known.inside is not None else None, ends)
+
+    async def bind(self, known: Known, user: str, asker: Known | None, ends: bool) -> None:
         # Credentials that last longer than any context may: what is left of them is a year exactly.
         who = Principal(user, datetime.now(UTC) + timedelta(days=1000)) if ends else user
         seconds = YEAR if ends else None
@@ -419,9 +440,9 @@ class ContextMachine(RuleBasedStateMachine):
         return thing
 
     @precondition(lambda self: self.pick(0) is not None)
-    @rule(which=numbers)
+    @rule(which=numbers, kind=st.sampled_from([None, *KINDS]))
     @on_loop
-    async def a_child_is_opened(self, which: int) -> None:
+    async def a_child_is_opened(self, which: int, kind: Kind | None) -> None:
         parent = self.pick(which)
         assert parent is not None
         if not self.model.is_usable(parent):
@@ -434,6 +455,8 @@ class ContextMachine(RuleBasedStateMachine):
         parent.children.append(child)
         assert child.owner == parent.owner
         assert child.context.parent_request_id == parent.context.request_id
+        if kind is not None:
+            await self.enter(child, kind, "none")
 
     @precondition(lambda self: self.pick(0) is not None)
     @rule(which=numbers)
@@ -593,7 +616,7 @@ class ContextMachine(RuleBasedStateMachine):
 
     # Time.
 
-    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 4.0, 59.0]), swept=st.booleans())
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 5.0, 59.0]), swept=st.sampled_from([False, False, True]))
     @on_loop
     async def time_passes(self, seconds: float, swept: bool) -> None:
         self.advance(seconds)
@@ -780,6 +803,8 @@ class ContextMachine(RuleBasedStateMachine):
         self.shut_down()
         self.everything_is_as_foretold()
         self.no_trail_names_another_user()
+        self.advance(2 * YEAR)
+        assert self.manager.sweep() == 0, "the deadline of one that has closed must be forgotten"
         assert len(self.denials) <= 1, "foreign and missing must look the same"
 
     @on_loop
@@ -848,7 +873,7 @@ def _is_of(event: dict[str, Any], known: Known) -> bool:
 
 TestContexts = ContextMachine.TestCase
 TestContexts.settings = settings(
-    max_examples=300 * SCALE,
+    max_examples=400 * SCALE,
     stateful_step_count=40,
     derandomize=SCALE == 1,
     report_multiple_bugs=False,

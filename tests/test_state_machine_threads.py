@@ -173,7 +173,8 @@ class Crowd:
             context.agent_context["note"] = context.user_id
 
     def wait(self, seconds: float) -> None:
-        self.clock.now += seconds
+        with self._lock:  # two at once would turn it back
+            self.clock.now += seconds
         self.manager.sweep()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:

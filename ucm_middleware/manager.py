@@ -311,7 +311,9 @@ class UserContextManager:
         user's only."""
         users = self._guard.visible_users("get_active_contexts")
         shown = self._registry.live() if users is None else self._registry.live_of(users)
-        return {key: self._describe(context) for key, context in shown if not context.lifetime.is_expired}
+        # One that a thread is just closing may still stand in the table.
+        live = ((key, context) for key, context in shown if context.is_open and not context.lifetime.is_expired)
+        return {key: self._describe(context) for key, context in live}
 
     def validate_isolation(self) -> bool:
         """True when no two users' live contexts share a mutable object. What they share, ``isolation_report`` names."""

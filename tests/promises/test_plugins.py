@@ -41,10 +41,10 @@ def wait_for_the_end(desk: Observer, user: str, contexts: int = 1) -> None:
 
 
 def test_a_plugin_identifies_and_wraps_the_request(desk: Observer) -> None:
-    for _ in range(2):  # on one keep-alive connection as on another: what the first set, the second does not see
+    for number in (1, 2):  # on one keep-alive connection as on another: what the first set, the second does not see
         seen = desk.request("alice", "/who").json()
         assert seen == {"user": "alice", "wrapped_in": ["context"]}
-    wait_for_the_end(desk, "alice", 2)
+        wait_for_the_end(desk, "alice", number)
     assert course(desk, "alice") == ["opened", "enter context", "leave context", "closed"] * 2
 
 
