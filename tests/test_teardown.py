@@ -455,7 +455,7 @@ class TestChildrenOfOneThatEnds:
         await inside.wait()
         context.close("cleared")
         for part in (child, grandchild):
-            assert part.is_open
+            assert not part.is_open
             with pytest.raises(ContextClosedError) as caught:
                 _ = part.agent_context
             assert caught.value.reason == "cleared"
@@ -478,6 +478,49 @@ class TestChildrenOfOneThatEnds:
         assert log == ["released"]
         parent.close()
         assert log == ["released"]
+
+    async def test_none_is_left_open_when_what_must_be_waited_for_is_deeper_down(self, log: Log) -> None:
+        parent = create_isolated_execution_context("alice")
+        first, last = parent.create_child_context("first"), parent.create_child_context("last")
+        deep = last.create_child_context("deep")
+        released = asyncio.Event()
+
+        async def release() -> None:
+            log.append("deep")
+
+        def end() -> None:
+            log.append("first")
+            released.set()
+
+        deep.callback(release)
+        first.callback(end)
+        parent.close()
+        assert [node.is_open for node in (parent, first, last, deep)] == [False] * 4
+        async with asyncio.timeout(PATIENCE):
+            await released.wait()
+        await parent.aclose()
+        assert log == ["deep", "first"]
+        assert "closed>" in repr(first)
+
+    def test_none_is_left_open_when_another_thread_is_closing_one(self, log: Log) -> None:
+        parent = create_isolated_execution_context("alice")
+        first, last = parent.create_child_context("first"), parent.create_child_context("last")
+        releasing, may_end = threading.Event(), threading.Event()
+
+        def release() -> None:
+            releasing.set()
+            may_end.wait(PATIENCE)
+
+        last.callback(release)
+        first.callback(log.append, "first")
+        elsewhere = threading.Thread(target=last.close)
+        elsewhere.start()
+        assert releasing.wait(PATIENCE)
+        parent.close()
+        assert log == ["first"]
+        may_end.set()
+        elsewhere.join(PATIENCE)
+        assert [repr(node).endswith("closed>") for node in (parent, first, last)] == [True] * 3
 
 
 class Closes:

@@ -56,7 +56,13 @@ class Closable:
 
     @property
     def is_open(self) -> bool:
-        return self._lifetime.is_open
+        """True until this context, or one above it, begins to close."""
+        node: Closable | None = self
+        while node is not None:
+            if not node._lifetime.is_open:
+                return False
+            node = node._parent
+        return True
 
     @property
     def needs_waiting(self) -> bool:
@@ -73,7 +79,7 @@ class Closable:
             raise self._closed_error()
         parent = self._parent if lifetime.is_open else None  # what is being released here may be used to the end
         while parent is not None:
-            if not parent.is_open or parent.lifetime.is_expired:
+            if not parent._lifetime.is_open or parent._lifetime.is_expired:
                 raise parent._closed_error()
             parent = parent._parent
 
@@ -258,23 +264,37 @@ class Closable:
         """The teardown, as far as it goes without waiting; the rest in a task on ``loop``, or reported without one."""
         error = self._seen_error(error)
         waits_for = self._close_children(error)
-        if waits_for is not None:
-            loop = loop or waits_for
-        elif self._lifetime.release_here(error):
-            self._finish()
-            return
-        if loop is None:
-            self._lifetime.abandon(error)
-            self._finish()
+        if waits_for is None:
+            if self._lifetime.release_here(error):
+                self._finish()
+                return
         else:
+            loop = loop or waits_for._closes_on()
+        if loop is not None:
             in_background(loop, self._tear_down, error)
+            return
+        while waits_for is not None:  # in another thread, and there is nothing to wait with: the others close now
+            waits_for = self._close_children(error, before=waits_for)
+        self._lifetime.abandon(error)
+        self._finish()
 
-    def _close_children(self, error: BaseException | None) -> asyncio.AbstractEventLoop | None:
-        """Close the children, last first, until one must be waited for. Returns the loop that this one closes on."""
-        for child in reversed(tuple(self._children or ())):
+    def _close_children(self, error: BaseException | None, before: "Closable | None" = None) -> "Closable | None":
+        """Close the children, or those before this one, last first, until one must be waited for. Returns that one."""
+        children = tuple(self._children or ())
+        last = children.index(before) if before in children else len(children)
+        for child in reversed(children[:last]):
             child.close(self._lifetime.reason or "closed", error)
             if child.lifetime.state is not CLOSED:
-                return child.lifetime.loop
+                return child
+        return None
+
+    def _closes_on(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop on which this one lets go of what it holds, or one of its children does."""
+        nodes = [self]
+        for node in nodes:
+            if node.lifetime.loop is not None:
+                return node.lifetime.loop
+            nodes += node._children or ()
         return None
 
     async def _tear_down(self, error: BaseException | None) -> None:
