@@ -21,7 +21,9 @@ from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
     MAX_LENGTH,
+    Core,
     UnifiedIDManager,
+    core_text,
     run_id_of,
     thread_id_of,
     validate_id,
@@ -82,7 +84,9 @@ class UserExecutionContext(ResourceHolder):
 
     _thread_id: str | None
     _run_id: str | None
-    _websocket_client_id: str | None
+    # The core of an id until it is read: no request pays for ids that it does not read.
+    _request_id: str | Core
+    _websocket_client_id: str | Core | None
     _lineage: tuple[int, str | None]  # the depth, and the request id of the parent
     _agent_context: dict[str, Any] | None
     _audit_metadata: dict[str, Any] | None
@@ -141,7 +145,7 @@ class UserExecutionContext(ResourceHolder):
         self._audit_metadata = copy_data(audit_metadata, "audit_metadata", user_id) or None
         self._take_session(db_session)
 
-    def _start(self, user_id: str, request_id: str, lifetime: Lifetime, anonymous: bool) -> None:
+    def _start(self, user_id: str, request_id: str | Core, lifetime: Lifetime, anonymous: bool) -> None:
         """Fill in what every context has."""
         self._user_id = user_id
         self._anonymous = anonymous
@@ -211,21 +215,26 @@ class UserExecutionContext(ResourceHolder):
 
     @property
     def request_id(self) -> str:
-        return self._request_id
+        request_id = self._request_id
+        if not isinstance(request_id, str):
+            self._request_id = request_id = f"request_{core_text(request_id)}"
+        return request_id
 
     @property
     def thread_id(self) -> str:
-        # Ids that were not given derive from the core of the request id: no request pays for ids that it does not
-        # read, and two readers cannot see two different ones.
-        return self._thread_id or thread_id_of(self._request_id)
+        # Ids that were not given derive from the core of the request id: two readers cannot see two different ones.
+        return self._thread_id or thread_id_of(self.request_id)
 
     @property
     def run_id(self) -> str:
-        return self._run_id or run_id_of(self._request_id)
+        return self._run_id or run_id_of(self.request_id)
 
     @property
     def websocket_client_id(self) -> str | None:
-        return self._websocket_client_id
+        client_id = self._websocket_client_id
+        if client_id is not None and not isinstance(client_id, str):
+            self._websocket_client_id = client_id = f"websocket_{core_text(client_id)}"
+        return client_id
 
     @property
     def created_at(self) -> datetime:
@@ -425,7 +434,7 @@ class UserExecutionContext(ResourceHolder):
         )
         child._thread_id, child._run_id = self.thread_id, self.run_id
         child._websocket_client_id = self._websocket_client_id
-        child._lineage = (self.operation_depth + 1, self._request_id)
+        child._lineage = (self.operation_depth + 1, self.request_id)
         child._parent = self
         child._db_session = self._db_session
         child._agent_context = copy_data(
@@ -521,8 +530,8 @@ class UserExecutionContext(ResourceHolder):
             "user_id": self._user_id,
             "thread_id": self.thread_id,
             "run_id": self.run_id,
-            "request_id": self._request_id,
-            "websocket_client_id": self._websocket_client_id,
+            "request_id": self.request_id,
+            "websocket_client_id": self.websocket_client_id,
             "created_at": self.created_at.isoformat(),
             "operation_depth": self.operation_depth,
             "parent_request_id": self.parent_request_id,
@@ -544,12 +553,12 @@ class UserExecutionContext(ResourceHolder):
         raise TypeError("a UserExecutionContext is not copied or pickled; use create_child_context(), or pass its ids")
 
     def __repr__(self) -> str:
-        return f"<UserExecutionContext {self._user_id!r} {self._request_id} {self._lifetime.state.value}>"
+        return f"<UserExecutionContext {self._user_id!r} {self.request_id} {self._lifetime.state.value}>"
 
     # For the manager and the middleware.
 
     @classmethod
-    def _open(cls, user_id: str, request_id: str, lifetime: Lifetime, anonymous: bool) -> Self:
+    def _open(cls, user_id: str, request_id: str | Core, lifetime: Lifetime, anonymous: bool) -> Self:
         """A context without data, from ids that are already checked: the short way, on the path of each request."""
         context = object.__new__(cls)
         context._start(user_id, request_id, lifetime, anonymous)

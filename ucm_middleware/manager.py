@@ -285,10 +285,10 @@ class UserContextManager:
         )
         lifetime.variables = variables
         context = UserExecutionContext._open(
-            ids.generate_anonymous_id() if user_id is None else user_id, "request_" + core, lifetime, anonymous
+            ids.generate_anonymous_id() if user_id is None else user_id, core, lifetime, anonymous
         )
         if websocket:
-            context._websocket_client_id = "websocket_" + core
+            context._websocket_client_id = core
         if self._draining:
             self._refuse_while_draining()
         context._host = self

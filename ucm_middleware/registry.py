@@ -104,7 +104,7 @@ class Registry:
         """The context under a key, expired or not."""
         if isinstance(key, tuple):
             lone = self._lone.get(key[0])
-            if lone is not None and lone._request_id == key[1]:
+            if lone is not None and lone.request_id == key[1]:
                 return lone
         return self._by_key.get(key)  # second: one that was unfolded in between is here by now
 
@@ -163,7 +163,7 @@ class Registry:
         owner, lifetime, anonymous = context._user_id, context._lifetime, context._anonymous
         queue = None
         if lifetime.deadline is not None:  # a plugin has bound it to credentials that end
-            return self.insert(context, (owner, context._request_id), ttl)
+            return self.insert(context, (owner, context.request_id), ttl)
         if ttl is not None:
             now = self.clock()
             deadline = lifetime.expire_at(now + ttl, self.clock)
@@ -188,7 +188,7 @@ class Registry:
             if queue is not None:
                 queue[lifetime] = context
             return None
-        return self.insert(context, (owner, context._request_id), ttl)
+        return self.insert(context, (owner, context.request_id), ttl)
 
     def _unfold(self, owner: str) -> dict[UserExecutionContext, None] | None:
         """An owner's contexts in the general form."""

@@ -32,7 +32,7 @@ class AuditTrail:
         """The same for the context of a connection, which begins without any data: on the path of each request."""
         data: dict[str, object] = {"source": "connection", "isolation_verified": True}
         self._append(
-            AuditRecord("opened", context._created, context._user_id, context._request_id, None, None, "ok", None, data)
+            AuditRecord("opened", context._created, context._user_id, context.request_id, None, None, "ok", None, data)
         )
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
@@ -63,7 +63,7 @@ class AuditTrail:
                 "closed",
                 now,
                 context._user_id,
-                context._request_id,
+                context.request_id,
                 context._thread_id,
                 context._run_id,
                 "ok" if reason in _ENDED_WELL and not failures else "failed",
