@@ -125,7 +125,7 @@ class TestOneCloser:
 
     def test_one_of_many_threads_begins_the_closing(self) -> None:
         for _ in range(100):
-            lifetime = Lifetime(State.OPEN, "a test")
+            lifetime = Lifetime.begin(State.OPEN, "a test")
             results = self.at_once(lambda lifetime=lifetime: lifetime.begin_closing("closed"))  # type: ignore[misc]
             assert sorted(results) == [False] * 7 + [True]  # type: ignore[type-var]
 

@@ -59,9 +59,11 @@ def context_of(manager: UserContextManager, user_id: str | None) -> UserExecutio
 def anonymous(
     manager: UserContextManager, kind: type[UserExecutionContext] = UserExecutionContext
 ) -> UserExecutionContext:
-    return kind._open(
-        manager.ids.generate_anonymous_id(), manager.ids.generate_request_id(), Lifetime(State.UNBOUND, "a test"), True
+    context = object.__new__(kind)
+    context._start(
+        manager.ids.generate_anonymous_id(), manager.ids.generate_core(), Lifetime.begin(State.UNBOUND, "a test"), True
     )
+    return context
 
 
 def pair_of(context: UserExecutionContext) -> Key:

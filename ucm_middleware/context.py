@@ -30,7 +30,7 @@ from ucm_middleware.ids import (
 )
 from ucm_middleware.isolation import copy_data
 from ucm_middleware.keys import OwnerKeys, checked_names
-from ucm_middleware.lifetime import OPEN, UNBOUND, Lifetime
+from ucm_middleware.lifetime import CLOSED, CLOSING, OPEN, UNBOUND, CloseReason, Lifetime
 from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource, name_of
@@ -137,7 +137,7 @@ class UserExecutionContext(ResourceHolder):
         """The constructor, from ids that are checked. Thread and run may be None where the request id was made here."""
         if websocket_client_id is not None:
             websocket_client_id = validate_id(websocket_client_id, "websocket_client_id")
-        self._start(user_id, request_id, Lifetime(OPEN, caller()), False)
+        self._start(user_id, request_id, Lifetime.begin(OPEN, caller()), False)
         self._thread_id = thread_id
         self._run_id = run_id
         self._websocket_client_id = websocket_client_id
@@ -146,7 +146,7 @@ class UserExecutionContext(ResourceHolder):
         self._take_session(db_session)
 
     def _start(self, user_id: str, request_id: str | Core, lifetime: Lifetime, anonymous: bool) -> None:
-        """Fill in what every context has."""
+        """Fill in what every context has, from ids that are already checked."""
         self._user_id = user_id
         self._anonymous = anonymous
         self._request_id = request_id
@@ -429,9 +429,8 @@ class UserExecutionContext(ResourceHolder):
         if self.operation_depth >= MAX_DEPTH:
             raise ContextLimitError("depth", MAX_DEPTH, "children nest too deeply: open siblings instead")
         ids = UnifiedIDManager() if self._host is None else self._host.ids
-        child = UserExecutionContext._open(
-            self._user_id, ids.generate_request_id(), Lifetime(OPEN, caller()), self._anonymous
-        )
+        child = object.__new__(UserExecutionContext)
+        child._start(self._user_id, ids.generate_core(), Lifetime.begin(OPEN, caller()), self._anonymous)
         child._thread_id, child._run_id = self.thread_id, self.run_id
         child._websocket_client_id = self._websocket_client_id
         child._lineage = (self.operation_depth + 1, self.request_id)
@@ -522,6 +521,34 @@ class UserExecutionContext(ResourceHolder):
         metadata = self._audit_metadata
         return {name: _copied(value) for name, value in list(metadata.items())} if metadata else {}
 
+    def end(self, reason: CloseReason) -> bool:
+        """Close a context that holds nothing, from the task that ran its handler: the short way of most requests.
+
+        False when it holds something, or something else is closing it: then nothing was done.
+        """
+        lifetime = self._lifetime
+        state = lifetime.state
+        # No lock: under the GIL threads come in between calls, of which there is none until the state is set.
+        if (
+            (state is not OPEN and state is not UNBOUND)
+            or lifetime.resources
+            or self._children
+            or self._parent is not None
+        ):
+            return False
+        lifetime.state = CLOSING
+        lifetime.reason = reason
+        metadata = self._wipe()
+        lifetime.state = CLOSED
+        lifetime.loop = lifetime.task = lifetime.variables = None
+        if lifetime.closing is not None:  # somebody waits for it
+            lifetime.finish_closing()
+        host = self._host
+        if host is not None:
+            self._host = None
+            host.context_ended(self, metadata)
+        return True
+
     # Views.
 
     def to_dict(self) -> dict[str, Any]:
@@ -556,13 +583,6 @@ class UserExecutionContext(ResourceHolder):
         return f"<UserExecutionContext {self._user_id!r} {self.request_id} {self._lifetime.state.value}>"
 
     # For the manager and the middleware.
-
-    @classmethod
-    def _open(cls, user_id: str, request_id: str | Core, lifetime: Lifetime, anonymous: bool) -> Self:
-        """A context without data, from ids that are already checked: the short way, on the path of each request."""
-        context = object.__new__(cls)
-        context._start(user_id, request_id, lifetime, anonymous)
-        return context
 
     @classmethod
     def _with_own_ids(
@@ -652,11 +672,6 @@ class UserExecutionContext(ResourceHolder):
     def _say_closing(self) -> None:
         if self._host is not None:
             self._host.context_closing(self)
-
-    def _say_ended(self, metadata: Mapping[str, object] | None) -> None:
-        host, self._host = self._host, None
-        if host is not None:
-            host.context_ended(self, metadata)
 
     def _releasing(self) -> Release:
         return Release(self)

@@ -2,7 +2,6 @@
 
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextvars import Context, ContextVar, copy_context
-from functools import partial
 from types import CoroutineType, coroutine
 from typing import Any, Final, TypeVar, cast
 
@@ -32,7 +31,7 @@ class ContextFirewall:
         self.keep = tuple(keep)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or is_enclosed(scope):
+        if scope["type"] not in ("http", "websocket") or (BOUNDARY in scope and is_enclosed(scope)):
             await self.app(scope, receive, send)
             return
         boundary = raise_boundary(scope, self.keep)
@@ -41,12 +40,13 @@ class ContextFirewall:
             if rest is not None:
                 await rest
         finally:
-            boundary.context = None
+            boundary.context = boundary.outside = None
 
 
 def is_enclosed(scope: Scope) -> bool:
-    """Whether a firewall is outside already. A boundary that has ended does not count: the scope was used again."""
-    return BOUNDARY in scope and scope[BOUNDARY].context is not None
+    """Whether the firewall whose boundary is in the scope is still outside. If not, the scope is used again."""
+    boundary: Boundary = scope[BOUNDARY]
+    return boundary.context is not None
 
 
 def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary":
@@ -58,7 +58,9 @@ def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary
     if "state" in scope:
         scope["state"] = scope["state"].copy()
     context = Context()
-    scope[BOUNDARY] = boundary = Boundary(context)
+    scope[BOUNDARY] = boundary = Boundary()
+    boundary.context = context
+    boundary.outside = None
     for variable in keep:
         if (value := variable.get(_UNSET)) is not _UNSET:
             context.run(variable.set, value)
@@ -66,12 +68,16 @@ def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary
 
 
 class Boundary:
-    """The Context a request runs in. Emptied when it ends, since what runs in a Context may refer to its scope."""
+    """The Context a request runs in, and what is outside of it, where messages are stepped there.
 
-    __slots__ = ("context",)
+    Emptied when the request ends, since what runs in a Context may refer to its scope, and so do servers. Filled in by
+    ``raise_boundary``: a constructor would cost each request twice as much.
+    """
 
-    def __init__(self, context: Context) -> None:
-        self.context: Context | None = context
+    __slots__ = ("context", "outside")
+
+    context: Context | None
+    outside: "Outside | None"
 
     def start(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
         """Run the app in here, in the task that calls this: no task more, and cancelled as ever. Returns what is left
@@ -84,10 +90,14 @@ class Boundary:
         """
         assert self.context is not None
         # A copy, since a Context cannot be entered twice, and the one we are in is entered.
-        outside = copy_context()
-        if scope["type"] == "http" or len(outside) or scope.get("http_version", "1.1") != "1.1":
-            receive = partial(_receive_outside, outside.run, receive)
-            send = partial(_send_outside, outside.run, send)
+        around = copy_context()
+        if scope["type"] == "http" or len(around) or scope.get("http_version", "1.1") != "1.1":
+            self.outside = outside = Outside()
+            outside.run = around.run
+            outside.receive_there = receive
+            outside.send_there = send
+            outside.last_sent = None
+            receive, send = outside.receive, outside.send
         run = self.context.run
         running = run(app, scope, receive, send)
         if type(running) is not CoroutineType:
@@ -97,22 +107,35 @@ class Boundary:
         return None if waiting is _DONE else _go_on(run, steps, waiting)
 
 
-# Coroutine functions, as those of servers are: an app may make a task of a message.
+class Outside:
+    """The server's ``receive`` and ``send``, each step of them in the Context that ``run`` belongs to.
 
+    ``last_sent`` is the type of the message that was sent last. Coroutine functions, as those of servers are: an app
+    may make a task of a message.
+    """
 
-async def _receive_outside(run: Callable[..., Any], receive: Receive) -> Message:
-    return await _step(run, run(receive))
+    __slots__ = ("last_sent", "receive_there", "run", "send_there")
 
+    run: Callable[..., Any]
+    receive_there: Receive
+    send_there: Send
+    last_sent: str | None
 
-async def _send_outside(run: Callable[..., Any], send: Send, message: Message) -> None:
-    sending = run(send, message)
-    if type(sending) is CoroutineType:
-        steps = sending.__await__()  # pyright: ignore[reportUnknownVariableType]
-        waiting = run(next, steps, _DONE)
-        if waiting is not _DONE:
-            await _go_on(run, steps, waiting)
-    else:
-        await _step(run, sending)
+    async def receive(self) -> Message:
+        run = self.run
+        return await _step(run, run(self.receive_there))
+
+    async def send(self, message: Message) -> None:
+        self.last_sent = message["type"]
+        run = self.run
+        sending = run(self.send_there, message)
+        if type(sending) is CoroutineType:
+            steps = sending.__await__()  # pyright: ignore[reportUnknownVariableType]
+            waiting = run(next, steps, _DONE)
+            if waiting is not _DONE:
+                await _go_on(run, steps, waiting)
+        else:
+            await _step(run, sending)
 
 
 @coroutine

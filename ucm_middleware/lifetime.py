@@ -115,6 +115,9 @@ class Lifetime(Timed):
         "variables",
     )
 
+    state: State
+    opened_by: str | tuple[str, int]
+    deadline: float | None
     reason: CloseReason | None
     loop: asyncio.AbstractEventLoop | None
     task: asyncio.Task[Any] | None
@@ -129,14 +132,17 @@ class Lifetime(Timed):
     # middle of them: so nothing is called between a check and the step that it allows, or the check is made again.
     transition = threading.RLock()
 
-    def __init__(self, state: State, opened_by: str | tuple[str, int]) -> None:
-        self.state = state
-        self.opened_by = opened_by
-        self.reason = None
-        self._cancelling = 0
-        self.wait = 0.0
-        self.deadline = self._latest = self._clock = self.resources = self.closing = None
-        self.loop = self.task = self.variables = None
+    @staticmethod
+    def begin(state: State, opened_by: str | tuple[str, int], variables: Context | None = None) -> "Lifetime":
+        """A new lifetime. ``variables`` is the Context that its releases run in; a copy of their own when None."""
+        lifetime = object.__new__(Lifetime)  # a call of the class costs each request twice as much
+        lifetime.state = state
+        lifetime.opened_by = opened_by
+        lifetime.variables = variables
+        lifetime.wait = 0.0
+        lifetime.reason = lifetime.deadline = lifetime._latest = lifetime._clock = None
+        lifetime.resources = lifetime.closing = lifetime.loop = lifetime.task = None
+        return lifetime
 
     @property
     def is_open(self) -> bool:

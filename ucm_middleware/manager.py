@@ -277,22 +277,26 @@ class UserContextManager:
         """A context for a request or connection; anonymous without a user. For the middleware, which has checked
         the id.
         """
-        ids = self.ids
-        core = ids.generate_core()
-        anonymous = user_id is None
-        lifetime = Lifetime(
-            UNBOUND if anonymous else OPEN, "a WebSocket connection" if websocket else "an HTTP request"
-        )
-        lifetime.variables = variables
-        context = UserExecutionContext._open(
-            ids.generate_anonymous_id() if user_id is None else user_id, core, lifetime, anonymous
-        )
-        if websocket:
-            context._websocket_client_id = core
         if self._draining:
             self._refuse_while_draining()
+        core = self.ids.generate_core()
+        where = "a WebSocket connection" if websocket else "an HTTP request"
+        context = object.__new__(UserExecutionContext)
+        if user_id is None:
+            lifetime = Lifetime.begin(UNBOUND, where, variables)
+            context._start(self.ids.generate_anonymous_id(), core, lifetime, True)
+        else:
+            lifetime = Lifetime.begin(OPEN, where, variables)
+            context._start(user_id, core, lifetime, False)
+        if websocket:
+            context._websocket_client_id = core
         context._host = self
-        self._admit(context, ttl, "connection")
+        try:
+            displaced = self._registry.admit(context, ttl)
+        except UserContextError as error:
+            raise self._not_admitted(error, context, "connection") from None
+        if displaced is not None:
+            self._make_way(displaced, context, "connection")
         try:
             self._trail.connected(context)
             if lifetime.deadline is not None:
@@ -520,16 +524,24 @@ class UserContextManager:
 
     def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> None:
         """Let a new context live here, under the pair of its user and its request."""
-        displaced: Displaced | None = None
         try:
             displaced = self._registry.admit(context, ttl)
-            if displaced is None:
-                return
+        except UserContextError as error:
+            raise self._not_admitted(error, context, source) from None
+        if displaced is not None:
+            self._make_way(displaced, context, source)
+
+    def _not_admitted(self, error: UserContextError, context: UserExecutionContext, source: str) -> UserContextError:
+        context._detach()
+        return self._recorded(error, context, source, context.request_id)
+
+    def _make_way(self, displaced: Displaced, context: UserExecutionContext, source: str) -> None:
+        """Close what a new context took the place of."""
+        try:
             self._require_still_open(context)
         except UserContextError as error:
-            self._close_displaced(displaced or {})
-            context._detach()
-            raise self._recorded(error, context, source, context.request_id) from None
+            self._close_displaced(displaced)
+            raise self._not_admitted(error, context, source) from None
         self._close_displaced(displaced, context)
 
     def _refuse_while_draining(self) -> None:

@@ -6,8 +6,8 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
-from contextvars import Context, ContextVar
-from functools import partial
+from contextvars import ContextVar
+from functools import lru_cache, partial
 from inspect import isawaitable
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
 from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
 from ucm_middleware.expiry import checked_ttl
-from ucm_middleware.firewall import BOUNDARY, is_enclosed, raise_boundary
+from ucm_middleware.firewall import BOUNDARY, Outside, is_enclosed, raise_boundary
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.ids import validate_id
 from ucm_middleware.lifetime import CloseReason
@@ -34,6 +34,23 @@ logger = logging.getLogger(__name__)
 
 CONTEXT: Final = "ucm_middleware.context"
 """The scope key of the context."""
+
+KNOWN_IDS: Final = 4096
+"""How many user ids are remembered as valid, so that the rules are gone through once for each of them."""
+
+
+class Watch:
+    """Passes messages on, and notes the type of the one that was sent last."""
+
+    __slots__ = ("_send", "last_sent")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.last_sent: str | None = None
+
+    def send(self, message: Message) -> Awaitable[None]:
+        self.last_sent = message["type"]
+        return self._send(message)
 
 
 class UserContextMiddleware:
@@ -75,14 +92,16 @@ class UserContextMiddleware:
         self.drain_timeout = checked_drain_timeout(drain_timeout)
         hooks = self.manager.hooks
         self._is_wrapped = bool(hooks.around_context or hooks.around_message)
+        self._validated = lru_cache(KNOWN_IDS)(partial(validate_id, field="user_id"))
         self.manager.serve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind != "http" and kind != "websocket":
             await (self._lifespan(scope, receive, send) if kind == "lifespan" else self.app(scope, receive, send))
-        elif is_enclosed(scope):
-            await self._serve(scope, receive, send)
+        elif BOUNDARY in scope and is_enclosed(scope):
+            watch = Watch(send)
+            await self._serve(scope, receive, watch.send, watch)
         else:
             boundary = raise_boundary(scope, self.keep)
             try:
@@ -90,10 +109,20 @@ class UserContextMiddleware:
                 if rest is not None:
                     await rest
             finally:
-                boundary.context = None
+                boundary.context = boundary.outside = None
 
-    def _serve(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Open the context, and answer with what runs the app in it: a function, since few resolvers wait."""
+    def _serve(
+        self, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch | None = None
+    ) -> Awaitable[None]:
+        """Open the context, and answer with what runs the app in it: a function, since few resolvers wait.
+
+        ``sent`` knows what was sent last; where None is given, the boundary was raised here.
+        """
+        if sent is None:
+            sent = scope[BOUNDARY].outside
+            if sent is None:
+                sent = Watch(send)
+                send = sent.send
         if CONTEXT in scope:
             if scope[CONTEXT].host is self.manager:
                 return self.app(scope, receive, send)
@@ -101,48 +130,53 @@ class UserContextMiddleware:
             scope = {**scope, "state": dict(scope["state"])}
         try:
             found = None if self.identify is None else self.identify(HTTPConnection(scope))
-            if found is None:
-                if self.manager.hooks.identify:
-                    return self._serve_when_identified(None, scope, receive, send)
-            elif type(found) is not str and isawaitable(found):
-                return self._serve_when_identified(found, scope, receive, send)
-            context = self._open(scope, found)
+            if type(found) is str:
+                context = self._open(scope, self._validated(found))
+            elif found is None and self.manager.hooks.identify:
+                return self._serve_when_identified(None, scope, receive, send, sent)
+            elif found is not None and isawaitable(found):
+                return self._serve_when_identified(found, scope, receive, send, sent)
+            else:
+                context = self._open_for(scope, found)
         except (UserContextError, HTTPException, WebSocketException) as error:
             return self._refuse(error, scope, send)
-        return self._run(context, scope, receive, send)
+        return self._run(context, scope, receive, send, sent)
 
     async def _serve_when_identified(
-        self, waiting: Awaitable[Identified] | None, scope: Scope, receive: Receive, send: Send
+        self, waiting: Awaitable[Identified] | None, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch
     ) -> None:
         try:
             found = None if waiting is None else await waiting
             if found is None and self.manager.hooks.identify:
                 found = await self.manager.hooks.identify(HTTPConnection(scope))
-            context = self._open(scope, found)
+            context = self._open_for(scope, found)
         except (UserContextError, HTTPException, WebSocketException) as error:
             await self._refuse(error, scope, send)
         else:
-            await self._run(context, scope, receive, send)
+            await self._run(context, scope, receive, send, sent)
 
-    def _open(self, scope: Scope, found: Identified) -> UserExecutionContext:
-        user_id = seconds_left = None
-        if type(found) is str:
-            user_id = validate_id(found, "user_id")
-        elif isinstance(found, Principal):
-            user_id = found.user_id
-            seconds_left = found.seconds_left()
-        elif found is not None:
-            user_id = self._checked(found)
-        elif self.require_identity:
-            raise UnauthenticatedError("a user is required here")
-        variables: Context | None = scope[BOUNDARY].context
-        context = self.manager._open_for_connection(user_id, self.ttl, variables, scope["type"] == "websocket")
+    def _open_for(self, scope: Scope, found: object) -> UserExecutionContext:
+        """Open a context for whom the resolver found."""
+        if found is None:
+            if self.require_identity:
+                raise UnauthenticatedError("a user is required here")
+            return self._open(scope, None)
+        if not isinstance(found, Principal):
+            return self._open(scope, self._checked(found))
+        seconds_left = found.seconds_left()
+        context = self._open(scope, found.user_id)
         if seconds_left is not None:
             try:
                 self.manager.end_within(context, seconds_left)
             except BaseException:  # no thread could be started to watch it, and nobody else would close it
                 context.close("failed")
                 raise
+        return context
+
+    def _open(self, scope: Scope, user_id: str | None) -> UserExecutionContext:
+        context = self.manager._open_for_connection(
+            user_id, self.ttl, scope[BOUNDARY].context, scope["type"] == "websocket"
+        )
         scope[CONTEXT] = context
         if "state" in scope:
             scope["state"]["user_context"] = context
@@ -158,32 +192,27 @@ class UserContextMiddleware:
             "a resolver answers with a Principal, a user id as text, or None"
         )
 
-    async def _run(self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _run(
+        self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch
+    ) -> None:
         ahead = None
         if self.cancel_on_disconnect and scope["type"] == "http":
             ahead = ReadAhead(receive, send, partial(context.close, "disconnected"))
             receive, send = ahead.receive, ahead.send
-        last_sent: str | None = None
-
-        def watched(message: Message) -> Awaitable[None]:
-            nonlocal last_sent
-            last_sent = message["type"]
-            return send(message)
-
         lifetime = context._lifetime
         lifetime.run_in_current_task()
         token = ambient.set(context)
         try:
             if self._is_wrapped:
                 receive = await self._wrapped(context, scope, receive)
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None
             cancelled = isinstance(error, asyncio.CancelledError)
             interrupted = lifetime.absorb_interrupt()  # first: a cancellation during the teardown is somebody else's
             await self._close(context, "cancelled" if cancelled else "failed", error)
             refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
-            answered = refusal is not None and await send_refusal(refusal, scope, send, last_sent)
+            answered = refusal is not None and await send_refusal(refusal, scope, send, sent.last_sent)
             if not answered and not (cancelled and interrupted):
                 raise
             if interrupted and not cancelled:

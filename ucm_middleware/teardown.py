@@ -15,8 +15,6 @@ from ucm_middleware.lifetime import (
     CLOSING,
     HANDLER_GRACE,
     INTERRUPTING,
-    OPEN,
-    UNBOUND,
     Cancelled,
     CloseReason,
     Lifetime,
@@ -122,36 +120,11 @@ class Closable:
             await lifetime.wait_closed()
         return lifetime.failures
 
-    def end(self, reason: CloseReason) -> bool:
-        """Close a context that holds nothing, from the task that ran its handler: the short way of most requests.
-
-        False when it holds something, or something else is closing it: then nothing was done.
-        """
-        lifetime = self._lifetime
-        # No lock: under the GIL threads come in between calls, of which there is none until the state is set.
-        if (
-            self._children
-            or self._parent is not None
-            or lifetime.resources
-            or (lifetime.state is not OPEN and lifetime.state is not UNBOUND)
-        ):
-            return False
-        lifetime.state = CLOSING
-        lifetime.reason = reason
-        metadata = self._wipe()
-        lifetime.finish_closing()
-        self._say_ended(metadata)
-        return True
-
     # What a context adds.
 
     @abstractmethod
     def _say_closing(self) -> None:
         """The closing has begun: say so."""
-
-    @abstractmethod
-    def _say_ended(self, metadata: Mapping[str, object] | None) -> None:
-        """Closed at once, with nothing to release: say so."""
 
     @abstractmethod
     def _releasing(self) -> Releasing:
