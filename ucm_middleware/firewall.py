@@ -34,9 +34,9 @@ class ContextFirewall:
         if scope["type"] not in ("http", "websocket") or (BOUNDARY in scope and is_enclosed(scope)):
             await self.app(scope, receive, send)
             return
-        boundary = raise_boundary(scope, self.keep)
+        boundary = Boundary()
         try:
-            rest = boundary.start(self.app, scope, receive, send)
+            rest = boundary.start(self.app, scope, receive, send, self.keep)
             if rest is not None:
                 await rest
         finally:
@@ -49,29 +49,11 @@ def is_enclosed(scope: Scope) -> bool:
     return boundary.context is not None
 
 
-def raise_boundary(scope: Scope, keep: tuple[ContextVar[Any], ...]) -> "Boundary":
-    """A boundary for a request, with a fresh Context in it. Whoever raises it empties it in the end.
-
-    The scope stays the same object, since outer middlewares read from it what the router wrote, such as the route; but
-    its state is from now on shared with no other request.
-    """
-    if "state" in scope:
-        scope["state"] = scope["state"].copy()
-    context = Context()
-    scope[BOUNDARY] = boundary = Boundary()
-    boundary.context = context
-    boundary.outside = None
-    for variable in keep:
-        if (value := variable.get(_UNSET)) is not _UNSET:
-            context.run(variable.set, value)
-    return boundary
-
-
 class Boundary:
     """The Context a request runs in, and what is outside of it, where messages are stepped there.
 
-    Emptied when the request ends, since what runs in a Context may refer to its scope, and so do servers. Filled in by
-    ``raise_boundary``: a constructor would cost each request twice as much.
+    Whoever makes it empties it in the end, since what runs in a Context may refer to its scope, and so may a server's
+    ``send``. Filled in by ``start``: a constructor would cost each request twice as much.
     """
 
     __slots__ = ("context", "outside")
@@ -79,16 +61,28 @@ class Boundary:
     context: Context | None
     outside: "Outside | None"
 
-    def start(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
-        """Run the app in here, in the task that calls this: no task more, and cancelled as ever. Returns what is left
-        to await, None when the app had nothing to wait for.
+    def start(
+        self, app: ASGIApp, scope: Scope, receive: Receive, send: Send, keep: tuple[ContextVar[Any], ...]
+    ) -> Awaitable[None] | None:
+        """Run the app in a fresh Context, in the task that calls this: no task more, and cancelled as ever. Returns
+        what is left to await, None when the app had nothing to wait for.
+
+        The scope stays the same object, since outer middlewares read from it what the router wrote, such as the route;
+        but its state is from now on shared with no other request.
 
         The server's ``receive`` and ``send`` are stepped outside again: a server may start the next request of the
         connection from within them, and it, its log and the middlewares around us would then inherit this Context. A
         WebSocket is the last exchange of its connection, other than over HTTP/2: there it is done for the sake of what
         is set outside, and messages cost nothing where nothing is.
         """
-        assert self.context is not None
+        if "state" in scope:
+            scope["state"] = scope["state"].copy()
+        scope[BOUNDARY] = self
+        self.context = context = Context()
+        run = context.run
+        for variable in keep:
+            if (value := variable.get(_UNSET)) is not _UNSET:
+                run(variable.set, value)
         # A copy, since a Context cannot be entered twice, and the one we are in is entered.
         around = copy_context()
         if scope["type"] == "http" or len(around) or scope.get("http_version", "1.1") != "1.1":
@@ -98,7 +92,8 @@ class Boundary:
             outside.send_there = send
             outside.last_sent = None
             receive, send = outside.receive, outside.send
-        run = self.context.run
+        else:
+            self.outside = None
         running = run(app, scope, receive, send)
         if type(running) is not CoroutineType:
             return _step(run, running)

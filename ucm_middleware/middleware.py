@@ -20,7 +20,7 @@ from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
 from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
 from ucm_middleware.expiry import checked_ttl
-from ucm_middleware.firewall import BOUNDARY, Outside, is_enclosed, raise_boundary
+from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.ids import validate_id
 from ucm_middleware.lifetime import CloseReason
@@ -103,9 +103,9 @@ class UserContextMiddleware:
             watch = Watch(send)
             await self._serve(scope, receive, watch.send, watch)
         else:
-            boundary = raise_boundary(scope, self.keep)
+            boundary = Boundary()
             try:
-                rest = boundary.start(self._serve, scope, receive, send)
+                rest = boundary.start(self._serve, scope, receive, send, self.keep)
                 if rest is not None:
                     await rest
             finally:
