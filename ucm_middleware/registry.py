@@ -137,7 +137,7 @@ class Registry:
         context: UserExecutionContext,
         ttl: float | None,
         usual_ttl: float | None = None,
-        keys: tuple[str, ...] = (),
+        keys: tuple[Key, ...] = (),
     ) -> Displaced | None:
         """The same under the pair of its user and its request, or under its user's id if ``keys`` has it.
 
