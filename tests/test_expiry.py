@@ -1,11 +1,13 @@
 """Deadlines: what is due comes out, once and never early, whatever the waits, and at a cost that does not grow."""
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ucm_middleware.expiry import MOST_EXACT, SHORTEST_WAIT, Deadlines, Timed
+from ucm_middleware.expiry import SHORTEST_WAIT, Deadlines, Timed, front
 
 RESOLUTION = SHORTEST_WAIT + 1e-6  # and what adding floats may lose
 YEAR = 365 * 24 * 3600.0
@@ -151,15 +153,34 @@ def test_discarding_what_is_out_already_changes_nothing() -> None:
     assert deadlines.pop_due(2.0, 10) == [other]
 
 
-def test_a_usual_wait_is_met_exactly_and_of_those_there_are_few() -> None:
-    deadlines, entry = Deadlines[Timed](), Timed(3600.0)
-    deadlines.open_queue(3600.0)
-    deadlines.add(entry, entry, 0.0, 3600.0)
-    assert entry.wake == 3600.0
-    for number in range(1000):
-        deadlines.open_queue(60.1 + number)
-    assert len(deadlines.queues) == MOST_EXACT
-    deadlines.open_queue(0.0)
-    late = Timed(0.0)
-    deadlines.add(late, late, 0.0, 0.0)
-    assert late.wake == SHORTEST_WAIT
+class Watched(dict[Any, Any]):
+    """A queue that does something before it is walked, after the walk has been made, and counts."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.walks += 1
+        walk = super().__iter__()
+        self.before_walking()
+        return walk
+
+    def before_walking(self) -> None: ...
+
+
+def test_a_slice_is_taken_in_one_walk() -> None:
+    # Each walk begins with the gaps that those taken out before have left: one walk for each would be quadratic.
+    deadlines, entries = Deadlines[Timed](), [Timed(1.0) for _ in range(100)]
+    for entry in entries:
+        deadlines.add(entry, entry, 0.0, 1.0)
+    ((wait, queue),) = deadlines.queues.items()
+    deadlines.queues[wait] = watched = Watched(queue)
+    assert deadlines.pop_due(1.0, 50) == entries[:50]
+    assert watched.walks <= 2
+
+
+def test_a_walk_begins_anew_when_a_finalizer_changes_the_queue_first() -> None:
+    class Changed(Watched):
+        def before_walking(self) -> None:
+            self.pop("a", None)
+
+    assert front(Changed(a=1, b=2, c=3), 2) == ["b", "c"]

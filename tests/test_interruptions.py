@@ -14,7 +14,7 @@ import pytest
 from support.clock import Clock
 from support.waiting import PATIENCE
 from ucm_middleware import Principal, UserContextManager, UserExecutionContext, create_isolated_execution_context
-from ucm_middleware.errors import UserContextError
+from ucm_middleware.errors import ContextLimitError, UserContextError
 
 TABLE = {"ucm_middleware.registry", "ucm_middleware.expiry"}
 MOST = 400
@@ -65,7 +65,7 @@ class House:
         self.visitor = self.manager._open_for_connection(None, 7.0, None, False)
         self.all.append(self.visitor)
 
-    def open(self, user_id: str, request_id: str | None = None, ttl: float = 60) -> UserExecutionContext:
+    def open(self, user_id: str, request_id: str | None = None, ttl: float | None = 60) -> UserExecutionContext:
         context = self.manager.create_isolated_context(user_id, request_id, ttl_seconds=ttl)
         self.all.append(context)
         return context
@@ -84,24 +84,31 @@ class House:
         live = [context for _, context in registry.live()]
         assert sorted(map(id, live)) == sorted(id(c) for c in self.all if c.is_open and c.host is not None)
         assert len(registry) == len(live)
-        assert registry._live == [sum(c.is_anonymous == kind for c in live) for kind in (False, True)]
+        for kind, population in enumerate(registry._populations):
+            assert population.live == sum(c.is_anonymous == bool(kind) for c in live)
         for key, context in registry.live():
             assert registry.lookup(key) is context, (key, context)
         for key, context in registry._by_key.items():
             assert context.is_open
             assert key in context.registry_keys
         assert all(registry._by_owner.values())
-        for kind in (False, True):
-            queued = [of for queue in registry._deadlines[kind].queues.values() for of in queue.values()]
-            timed = [c for c in live if c.is_anonymous == kind and c.lifetime.deadline is not None]
-            assert {id(c) for c in timed} <= {id(c) for c in queued}, "nobody would notice its deadline"
+        for kind, population in enumerate(registry._populations):
+            lone = [c.lifetime.deadline for c in population.lone.values()]
+            assert lone == sorted(lone, key=lambda deadline: deadline or 0.0), "the first is not the next"
+            assert not lone or (None in lone) is (population.ttl is None)
+            queued = [of for queue in population.deadlines.queues.values() for of in queue.values()]
+            timed = [c for c in live if c.is_anonymous == bool(kind) and c.lifetime.deadline is not None]
+            noticed = {*map(id, queued), *map(id, population.lone.values())}
+            assert {id(c) for c in timed} <= noticed, "nobody would notice its deadline"
 
 
 OPERATIONS: dict[str, Callable[[House], object]] = {
     "open": lambda house: house.open("dave", "r-1"),
+    "open for ever": lambda house: house.open("erin", "r-1", None),
     "open another": lambda house: house.open("alice", "r-2"),
     "open in place": lambda house: house.open("bob", "r-1"),
     "put": lambda house: house.put("carol", "carol", "r-2"),
+    "put new": lambda house: house.put("frank", "frank", "r-1"),
     "close lone": lambda house: house.lone.close(),
     "close one of two": lambda house: house.first.close(),
     "close keyed": lambda house: house.keyed.close(),
@@ -119,7 +126,7 @@ OPERATIONS: dict[str, Callable[[House], object]] = {
 
 
 # Two contexts that want one key at one moment: whoever comes last has it, and the other one lives on without it.
-RIVALS = {("open another", "open another"), ("open in place", "open in place"), ("put", "put")}
+RIVALS = {(name, name) for name in ("open another", "open in place", "put", "put new")}
 
 
 def attempt(operation: str, house: House) -> None:
@@ -156,6 +163,24 @@ def test_a_signal_handler_that_raises_leaves_the_lock_free(operation: str) -> No
         through.join(PATIENCE)
         assert not through.is_alive()
         assert registry._held == 0
+        if not coming.happened:
+            return
+    raise AssertionError("it makes more calls than thought")
+
+
+def test_who_comes_in_the_middle_of_an_admission_finds_no_place_beyond_the_limit() -> None:
+    for moment in range(1, MOST):
+        manager = UserContextManager(max_contexts=1)
+        opened: list[UserExecutionContext] = []
+
+        def open_one(user_id: str, manager: UserContextManager = manager, opened: Any = opened) -> None:
+            with suppress(ContextLimitError):
+                opened.append(manager.create_isolated_context(user_id))
+
+        with Interruption(moment, partial(open_one, "alice")) as coming:
+            open_one("bob")
+        assert [context for _, context in manager._registry.live()] == opened
+        assert len(opened) == 1
         if not coming.happened:
             return
     raise AssertionError("it makes more calls than thought")

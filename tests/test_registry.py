@@ -20,7 +20,7 @@ from ucm_middleware import (
     create_isolated_execution_context,
 )
 from ucm_middleware.lifetime import Lifetime, State
-from ucm_middleware.registry import Displaced, Key, Registry
+from ucm_middleware.registry import SLICE, Displaced, Key, Registry
 
 PER_USER, TOTAL, ANONYMOUS = 2, 4, 2
 USERS = ("alice", "bob", "carol")
@@ -327,7 +327,7 @@ def test_an_empty_registry_keeps_nothing_of_whom_it_knew() -> None:
         lone = context_of(manager, f"bob-{number}")
         registry.admit(lone, 5.0)
         lone.close()
-    assert (registry._lone, registry._by_key, registry._by_owner) == ({}, {}, {})
+    assert (registry._named.lone, registry._by_key, registry._by_owner) == ({}, {}, {})
     assert (len(registry), registry.next_wake()) == (0, None)
 
 
@@ -421,12 +421,18 @@ def test_no_thread_slips_in_beyond_the_limit(
 
 
 class Unwalked(dict[Any, Any]):
-    """A table that answers for single keys and refuses to be walked."""
+    """A table that answers for single keys and lets nobody walk further than a slice."""
 
     def refuse(self) -> NoReturn:
         raise AssertionError("walked over all live contexts")
 
-    __iter__ = keys = values = items = copy = refuse
+    keys = values = items = copy = refuse
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, key in enumerate(super().__iter__()):
+            if number == SLICE:
+                self.refuse()
+            yield key
 
 
 @pytest.mark.parametrize("anonymous", [False, True])
@@ -444,7 +450,8 @@ def test_operations_cost_the_same_among_ten_and_among_ten_thousand(anonymous: bo
                 registry.admit(context, 60.0)
             else:
                 registry.insert(context, pair_of(context), 60.0)
-        registry._lone = Unwalked(registry._lone)
+        for population in registry._populations:
+            population.lone = Unwalked(population.lone)
         registry._by_key, registry._by_owner = Unwalked(registry._by_key), Unwalked(registry._by_owner)
         clock.looks = 0
         use_once(registry, context_of(manager, None if anonymous else "alice"))
@@ -492,8 +499,165 @@ def test_a_sweep_is_not_disturbed_by_a_context_that_ends_meanwhile() -> None:
             ended.wait(0.1)  # it may have to wait until the sweep is through: then this runs out
             return walk
 
-    (queue,) = manager._registry._deadlines[False].queues.items()
-    manager._registry._deadlines[False].queues[queue[0]] = Walked(queue[1])
+    named = manager._registry._named
+    named.lone = Walked(named.lone)
     assert manager._registry.take_due() == []
     assert ended.wait(10)
     assert [shown["user_id"] for shown in manager.get_active_contexts().values()] == ["bob"]
+
+
+class TestStandingAlone:
+    """The short form: one context of an owner, under one key, in a table that is the queue of one time to live."""
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def manager(self, clock: Clock) -> UserContextManager:
+        return manager_with(clock, total=10_000)
+
+    @pytest.fixture
+    def registry(self, manager: UserContextManager) -> Registry:
+        return manager._registry
+
+    def admitted(self, manager: UserContextManager, user_id: str | None, ttl: float | None) -> UserExecutionContext:
+        context = context_of(manager, user_id)
+        assert not manager._registry.admit(context, ttl)
+        return context
+
+    def stands_alone(self, registry: Registry, context: UserExecutionContext) -> bool:
+        return any(context in population.lone.values() for population in registry._populations)
+
+    @pytest.mark.parametrize("user_id", ["alice", None])
+    def test_an_empty_table_adopts_another_time_to_live(
+        self, manager: UserContextManager, registry: Registry, clock: Clock, user_id: str | None
+    ) -> None:
+        for ttl in (60.0, 5.0, None, 7.0):
+            context = self.admitted(manager, user_id, ttl)
+            assert self.stands_alone(registry, context)
+            assert registry.next_wake() == (None if ttl is None else clock.now + ttl)
+            clock.now += 7.0
+            assert registry.take_due() == ([context] if ttl is not None and ttl <= 7 else [])
+            context.close()
+
+    def test_named_and_anonymous_ones_have_a_usual_time_each(
+        self, manager: UserContextManager, registry: Registry, clock: Clock
+    ) -> None:
+        named, visitor = self.admitted(manager, "alice", 60.0), self.admitted(manager, None, 5.0)
+        assert self.stands_alone(registry, named)
+        assert self.stands_alone(registry, visitor)
+        clock.now = 5.0
+        assert registry.take_due() == [visitor]
+        assert registry.next_wake() == 60.0
+
+    def test_each_of_two_times_is_met_exactly(
+        self, manager: UserContextManager, registry: Registry, clock: Clock
+    ) -> None:
+        contexts = [self.admitted(manager, f"user-{number}", (60.0, 5.0, None)[number % 3]) for number in range(9)]
+        clock.now = 4.9
+        assert registry.take_due() == []
+        clock.now = 5.0
+        assert set(registry.take_due()) == set(contexts[1::3])
+        clock.now = 59.9
+        assert registry.take_due() == []
+        clock.now = 60.0
+        assert set(registry.take_due()) == set(contexts[::3])
+        assert len(registry) == 9
+
+    def test_the_time_of_whom_there_come_more_takes_over(self, manager: UserContextManager, registry: Registry) -> None:
+        service = self.admitted(manager, "service", None)  # it lives as long as the application
+        first, second = self.admitted(manager, "alice", 5.0), self.admitted(manager, "bob", 5.0)
+        assert not self.stands_alone(registry, first)
+        assert self.stands_alone(registry, second)
+        assert registry.live_of(["service"]) == [(pair_of(service), service)]
+        assert len(registry) == 3
+
+    def test_a_deadline_that_is_brought_forward_leaves_the_order_right(
+        self, manager: UserContextManager, registry: Registry, clock: Clock
+    ) -> None:
+        first, second, third = (self.admitted(manager, user, 60.0) for user in USERS)
+        assert registry.limit(second, 10.0) == 10.0
+        assert registry.next_wake() == 10.0
+        clock.now = 10.0
+        assert registry.take_due() == [second]
+        assert registry.next_wake() == 60.0
+        clock.now = 60.0
+        assert registry.take_due() == [first, third]
+
+    def test_what_is_due_is_offered_once_stays_in_and_is_offered_again_when_asked(
+        self, manager: UserContextManager, registry: Registry, clock: Clock
+    ) -> None:
+        context = self.admitted(manager, "alice", 5.0)
+        clock.now = 5.0
+        assert [registry.take_due(), registry.take_due()] == [[context], []]
+        assert registry.lookup(pair_of(context)) is context
+        registry.postpone(context)
+        assert registry.take_due() == []
+        clock.now = 6.0
+        assert registry.take_due() == [context]
+        context.close()
+        assert (len(registry), registry.next_wake()) == (0, None)
+
+    def test_what_was_due_before_it_unfolds_is_due_at_once(
+        self, manager: UserContextManager, registry: Registry, clock: Clock
+    ) -> None:
+        context = self.admitted(manager, "alice", 5.0)
+        clock.now = 5.0
+        registry.insert(context, "desk", None)
+        assert registry.take_due() == [context]
+
+    def test_a_slice_takes_no_more_than_it_may(
+        self, manager: UserContextManager, registry: Registry, clock: Clock
+    ) -> None:
+        contexts = [self.admitted(manager, f"user-{number}", 5.0) for number in range(2 * SLICE + 1)]
+        clock.now = 5.0
+        taken = [registry.take_due() for _ in range(4)]
+        assert [len(part) for part in taken] == [SLICE, SLICE, 1, 0]
+        assert [context for part in taken for context in part] == contexts
+
+    def test_a_key_that_is_the_own_id_stands_alone_until_there_is_another(
+        self, manager: UserContextManager, registry: Registry
+    ) -> None:
+        first, second = context_of(manager, "alice"), context_of(manager, "alice")
+        assert registry.insert(first, "alice", None, 60.0) == {}
+        assert self.stands_alone(registry, first)
+        assert registry.lookup("alice") is first
+        assert registry.lookup(pair_of(first)) is None
+        assert registry.live() == [("alice", first)]
+        with pytest.raises(CrossUserAccessError):
+            registry.insert(context_of(manager, "bob"), "alice", 60.0)
+        registry.admit(second, 60.0)
+        assert not self.stands_alone(registry, first)
+        assert registry.lookup("alice") is first
+        assert registry.lookup(pair_of(second)) is second
+        first.close()
+        assert registry.lookup("alice") is None
+
+    def test_the_own_id_is_no_key_of_who_stands_under_the_pair(
+        self, manager: UserContextManager, registry: Registry
+    ) -> None:
+        context = self.admitted(manager, "alice", 60.0)
+        assert registry.lookup("alice") is None
+        assert registry.lookup(pair_of(context)) is context
+
+    @pytest.mark.parametrize("ttl", [None, 30.0])
+    def test_one_that_is_in_keeps_its_deadline_unless_it_is_given_another(
+        self, manager: UserContextManager, registry: Registry, clock: Clock, ttl: float | None
+    ) -> None:
+        context = self.admitted(manager, "alice", 60.0)
+        clock.now = 1.0
+        registry.insert(context, "alice", ttl, 90.0)
+        assert context.lifetime.deadline == (60.0 if ttl is None else 31.0)
+
+    def test_who_is_refused_at_the_limit_leaves_nothing_in_and_gets_no_deadline(self, clock: Clock) -> None:
+        manager = manager_with(clock, total=1)
+        first = self.admitted(manager, "alice", 60.0)
+        late = context_of(manager, "bob")
+        with pytest.raises(ContextLimitError):
+            manager._registry.admit(late, 60.0)
+        assert late.lifetime.deadline is None
+        assert [context for _, context in manager._registry.live()] == [first]
+        first.close()
+        assert manager._registry.admit(late, None) is None
+        assert manager._registry.next_wake() is None

@@ -1,25 +1,23 @@
 """Deadlines, ordered without sorting: what is due, and when to look next.
 
 An entry waits in a queue with all others that wait about as long, so each queue is in order by itself: a dict, new
-entries at the end, the next one due at the front. The usual times to live have queues of their own. Other waits are
-rounded down to within 1/64, which bounds the number of queues; an entry that comes up early for that reason waits once
-more for the small rest. Adding and discarding cost the same whatever the number of entries, and an entry that is
-discarded leaves nothing behind.
+entries at the end, the next one due at the front. Waits are rounded down to within 1/64, which bounds the number of
+queues; an entry that comes up early for that reason waits once more for the small rest. Adding and discarding cost the
+same whatever the number of entries, and an entry that is discarded leaves nothing behind.
 """
 
 import math
-from typing import Final, Generic, TypeVar
+from contextlib import suppress
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar
 
 from ucm_middleware.errors import InvalidContextError
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 SHORTEST_WAIT: Final = 0.001
 """Seconds. The resolution of the sweep; whoever looks at a deadline in between sees it exactly."""
-
-
-MOST_EXACT: Final = 64
-"""How many queues there may be when a wait still gets one that it is not rounded for."""
 
 LONGEST_TTL: Final = 365 * 24 * 3600.0
 """Seconds. A context that should live longer than a year is a mistake in the unit."""
@@ -60,22 +58,15 @@ class Deadlines(Generic[T]):
         self.queues: dict[float, dict[Timed, T]] = {}
 
     def add(self, entry: Timed, of: T, now: float, seconds: float) -> None:
-        """Take an entry in, to be looked at in so many seconds at the latest, but not at once."""
+        """Take an entry in, or move it, to be looked at in so many seconds at the latest, but not at once."""
+        self.discard(entry)
         self.queue_for(entry, now, seconds)[entry] = of
-
-    def open_queue(self, seconds: float) -> None:
-        """Give a usual time to live a queue of its own, as long as there are few."""
-        if seconds > SHORTEST_WAIT and len(self.queues) < MOST_EXACT:
-            self.queues.setdefault(seconds, {})
 
     def queue_for(self, entry: Timed, now: float, seconds: float) -> dict[Timed, T]:
         """The queue that an entry must be put into, which has been told when it is to be looked at."""
-        if seconds not in self.queues:
-            seconds = _round_down(seconds)
-            self.queues.setdefault(seconds, {})
-        entry.wait = seconds
-        entry.wake = now + seconds
-        return self.queues[seconds]
+        entry.wait = wait = _round_down(seconds)
+        entry.wake = now + wait
+        return self.queues.setdefault(wait, {})
 
     def discard(self, entry: Timed) -> None:
         """Take an entry out, if it is in."""
@@ -87,31 +78,33 @@ class Deadlines(Generic[T]):
         """Take out what is due, so many at most: the owner's lock is held meanwhile."""
         due: list[T] = []
         for queue in list(self.queues.values()):
-            while len(due) < most and (entry := _front(queue)) is not None and entry.wake <= now:
-                of = queue.pop(entry, None)
-                left = 0.0 if entry.deadline is None else entry.deadline - now
-                if of is None:
-                    continue  # a finalizer has just taken it out
-                if left <= 0:
-                    due.append(of)
-                else:
-                    self.add(entry, of, now, left)
+            while up := [entry for entry in front(queue, most - len(due)) if entry.wake <= now]:
+                for entry in up:
+                    of = queue.pop(entry, None)
+                    left = 0.0 if entry.deadline is None else entry.deadline - now
+                    if of is None:
+                        continue  # a finalizer has just taken it out
+                    if left <= 0:
+                        due.append(of)
+                    else:
+                        self.add(entry, of, now, left)
         return due
 
     def next_wake(self) -> float | None:
         """When to look next; None when there is nothing to wait for."""
-        fronts = [_front(queue) for queue in list(self.queues.values())]
-        return min((entry.wake for entry in fronts if entry is not None), default=None)
+        wakes = [entry.wake for queue in list(self.queues.values()) for entry in front(queue, 1)]
+        return min(wakes, default=None)
 
 
-def _front(queue: dict[Timed, T]) -> Timed | None:
-    for entry in queue:  # without a call, in the middle of which a finalizer could take an entry out
-        return entry
-    return None
+def front(queue: dict[K, Any], most: int) -> list[K]:
+    """The first so many of a queue, in one walk: each walk begins with the gaps that those before have left."""
+    while True:
+        with suppress(RuntimeError):  # a finalizer took an entry out, or put one in, before the walk
+            return list(islice(queue, most))
 
 
 def _round_down(wait: float) -> float:
     if wait <= SHORTEST_WAIT:
         return SHORTEST_WAIT
     mantissa, exponent = math.frexp(wait)
-    return math.ldexp(int(mantissa * 128), exponent - 7)
+    return math.ldexp(mantissa * 128 // 1, exponent - 7)

@@ -10,9 +10,10 @@ from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
-from ucm_middleware.expiry import Deadlines
+from ucm_middleware.expiry import Timed, front
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason
+from ucm_middleware.population import Population
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def _exclusive(
 
     Under the GIL, threads, finalizers and signal handlers come in between calls only. So a few lines that call nothing
     are atomic by themselves: where they find ``_held`` at 0, no operation under the lock is in its middle, and they
-    need not take it. A debugger that traces lines is a call at each of them: under one, counts may drift among threads.
+    need not take it. A debugger that traces lines is a call at each of them: under one, threads may meet there.
     """
 
     @wraps(method)
@@ -68,9 +69,8 @@ def _exclusive(
 class Registry:
     """Thread-safe. Its lock is held for single operations, whose cost does not grow with the number of contexts.
 
-    Most users have one context, under the pair (user id, request id): those stand in one table, by their owner alone.
-    Whatever else an owner has, a second context or another key, unfolds that entry into the tables of keys and of
-    owners.
+    Most contexts stand alone: see ``Population``. Whatever is more than that, a second context of an owner, another
+    key, a deadline of its own, unfolds the entry into the tables of keys and of owners, and a queue of deadlines.
     """
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
@@ -89,26 +89,30 @@ class Registry:
         # calls can nothing happen.
         self._lock = threading.RLock()
         self._held = 0
-        self._lone: dict[str, UserExecutionContext] = {}
         self._by_key: dict[Key, UserExecutionContext] = {}
         self._by_owner: dict[str, dict[UserExecutionContext, None]] = {}
-        self._deadlines = (Deadlines[UserExecutionContext](), Deadlines[UserExecutionContext]())
-        # Each for the named and for the anonymous ones, in this order.
-        self._live = [0, 0]
-        self._most = (self.limits.total, self.limits.anonymous)
+        self._named = Population(self.limits.total)
+        self._anonymous = Population(self.limits.anonymous)
+        self._populations = (self._named, self._anonymous)
 
     def __len__(self) -> int:
-        return sum(self._live)
+        return self._named.live + self._anonymous.live
 
     def lookup(self, key: Key) -> UserExecutionContext | None:
         """The context under a key, expired or not."""
-        if isinstance(key, tuple):
-            lone = self._lone.get(key[0])
-            if lone is not None and lone.request_id == key[1]:
-                return lone
+        owner, request_id = (key, None) if isinstance(key, str) else key
+        lone = self._named.lone
+        if owner not in lone:
+            lone = self._anonymous.lone
+        if owner in lone:
+            context = lone[owner]
+            if context.registry_keys:
+                if request_id is None:
+                    return context
+            elif context._request_id == request_id or context.request_id == request_id:  # as text it is there or made
+                return context
         return self._by_key.get(key)  # second: one that was unfolded in between is here by now
 
-    @_exclusive
     def insert(
         self,
         context: UserExecutionContext,
@@ -124,16 +128,68 @@ class Registry:
 
         Raises CrossUserAccessError when the key is another user's, ContextLimitError when there are too many contexts.
         """
+        if key == context._user_id and also is None:
+            return self.admit(context, ttl, usual_ttl, (key,)) or {}
+        return self._insert(context, key, ttl, usual_ttl, also)
+
+    def admit(
+        self,
+        context: UserExecutionContext,
+        ttl: float | None,
+        usual_ttl: float | None = None,
+        keys: tuple[Key, ...] = (),
+    ) -> Displaced | None:
+        """The same under the pair of its user and its request, or under its user's id if ``keys`` has it.
+
+        A new context, which is nearly always alone, needs no lock here: that would cost more than all the rest. None
+        when nothing must be closed.
+        """
+        clock = self.clock
+        life = usual_ttl if ttl is None else ttl
+        deadline = None if life is None else clock() + life
+        # From here to the table nothing is called; see _exclusive.
+        owner = context._user_id
+        lifetime = context._lifetime
+        population = self._anonymous if context._anonymous else self._named
+        lone = population.lone
+        if (
+            self._held == 0
+            and owner not in lone
+            and (not self._by_owner or (owner not in self._by_owner and owner not in self._by_key))  # by_key: squatters
+            and (life == population.ttl or not lone)
+            and lifetime.deadline is None  # else a plugin has bound it to credentials that end
+            and (lifetime.state is OPEN or lifetime.state is UNBOUND)  # from now on, who closes it finds it here
+        ):
+            lifetime._clock = clock
+            lifetime.deadline = deadline
+            population.ttl = life
+            context.registry_keys = keys
+            lone[owner] = context
+            if len(lone) <= population.room:
+                return None
+            # One too many, also when several come at once: each steps back, and waits for the lock.
+            self.remove(context)
+            lifetime.deadline = lifetime._latest
+        return self._insert(context, keys[0] if keys else (owner, context.request_id), ttl, usual_ttl, None)
+
+    @_exclusive
+    def _insert(
+        self, context: UserExecutionContext, key: Key, ttl: float | None, usual_ttl: float | None, also: Key | None
+    ) -> Displaced:
         owner = context.user_id
-        if not context.is_open:  # whoever closed it has looked for it here already, or waits for the lock
+        population = self._population_of(context)
+        if not context._lifetime.is_open:  # whoever closed it has looked for it here already, or waits for the lock
             raise _closed(context)
         displaced = self._make_way(context, key)
         if also is not None:
             displaced.update(self._make_way(context, also))
-        mine = self._unfold(owner)
-        is_new = mine is None or context not in mine
+        is_new = not self._unfold(context)
         if is_new:
-            self._make_room(owner, context.is_anonymous, displaced)
+            ttl = usual_ttl if ttl is None else ttl
+            if ttl != population.ttl:  # sooner or later the table is for those of whom there come more
+                for other in front(population.lone, 1):
+                    self._unfold_owner(other)
+            self._make_room(owner, population, displaced)
             self._evict_squatter(owner, context)
             context.registry_keys = (key,)
             group = {context: None}
@@ -141,8 +197,7 @@ class Registry:
                 self._by_owner[owner][context] = None
             else:
                 self._by_owner[owner] = group
-            self._live[context.is_anonymous] += 1
-            ttl = usual_ttl if ttl is None else ttl
+            population.room -= 1
         elif key not in context.registry_keys:
             context.registry_keys += (key,)
         self._by_key[key] = context
@@ -150,94 +205,65 @@ class Registry:
             self._by_key[also] = context
             context.registry_keys += () if also in context.registry_keys else (also,)
         if ttl is not None:
-            self._set_deadline(context, ttl)
-        elif is_new:
-            self._queue(context)  # its user's credentials may end
+            context._lifetime.expire_at(self.clock() + ttl, self.clock)
+        if ttl is not None or is_new:  # its user's credentials may end
+            self._queue(context, population)
         return displaced
 
-    def admit(self, context: UserExecutionContext, ttl: float | None) -> Displaced | None:
-        """The same for a new context under the pair of its user and its request, which is nearly always alone.
-
-        None when nothing must be closed.
-        """
-        owner, lifetime, anonymous = context._user_id, context._lifetime, context._anonymous
-        queue = None
-        if lifetime.deadline is not None:  # a plugin has bound it to credentials that end
-            return self.insert(context, (owner, context.request_id), ttl)
-        if ttl is not None:
-            now = self.clock()
-            deadline = lifetime.expire_at(now + ttl, self.clock)
-            queues = self._deadlines[anonymous].queues
-            if ttl in queues:
-                queue = queues[ttl]
-                lifetime.wake = deadline
-                lifetime.wait = ttl
-            else:
-                self._deadlines[anonymous].open_queue(ttl)
-                queue = self._deadlines[anonymous].queue_for(lifetime, now, ttl)
-        if (  # without the lock, which would cost more than all the rest; see _exclusive
-            self._held == 0
-            and (lifetime.state is OPEN or lifetime.state is UNBOUND)  # from here on, who closes it finds it here
-            and owner not in self._lone
-            and owner not in self._by_owner
-            and owner not in self._by_key  # a squatter
-            and self._live[anonymous] < self._most[anonymous]
-        ):
-            self._lone[owner] = context
-            self._live[anonymous] += 1
-            if queue is not None:
-                queue[lifetime] = context
-            return None
-        return self.insert(context, (owner, context.request_id), ttl)
-
-    def _unfold(self, owner: str) -> dict[UserExecutionContext, None] | None:
+    def _unfold_owner(self, owner: str) -> dict[UserExecutionContext, None] | None:
         """An owner's contexts in the general form."""
-        while owner in self._lone:
-            context = self._lone[owner]
-            keys: tuple[Key, ...] = ((owner, context.request_id),)
-            group: dict[UserExecutionContext, None] = {context: None}
-            if owner in self._lone and self._lone[owner] is context:
-                context.registry_keys = keys
-                self._by_key[keys[0]] = context
-                self._by_owner[owner] = group
-                del self._lone[owner]
+        for population in self._populations:
+            while owner in population.lone:
+                context = population.lone[owner]
+                lifetime = context._lifetime
+                keys = _keys_of(context)
+                group: dict[UserExecutionContext, None] = {context: None}
+                queue: dict[Timed, UserExecutionContext] = {}
+                if lifetime.deadline is not None:
+                    now = self.clock()
+                    queue = population.deadlines.queue_for(lifetime, now, lifetime.deadline - now)
+                    lifetime.wake = min(lifetime.wake, lifetime.deadline)  # when it is due already
+                if owner in population.lone and population.lone[owner] is context:
+                    context.registry_keys = keys
+                    self._by_key[keys[0]] = context
+                    self._by_owner[owner] = group
+                    population.room -= 1
+                    queue[lifetime] = context
+                    del population.lone[owner]
         return self._by_owner.get(owner)
+
+    def _unfold(self, context: UserExecutionContext) -> bool:
+        """Whether a context is in. If so, it is in the general form from now on."""
+        mine = self._unfold_owner(context.user_id)
+        return mine is not None and context in mine
 
     def remove(self, context: UserExecutionContext) -> bool:
         """Take a context out, and free its keys. False when it was not in."""
-        lifetime = context._lifetime
         owner = context._user_id
-        if self._held == 0 and owner in self._lone and self._lone[owner] is context:  # as above
-            del self._lone[owner]
-            self._live[context._anonymous] -= 1
-            queues = self._deadlines[context._anonymous].queues
-            if lifetime.wait in queues and lifetime in queues[lifetime.wait]:
-                del queues[lifetime.wait][lifetime]
+        lone = self._anonymous.lone if context._anonymous else self._named.lone
+        if self._held == 0 and owner in lone and lone[owner] is context:  # without the lock; see _exclusive
+            del lone[owner]
             return True
         return self._remove(context)
 
     @_exclusive
     def _remove(self, context: UserExecutionContext) -> bool:
-        lifetime = context._lifetime
         owner = context.user_id  # a late binding may just have changed it, under this lock
-        if owner in self._lone and self._lone[owner] is context:
-            del self._lone[owner]
-        elif not self._remove_from_group(owner, context):
-            return False
-        self._live[context.is_anonymous] -= 1
-        self._deadlines[context.is_anonymous].discard(lifetime)
-        return True
-
-    def _remove_from_group(self, owner: str, context: UserExecutionContext) -> bool:
-        mine = self._by_owner.get(owner)
-        if mine is None or context not in mine:
+        population = self._population_of(context)
+        mine = self._by_owner.get(owner, {})
+        if owner in population.lone and population.lone[owner] is context:
+            del population.lone[owner]
+            return True
+        if context not in mine:
             return False
         del mine[context]
+        population.room += 1
         if not mine:
             del self._by_owner[owner]
         for key in context.registry_keys:
             if key in self._by_key and self._by_key[key] is context:
                 del self._by_key[key]
+        population.deadlines.discard(context._lifetime)
         return True
 
     @_exclusive
@@ -248,25 +274,23 @@ class Registry:
         """
         old = context.user_id
         displaced: Displaced = {}
-        if not self._is_in(context, old):
+        if not self._unfold(context):
             return displaced
-        self._unfold(old)
-        self._unfold(user_id)
-        self._make_room(user_id, False, displaced)
+        self._unfold_owner(user_id)
+        self._make_room(user_id, self._named, displaced)
         group = {context: None}
         if transition():
             self._evict_squatter(user_id, context)
-            lifetime = context.lifetime
-            self._deadlines[True].discard(lifetime)
-            self._queue(context)
+            self._anonymous.deadlines.discard(context._lifetime)
+            self._queue(context, self._named)
             self._rename(context, old, user_id, displaced)
             self._by_owner.pop(old, None)
             if user_id in self._by_owner:
                 self._by_owner[user_id][context] = None
             else:
                 self._by_owner[user_id] = group
-            self._live[True] -= 1
-            self._live[False] += 1
+            self._anonymous.room += 1
+            self._named.room -= 1
             if not context.is_open:  # it was closed in the middle of this, and looked for where it was not yet
                 self.remove(context)
         return displaced
@@ -291,55 +315,59 @@ class Registry:
 
         Returns its deadline; None for a context that is not in, or not yet: it will be put in with its deadline.
         """
-        lifetime = context.lifetime
+        lifetime = context._lifetime
+        is_in = self._unfold(context)  # first: a deadline brought forward does not fit in the order of the lone ones
         lifetime.limit(self.clock() + seconds, self.clock)
-        if not self._is_in(context, context.user_id):
+        if not is_in:
             return None
-        self._deadlines[context.is_anonymous].discard(lifetime)
-        self._queue(context)
+        self._queue(context, self._population_of(context))
         return lifetime.deadline
 
     @_exclusive
     def live(self) -> list[tuple[Key, UserExecutionContext]]:
         """A snapshot: every live context with the first key it stands under."""
-        return self._shown(list(self._lone.values()), list(self._by_owner.values()))
+        lone = [context for population in self._populations for context in list(population.lone.values())]
+        return _shown(lone, list(self._by_owner.values()))
 
     @_exclusive
     def live_of(self, user_ids: Iterable[str]) -> list[tuple[Key, UserExecutionContext]]:
         """A snapshot of some users' live contexts."""
         users = list(user_ids)
-        lone = [self._lone[user] for user in users if user in self._lone]
-        return self._shown(lone, [self._by_owner[user] for user in users if user in self._by_owner])
-
-    def _shown(
-        self, lone: list[UserExecutionContext], groups: list[dict[UserExecutionContext, None]]
-    ) -> list[tuple[Key, UserExecutionContext]]:
-        shown: list[tuple[Key, UserExecutionContext]] = [
-            ((context.user_id, context.request_id), context) for context in lone
-        ]
-        shown += [(context.registry_keys[0], context) for group in groups for context in list(group)]
-        return shown
+        tables = [population.lone for population in self._populations]
+        lone = [table[user] for user in users for table in tables if user in table]
+        return _shown(lone, [self._by_owner[user] for user in users if user in self._by_owner])
 
     @_exclusive
     def take_due(self) -> list[UserExecutionContext]:
         """Some contexts whose deadline has come; call again until there are none. They stay in until they close."""
         now = self.clock()
-        return [context for deadlines in self._deadlines for context in deadlines.pop_due(now, SLICE)]
+        return [context for population in self._populations for context in self._pop_due(population, now)]
+
+    def _pop_due(self, population: Population, now: float) -> list[UserExecutionContext]:
+        lone = population.lone
+        for owner in front(lone, SLICE):
+            if owner not in lone:
+                continue  # a finalizer has just taken it out
+            deadline = lone[owner]._lifetime.deadline
+            if deadline is None or deadline > now:
+                break
+            self._unfold_owner(owner)
+        return population.deadlines.pop_due(now, SLICE)
 
     @_exclusive
     def postpone(self, context: UserExecutionContext) -> None:
         """Let ``take_due`` offer a context again, a second from now."""
-        if self._is_in(context, context.user_id):
-            self._deadlines[context.is_anonymous].add(context.lifetime, context, self.clock(), RETRY)
+        if self._unfold(context):
+            self._population_of(context).deadlines.add(context._lifetime, context, self.clock(), RETRY)
 
     @_exclusive
     def next_wake(self) -> float | None:
         """When the next deadline must be looked at, on the registry's clock."""
-        wakes = [deadlines.next_wake() for deadlines in self._deadlines]
+        wakes = [population.next_wake() for population in self._populations]
         return min((wake for wake in wakes if wake is not None), default=None)
 
-    def _is_in(self, context: UserExecutionContext, owner: str) -> bool:
-        return self._lone.get(owner) is context or context in self._by_owner.get(owner, ())
+    def _population_of(self, context: UserExecutionContext) -> Population:
+        return self._anonymous if context._anonymous else self._named
 
     def _make_way(self, context: UserExecutionContext, key: Key) -> Displaced:
         """Who must go so that the context can stand under the key."""
@@ -374,42 +402,44 @@ class Registry:
         squatter.registry_keys = tuple(key for key in squatter.registry_keys if key != owner) or (pair,)
         self._by_key.setdefault(squatter.registry_keys[0], squatter)
 
-    def _make_room(self, owner: str, anonymous: bool, displaced: Displaced) -> None:
+    def _make_room(self, owner: str, population: Population, displaced: Displaced) -> None:
         """Check the limits. Contexts that have expired do not count: they are displaced."""
-        limits = self.limits
+        per_user, limit = self.limits.per_user, population.limit
         mine = self._by_owner.get(owner)
-        if not anonymous and mine is not None and len(mine) >= limits.per_user:
+        if population is self._named and mine is not None and len(mine) >= per_user:
             displaced.update((context, "expired") for context in list(mine) if not self._is_live(context))
-            if len(mine) - sum(context in mine for context in displaced) >= limits.per_user:
-                raise ContextLimitError("user", limits.per_user, "finish or close one of this user's contexts first")
-        live, limit = self._live[anonymous], self._most[anonymous]
+            if len(mine) - sum(context in mine for context in displaced) >= per_user:
+                raise ContextLimitError("user", per_user, "finish or close one of this user's contexts first")
+        live = population.live
         if live < limit:
             return
-        due = self._deadlines[anonymous].pop_due(self.clock(), SLICE)
+        due = self._pop_due(population, self.clock())
         displaced.update((context, "expired") for context in due)  # one is enough to make room
-        if live - sum(context.is_anonymous == anonymous for context in displaced) >= limit:
-            scope = "anonymous" if anonymous else "total"
+        if live - sum(self._population_of(context) is population for context in displaced) >= limit:
+            scope = "total" if population is self._named else "anonymous"
             raise ContextLimitError(scope, limit, "the server is at its limit; try again shortly")
 
     def _is_live(self, context: UserExecutionContext) -> bool:
-        lifetime = context.lifetime
+        lifetime = context._lifetime
         return lifetime.is_open and not lifetime.is_expired
 
-    def _set_deadline(self, context: UserExecutionContext, ttl: float) -> None:
-        lifetime = context.lifetime
-        now = self.clock()
-        anonymous = context.is_anonymous
-        self._deadlines[anonymous].discard(lifetime)
-        deadline = now + ttl
-        allowed = lifetime.expire_at(deadline, self.clock)
-        self._deadlines[anonymous].add(lifetime, context, now, ttl if allowed == deadline else allowed - now)
-
-    def _queue(self, context: UserExecutionContext) -> None:
+    def _queue(self, context: UserExecutionContext, population: Population) -> None:
         """Have the sweep look at a context's deadline, whatever set it."""
-        deadline = context.lifetime.deadline
-        if deadline is not None:
+        lifetime = context._lifetime
+        if lifetime.deadline is not None:
             now = self.clock()
-            self._deadlines[context.is_anonymous].add(context.lifetime, context, now, deadline - now)
+            population.deadlines.add(lifetime, context, now, lifetime.deadline - now)
+
+
+def _keys_of(context: UserExecutionContext) -> tuple[Key, ...]:
+    return context.registry_keys or ((context.user_id, context.request_id),)
+
+
+def _shown(
+    lone: list[UserExecutionContext], groups: list[dict[UserExecutionContext, None]]
+) -> list[tuple[Key, UserExecutionContext]]:
+    contexts = [*lone, *(context for group in groups for context in list(group))]
+    return [(_keys_of(context)[0], context) for context in contexts]
 
 
 def _foreign_key() -> CrossUserAccessError:
@@ -417,5 +447,5 @@ def _foreign_key() -> CrossUserAccessError:
 
 
 def _closed(context: UserExecutionContext) -> ContextClosedError:
-    lifetime = context.lifetime
+    lifetime = context._lifetime
     return ContextClosedError(context.request_id, lifetime.where(), lifetime.reason or "closed")

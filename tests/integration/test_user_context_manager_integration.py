@@ -469,7 +469,7 @@ class TestPerformance:
                 manager.clear_context(f"nobody-{number}")
                 manager.get_audit_trail(f"nobody-{number}")
             registry = manager._registry
-            sizes.append((len(registry._lone), len(registry._by_key), len(registry._by_owner)))
+            sizes.append((len(registry._named.lone), len(registry._by_key), len(registry._by_owner)))
         assert sizes == [(0, 0, 0), (0, 0, 0)]
 
     def test_contexts_share_one_thread_and_need_no_task(self) -> None:
