@@ -29,6 +29,12 @@ steps = st.one_of(
 )
 
 
+class Entry(Timed):
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.wait = 0.0
+
+
 def deadline_of(entry: Timed) -> float:
     assert entry.deadline is not None
     return entry.deadline
@@ -57,7 +63,7 @@ def test_agrees_with_a_sorted_list(program: list[tuple[str, float]], start: floa
 
     for step, number in program:
         if step == ADD:
-            entry = Timed(now + number)
+            entry = Entry(now + number)
             waiting.append(entry)
             deadlines.add(entry, entry, now, number)
             assert now < entry.wake <= max(deadline_of(entry), now) + RESOLUTION
@@ -88,7 +94,7 @@ def test_agrees_with_a_sorted_list(program: list[tuple[str, float]], start: floa
 
 @given(st.floats(SHORTEST_WAIT, YEAR))
 def test_who_sleeps_until_each_next_wake_meets_the_deadline_in_a_few_looks(wait: float) -> None:
-    deadlines, entry, now, looks = Deadlines[Timed](), Timed(wait), 0.0, 0
+    deadlines, entry, now, looks = Deadlines[Timed](), Entry(wait), 0.0, 0
     deadlines.add(entry, entry, now, wait)
     while not deadlines.pop_due(now, 1):
         wake = deadlines.next_wake()
@@ -102,18 +108,18 @@ def test_any_number_of_different_waits_needs_a_bounded_number_of_queues() -> Non
     deadlines, draw = Deadlines[None](), random.Random(7)
     for _ in range(20_000):
         wait = 10 ** draw.uniform(-6, 7.5)
-        deadlines.add(Timed(wait), None, 0.0, wait)
+        deadlines.add(Entry(wait), None, 0.0, wait)
     assert len(deadlines.queues) <= MOST_QUEUES
     for _ in range(20_000):
         wait = 10 ** draw.uniform(-6, 7.5)
-        deadlines.add(Timed(wait), None, 0.0, wait)
+        deadlines.add(Entry(wait), None, 0.0, wait)
     assert len(deadlines.queues) <= MOST_QUEUES
 
 
 def test_adding_and_taking_out_cost_the_same_among_ten_and_among_ten_thousand() -> None:
     looked_at = 0
 
-    class Counted(Timed):
+    class Counted(Entry):
         def __getattribute__(self, name: str) -> object:
             nonlocal looked_at
             looked_at += 1
@@ -136,7 +142,7 @@ def test_adding_and_taking_out_cost_the_same_among_ten_and_among_ten_thousand() 
 
 
 def test_a_slice_takes_no_more_than_it_may_and_leaves_the_rest() -> None:
-    deadlines, entries = Deadlines[Timed](), [Timed(float(second)) for second in range(1, 11)]
+    deadlines, entries = Deadlines[Timed](), [Entry(float(second)) for second in range(1, 11)]
     for entry in entries:
         deadlines.add(entry, entry, 0.0, deadline_of(entry))
     taken = [deadlines.pop_due(100.0, 4) for _ in range(4)]
@@ -145,7 +151,7 @@ def test_a_slice_takes_no_more_than_it_may_and_leaves_the_rest() -> None:
 
 
 def test_discarding_what_is_out_already_changes_nothing() -> None:
-    deadlines, entry, other = Deadlines[Timed](), Timed(1.0), Timed(1.0)
+    deadlines, entry, other = Deadlines[Timed](), Entry(1.0), Entry(1.0)
     deadlines.add(entry, entry, 0.0, 1.0)
     deadlines.add(other, other, 0.0, 1.0)
     deadlines.discard(entry)
@@ -169,7 +175,7 @@ class Watched(dict[Any, Any]):
 
 def test_a_slice_is_taken_in_one_walk() -> None:
     # Each walk begins with the gaps that those taken out before have left: one walk for each would be quadratic.
-    deadlines, entries = Deadlines[Timed](), [Timed(1.0) for _ in range(100)]
+    deadlines, entries = Deadlines[Timed](), [Entry(1.0) for _ in range(100)]
     for entry in entries:
         deadlines.add(entry, entry, 0.0, 1.0)
     ((wait, queue),) = deadlines.queues.items()

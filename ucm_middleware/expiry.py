@@ -40,13 +40,16 @@ def checked_ttl(ttl: object) -> float | None:
 
 
 class Timed:
-    """Something with a deadline, in seconds on the monotonic clock. ``wake`` and ``wait`` belong to the queue."""
+    """Something with a deadline, in seconds on the monotonic clock. ``wake`` and ``wait`` belong to the queue.
+
+    Whoever makes one fills in the ``deadline``, and 0 as its ``wait``.
+    """
 
     __slots__ = ("deadline", "wait", "wake")
 
-    def __init__(self, deadline: float | None = None) -> None:
-        self.deadline = deadline
-        self.wake = self.wait = 0.0
+    deadline: float | None
+    wait: float
+    wake: float
 
 
 class Deadlines(Generic[T]):
