@@ -639,6 +639,13 @@ class TestStandingAlone:
         assert registry.lookup("alice") is None
         assert registry.lookup(pair_of(context)) is context
 
+    def test_who_comes_takes_the_own_id_from_a_squatter(self, manager: UserContextManager, registry: Registry) -> None:
+        squatter = context_of(manager, "bob")
+        registry.insert(squatter, "alice", 60.0)
+        self.admitted(manager, "alice", 60.0)
+        assert registry.lookup("alice") is None
+        assert registry.lookup(pair_of(squatter)) is squatter
+
     @pytest.mark.parametrize("ttl", [None, 30.0])
     def test_one_that_is_in_keeps_its_deadline_unless_it_is_given_another(
         self, manager: UserContextManager, registry: Registry, clock: Clock, ttl: float | None
