@@ -60,7 +60,8 @@ class House:
         self.lone = self.open("alice", "r-1")
         self.first, self.second = self.open("bob", "r-1"), self.open("bob", "r-2")
         self.keyed = create_isolated_execution_context("carol", "r-1")
-        self.manager.set_context("carol", self.keyed)
+        self.manager.set_context("carol", self.keyed, ttl_seconds=60)
+        assert set(self.manager._registry._named.lone) == {"alice", "carol"}
         self.all.append(self.keyed)
         self.visitor = self.manager._open_for_connection(None, 7.0, None, False)
         self.all.append(self.visitor)
@@ -108,6 +109,7 @@ OPERATIONS: dict[str, Callable[[House], object]] = {
     "open another": lambda house: house.open("alice", "r-2"),
     "open in place": lambda house: house.open("bob", "r-1"),
     "put": lambda house: house.put("carol", "carol", "r-2"),
+    "open beside": lambda house: house.open("frank", "r-2"),
     "put new": lambda house: house.put("frank", "frank", "r-1"),
     "close lone": lambda house: house.lone.close(),
     "close one of two": lambda house: house.first.close(),
@@ -126,7 +128,7 @@ OPERATIONS: dict[str, Callable[[House], object]] = {
 
 
 # Two contexts that want one key at one moment: whoever comes last has it, and the other one lives on without it.
-RIVALS = {(name, name) for name in ("open another", "open in place", "put", "put new")}
+RIVALS = {(name, name) for name in ("open for ever", "open another", "open in place", "put", "put new")}
 
 
 def attempt(operation: str, house: House) -> None:

@@ -534,8 +534,10 @@ class TestStandingAlone:
         self, manager: UserContextManager, registry: Registry, clock: Clock, user_id: str | None
     ) -> None:
         for ttl in (60.0, 5.0, None, 7.0):
-            context = self.admitted(manager, user_id, ttl)
+            context, second = self.admitted(manager, user_id, ttl), self.admitted(manager, user_id and "bob", ttl)
             assert self.stands_alone(registry, context)
+            assert self.stands_alone(registry, second)
+            second.close()
             assert registry.next_wake() == (None if ttl is None else clock.now + ttl)
             clock.now += 7.0
             assert registry.take_due() == ([context] if ttl is not None and ttl <= 7 else [])
@@ -547,6 +549,7 @@ class TestStandingAlone:
         named, visitor = self.admitted(manager, "alice", 60.0), self.admitted(manager, None, 5.0)
         assert self.stands_alone(registry, named)
         assert self.stands_alone(registry, visitor)
+        assert registry.lookup(pair_of(visitor)) is visitor
         clock.now = 5.0
         assert registry.take_due() == [visitor]
         assert registry.next_wake() == 60.0
@@ -634,12 +637,42 @@ class TestStandingAlone:
         first.close()
         assert registry.lookup("alice") is None
 
+    def test_an_anonymous_one_is_found_under_its_own_id_too(
+        self, manager: UserContextManager, registry: Registry
+    ) -> None:
+        visitor = context_of(manager, None)
+        registry.insert(visitor, visitor.user_id, 60.0)
+        assert registry.lookup(visitor.user_id) is visitor
+
+    def test_who_comes_in_the_middle_of_another_operation_does_not_stand_alone_beside_it(
+        self, manager: UserContextManager, registry: Registry, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = context_of(manager, "alice"), context_of(manager, "alice")
+        evict = Registry._evict_squatter
+
+        def evict_and_be_interrupted(registry: Registry, owner: str, context: UserExecutionContext) -> None:
+            evict(registry, owner, context)
+            if context is first:
+                registry.admit(second, 60.0)
+
+        monkeypatch.setattr(Registry, "_evict_squatter", evict_and_be_interrupted)
+        registry.insert(first, "desk", 60.0)
+        registry.limit(second, 5.0)
+        assert {context for _, context in registry.live_of(["alice"])} == {first, second}
+
     def test_the_own_id_is_no_key_of_who_stands_under_the_pair(
         self, manager: UserContextManager, registry: Registry
     ) -> None:
         context = self.admitted(manager, "alice", 60.0)
         assert registry.lookup("alice") is None
         assert registry.lookup(pair_of(context)) is context
+
+    def test_who_comes_takes_the_own_id_from_a_squatter(self, manager: UserContextManager, registry: Registry) -> None:
+        squatter = context_of(manager, "bob")
+        registry.insert(squatter, "alice", 60.0)
+        self.admitted(manager, "alice", 60.0)
+        assert registry.lookup("alice") is None
+        assert registry.lookup(pair_of(squatter)) is squatter
 
     @pytest.mark.parametrize("ttl", [None, 30.0])
     def test_one_that_is_in_keeps_its_deadline_unless_it_is_given_another(

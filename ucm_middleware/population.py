@@ -10,9 +10,9 @@ class Population:
     """The named contexts, or the anonymous ones: who stands alone, how many there may be, and until when.
 
     A context stands alone that is its owner's only one, under one key: the pair, which ``registry_keys`` then leaves
-    out, or its owner's id. All that do have the same time to live, ``ttl``, from the moment they came in. So ``lone``,
-    being in order, is the table of them and the queue of their deadlines at once. Another time can take over whenever
-    it is empty.
+    out, or, of a named one, its owner's id. All that do have the same time to live, ``ttl``, from the moment they came
+    in. So ``lone``, being in order, is the table of them and the queue of their deadlines at once. Another time can
+    take over whenever it is empty.
     """
 
     __slots__ = ("deadlines", "limit", "lone", "room", "ttl")

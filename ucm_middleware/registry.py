@@ -100,17 +100,20 @@ class Registry:
 
     def lookup(self, key: Key) -> UserExecutionContext | None:
         """The context under a key, expired or not."""
-        owner, request_id = (key, None) if isinstance(key, str) else key
-        lone = self._named.lone
-        if owner not in lone:
-            lone = self._anonymous.lone
-        if owner in lone:
-            context = lone[owner]
-            if context.registry_keys:
-                if request_id is None:
+        if isinstance(key, str):
+            lone = self._named.lone
+            if key in lone:
+                context = lone[key]
+                if context.registry_keys:
                     return context
-            elif context._request_id == request_id or context.request_id == request_id:  # as text it is there or made
-                return context
+        else:
+            owner, request_id = key
+            lone = self._named.lone if owner in self._named.lone else self._anonymous.lone
+            if owner in lone:
+                context = lone[owner]
+                same = context._request_id == request_id or context.request_id == request_id  # as text, or made now
+                if same and not context.registry_keys:
+                    return context
         return self._by_key.get(key)  # second: one that was unfolded in between is here by now
 
     def insert(
@@ -128,7 +131,7 @@ class Registry:
 
         Raises CrossUserAccessError when the key is another user's, ContextLimitError when there are too many contexts.
         """
-        if key == context._user_id and also is None:
+        if key == context._user_id and also is None and not context._anonymous:
             return self.admit(context, ttl, usual_ttl, (key,)) or {}
         return self._insert(context, key, ttl, usual_ttl, also)
 
@@ -241,7 +244,7 @@ class Registry:
         """Take a context out, and free its keys. False when it was not in."""
         owner = context._user_id
         lone = self._anonymous.lone if context._anonymous else self._named.lone
-        if self._held == 0 and owner in lone and lone[owner] is context:  # without the lock; see _exclusive
+        if owner in lone and lone[owner] is context:  # without the lock, also while it is held: it is one step
             del lone[owner]
             return True
         return self._remove(context)
