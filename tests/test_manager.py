@@ -22,6 +22,7 @@ from ucm_middleware import (
     ContextIsolationError,
     ContextLimitError,
     ContextNotFoundError,
+    CrossUserAccessError,
     IdentityConflictError,
     InvalidContextError,
     IsolatedEnvironment,
@@ -120,6 +121,26 @@ class TestKeys:
         with pytest.raises(ContextLimitError):
             full.set_context("alice", context)
         UserContextManager().set_context("alice", context)
+
+    @pytest.mark.parametrize("under_the_manager", [True, False])
+    def test_a_child_has_no_key(self, manager: UserContextManager, under_the_manager: bool) -> None:
+        parent = create_isolated_execution_context("alice")
+        if under_the_manager:
+            manager.set_context("alice", parent)
+        before = manager.get_active_contexts()
+        child = parent.create_child_context("part")
+        for context in (child, child.create_child_context("part of it")):
+            with pytest.raises(InvalidContextError, match=r"child context.*give its root"):
+                manager.set_context("desk 4", context)
+        assert manager.get_active_contexts().keys() == before.keys()
+        assert manager.clear_context("desk 4") is False
+        assert child.host is parent.host
+        assert child.is_open
+
+    def test_a_foreign_child_is_refused_as_anything_foreign(self, manager: UserContextManager) -> None:
+        child = manager.create_isolated_context("bob").create_child_context("part")
+        with running_as(manager, "alice"), pytest.raises(CrossUserAccessError):
+            manager.set_context("desk 4", child)
 
     def test_metadata_that_cannot_be_copied_stops_nothing_and_is_shown_by_its_type(
         self, manager: UserContextManager
