@@ -1,9 +1,15 @@
-"""What holds for every test: the environment is called testing, and hypothesis is not on the clock."""
+"""What holds for every test: the environment is called testing, hypothesis is not on the clock, managers are closed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from support.contexts import MakeManager
 
 pytest_plugins = "pytester"
 
@@ -18,3 +24,26 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     patch.setenv("UCM_ENVIRONMENT", "testing")
     config.add_cleanup(patch.undo)
+
+
+@pytest.fixture
+def make_manager() -> "Iterator[MakeManager]":
+    """Managers with settings of the test's own. Their contexts are closed after it."""
+    from ucm_middleware import UserContextManager
+    from ucm_middleware.testing import closing_contexts
+
+    with ExitStack() as managers:
+
+        def make(**settings: Any) -> UserContextManager:
+            return managers.enter_context(closing_contexts(UserContextManager(**settings)))
+
+        yield make
+
+
+@pytest.fixture
+def leaves_contexts(pytestconfig: pytest.Config) -> Iterator[None]:
+    """The test leaves contexts open, or resources unreleased, on purpose: strict mode does not report them."""
+    yield
+    strict = pytestconfig.pluginmanager.get_plugin("ucm-strict")
+    if strict is not None:
+        strict._contexts.findings(lambda: None)  # what is found once is not found again

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.contexts import events, running_as, visitor
+from support.contexts import MakeManager, events, running_as, visitor
 from ucm_middleware import ContextLimitError, CrossUserAccessError, UnifiedIDManager, UserContextManager
 from ucm_middleware.audit.ledger import BATCH, MemoryLedger
 from ucm_middleware.audit.records import AuditRecord, Event
@@ -154,15 +154,15 @@ class TestRecord:
             "seconds": 1.5,
         }
 
-    def test_ids_that_were_not_given_are_those_of_the_context(self) -> None:
-        manager = UserContextManager()
+    def test_ids_that_were_not_given_are_those_of_the_context(self, make_manager: MakeManager) -> None:
+        manager = make_manager()
         context = manager.create_isolated_context("alice")
         (opened,) = events(manager, "alice", "opened")
         assert (opened["thread_id"], opened["run_id"]) == (context.thread_id, context.run_id)
         assert UnifiedIDManager().extract_thread_id(context.run_id) == context.thread_id
 
-    def test_ids_that_were_given_are_shown_as_they_are(self) -> None:
-        manager = UserContextManager()
+    def test_ids_that_were_given_are_shown_as_they_are(self, make_manager: MakeManager) -> None:
+        manager = make_manager()
         given = UnifiedIDManager().generate_request_id()
         manager.create_isolated_context("alice", given, thread_id="t-1", run_id="r-1")
         (opened,) = events(manager, "alice", "opened")
@@ -176,8 +176,8 @@ class TestRecord:
 
 
 @pytest.fixture
-def manager() -> UserContextManager:
-    return UserContextManager()
+def manager(make_manager: MakeManager) -> UserContextManager:
+    return make_manager()
 
 
 def trail_of(manager: UserContextManager, user_id: str) -> dict[str, Any]:
@@ -300,8 +300,8 @@ class TestTrail:
         manager.create_isolated_context("alice", audit_metadata={"ticket": 8})
         assert trail_of(manager, "alice")["ticket"] == 8
 
-    def test_metadata_outlives_its_record(self) -> None:
-        manager = UserContextManager(ledger=MemoryLedger(records_per_user=2))
+    def test_metadata_outlives_its_record(self, make_manager: MakeManager) -> None:
+        manager = make_manager(ledger=MemoryLedger(records_per_user=2))
         context = manager.create_isolated_context("alice", audit_metadata={"ticket": 7})
         for _ in range(3):
             context.create_child_context("part")

@@ -16,7 +16,7 @@ import pytest
 from starlette.requests import HTTPConnection
 
 from support.asgi import http_scope, websocket_scope
-from support.contexts import visitor
+from support.contexts import MakeManager, visitor
 from support.waiting import wait_until
 from ucm_middleware import (
     ConfigurationError,
@@ -39,10 +39,12 @@ from ucm_middleware.lifetime import Lifetime
 
 
 @pytest.fixture
-def context() -> UserExecutionContext:
-    return create_isolated_execution_context(
+def context() -> Iterator[UserExecutionContext]:
+    context = create_isolated_execution_context(
         "alice", "r-1", agent_context={"plan": ["look"]}, audit_metadata={"ticket": 7}
     )
+    yield context
+    context.close()
 
 
 class TestIdentity:
@@ -80,8 +82,8 @@ class TestIdentity:
         assert context.created_at.utcoffset() == timedelta()
         assert timedelta() <= datetime.now(UTC) - context.created_at < timedelta(minutes=1)
 
-    def test_what_is_not_given_is_stable(self) -> None:
-        stranger = visitor(UserContextManager())
+    def test_what_is_not_given_is_stable(self, make_manager: MakeManager) -> None:
+        stranger = visitor(make_manager())
         assert (stranger.thread_id, stranger.run_id) == (stranger.thread_id, stranger.run_id)
         assert UnifiedIDManager().extract_thread_id(stranger.run_id) == stranger.thread_id
         assert stranger.is_anonymous
@@ -133,8 +135,10 @@ class TestData:
         assert context.audit_metadata == {"ticket": 7, "step": 2}
 
     @pytest.mark.parametrize("name", ["agent_context", "audit_metadata", "environment"])
-    def test_two_threads_that_ask_first_get_the_same(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-        stranger = visitor(UserContextManager())
+    def test_two_threads_that_ask_first_get_the_same(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, make_manager: MakeManager
+    ) -> None:
+        stranger = visitor(make_manager())
         gate = Gate()
         monkeypatch.setattr(Lifetime, "transition", gate)
         with ThreadPoolExecutor(2) as pool, gate.lock:
@@ -160,8 +164,8 @@ class TestData:
 
 
 class TestBinding:
-    def test_it_stays_the_same_object_with_the_same_ids(self) -> None:
-        manager = UserContextManager()
+    def test_it_stays_the_same_object_with_the_same_ids(self, make_manager: MakeManager) -> None:
+        manager = make_manager()
         stranger = visitor(manager)
         request_id, thread_id = stranger.request_id, stranger.thread_id
         stranger.bind("alice")
@@ -169,22 +173,22 @@ class TestBinding:
         assert (stranger.request_id, stranger.thread_id) == (request_id, thread_id)
         assert manager.get_context(("alice", request_id)) is stranger
 
-    def test_data_of_before_is_kept(self) -> None:
-        stranger = visitor(UserContextManager())
+    def test_data_of_before_is_kept(self, make_manager: MakeManager) -> None:
+        stranger = visitor(make_manager())
         stranger.agent_context["cart"] = ["tea"]
         stranger.bind("alice")
         assert stranger.agent_context == {"cart": ["tea"]}
 
-    def test_expired_credentials_bind_nobody(self) -> None:
-        stranger = visitor(UserContextManager())
+    def test_expired_credentials_bind_nobody(self, make_manager: MakeManager) -> None:
+        stranger = visitor(make_manager())
         with pytest.raises(UnauthenticatedError):
             stranger.bind(Principal("alice", datetime.now(UTC) - timedelta(seconds=1)))
         assert stranger.is_anonymous
 
     def test_what_is_opened_at_the_same_moment_keeps_the_stranger_a_stranger(
-        self, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, make_manager: MakeManager
     ) -> None:
-        stranger = visitor(UserContextManager())
+        stranger = visitor(make_manager())
         become = UserExecutionContext._become
 
         def after_a_child(context: UserExecutionContext, user_id: str) -> bool:
@@ -196,9 +200,9 @@ class TestBinding:
             stranger.bind("alice")
         assert stranger.is_anonymous
 
-    def test_what_does_not_vouch_for_itself_is_not_bound(self) -> None:
+    def test_what_does_not_vouch_for_itself_is_not_bound(self, make_manager: MakeManager) -> None:
         # The record of the binding says that it was verified.
-        stranger = visitor(UserContextManager())
+        stranger = visitor(make_manager())
         refusing = mock.patch.object(stranger, "verify_isolation", side_effect=ContextIsolationError("x", []))
         with refusing, pytest.raises(ContextIsolationError):
             stranger.bind("alice")
@@ -213,8 +217,8 @@ class TestBinding:
             context.bind(Principal("alice", datetime.now(UTC) + timedelta(seconds=0.05)))
             wait_until(lambda context=context: is_over(context), "the credentials have ended")  # type: ignore[misc]
 
-    def test_a_child_of_a_user_has_that_user(self) -> None:
-        stranger = visitor(UserContextManager())
+    def test_a_child_of_a_user_has_that_user(self, make_manager: MakeManager) -> None:
+        stranger = visitor(make_manager())
         stranger.bind("alice")
         child = stranger.create_child_context("part")
         child.bind("alice")
@@ -232,6 +236,7 @@ class TestChildren:
         assert child.websocket_client_id == "w-1"
         assert child.request_id != parent.request_id
         assert (child.parent_request_id, child.operation_depth) == (parent.request_id, 1)
+        parent.close()
 
     def test_it_has_a_copy_of_the_data_and_gives_nothing_back(self, context: UserExecutionContext) -> None:
         child = context.create_child_context("search", agent_context={"extra": 1}, audit_metadata={"ticket": 8})

@@ -22,6 +22,7 @@ from ucm_middleware import (
     user_context,
 )
 from ucm_middleware.fastapi import AuthenticatedContext, CurrentContext
+from ucm_middleware.testing import closing_contexts
 
 ALICE = {"authorization": "Bearer t-alice"}
 BOB = {"authorization": "Bearer t-bob"}
@@ -57,7 +58,7 @@ class Desk:
 
 
 @pytest.fixture
-def desk() -> Desk:
+def desk() -> Iterator[Desk]:
     desk = Desk()
     app = desk.app
 
@@ -128,7 +129,8 @@ def desk() -> Desk:
         context.bind(await websocket.receive_text())
         desk.manager.get_context(await websocket.receive_text())
 
-    return desk
+    with closing_contexts(desk.manager):
+        yield desk
 
 
 @pytest.mark.parametrize("path", ["/async", "/sync"])

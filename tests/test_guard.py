@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from support.contexts import events, running_as, visitor
+from support.contexts import MakeManager, events, running_as, visitor
 from ucm_middleware import (
     EVERYONE,
     ContextClosedError,
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.security
 
 
 @pytest.fixture
-def manager() -> UserContextManager:
-    return UserContextManager()
+def manager(make_manager: MakeManager) -> UserContextManager:
+    return make_manager()
 
 
 def may_read(manager: UserContextManager, user_id: str) -> bool:
@@ -228,9 +228,9 @@ class TestPrivileged:
             named = [event["users"] for event in events(manager, "alice", "privileged")]
         assert named == [["bob", "carol"], "everyone"]
 
-    def test_it_opens_nothing_of_another_manager(self, manager: UserContextManager) -> None:
+    def test_it_opens_nothing_of_another_manager(self, manager: UserContextManager, make_manager: MakeManager) -> None:
         manager.create_isolated_context("bob", "r-1")
-        with running_as(manager, "alice"), UserContextManager().privileged(reason="mine", users=EVERYONE):
+        with running_as(manager, "alice"), make_manager().privileged(reason="mine", users=EVERYONE):
             with pytest.raises(CrossUserAccessError):
                 manager.get_context(("bob", "r-1"))
             assert not may_read(manager, "bob")

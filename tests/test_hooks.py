@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import fields
@@ -43,8 +43,10 @@ def connection() -> HTTPConnection:
 
 
 @pytest.fixture
-def context() -> UserExecutionContext:
-    return create_isolated_execution_context("alice", "r-1")
+def context() -> Iterator[UserExecutionContext]:
+    context = create_isolated_execution_context("alice", "r-1")
+    yield context
+    context.close()
 
 
 def test_each_specification_has_its_field_and_each_field_its_specification() -> None:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from base64 import b32encode
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ucm_middleware
-from support.contexts import events, running_as, visitor
+from support.contexts import MakeManager, events, running_as, visitor
 from ucm_middleware import (
     ConfigurationError,
     ContextClosedError,
@@ -44,15 +45,22 @@ OLDER = "N4tKj8Wc1YbQ6rMz0DpS3vUh7FgLx2Ao5iTe9C"
 OLDEST = "eH2oZr6Xq9Kd4Vw1Jt8Ms3By7Gf0Lc5Pn-uRiA"
 
 
-def managed(*, secret: str = SECRET, previous: tuple[str, ...] = ()) -> UserContextManager:
+Managed = Callable[..., UserContextManager]
+
+
+def settings_of(secret: str = SECRET, previous: tuple[str, ...] = ()) -> dict[str, Any]:
     production = IsolatedEnvironment(environ={})
-    return UserContextManager(
-        secret=secret, previous_secrets=previous, environment=production, max_contexts_per_user=1000
-    )
+    return {"secret": secret, "previous_secrets": previous, "environment": production, "max_contexts_per_user": 1000}
 
 
 @pytest.fixture
-def manager() -> UserContextManager:
+def managed(make_manager: MakeManager) -> Managed:
+    """Managers by what ``settings_of`` takes, whose contexts are closed after the test."""
+    return lambda **given: make_manager(**settings_of(**given))
+
+
+@pytest.fixture
+def manager(managed: Managed) -> UserContextManager:
     return managed()
 
 
@@ -74,7 +82,7 @@ def derived(owner: str, kind: str, client_id: str) -> str:
         context.close()
 
 
-shared = managed()
+shared = UserContextManager(**settings_of())
 
 
 class TestWhatAKeyIsMadeOf:
@@ -176,7 +184,7 @@ class TestWhoseTheyAre:
         keys = {context.derive_key("thread", "t-1") for context in (alice, child, again)}
         assert len(keys) == 1
 
-    def test_under_another_secret_it_is_another(self, alice: UserExecutionContext) -> None:
+    def test_under_another_secret_it_is_another(self, alice: UserExecutionContext, managed: Managed) -> None:
         other = managed(secret=OLDER).create_isolated_context("alice")
         key, others = alice.derive_key("thread", "t-1"), other.derive_key("thread", "t-1")
         assert key[5:13] != others[5:13]
@@ -219,8 +227,8 @@ class TestWhoseTheyAre:
         manager.set_context("alice", context)
         assert context.derive_key("thread", "t-1") == derived("alice", "thread", "t-1")
 
-    def test_in_production_without_a_secret_it_is_refused(self) -> None:
-        unset = UserContextManager(environment=IsolatedEnvironment(environ={}))
+    def test_in_production_without_a_secret_it_is_refused(self, make_manager: MakeManager) -> None:
+        unset = make_manager(environment=IsolatedEnvironment(environ={}))
         context = unset.create_isolated_context("alice")
         for ask in (context.derive_key, context.candidate_keys, lambda kind, id_: context.check_key(kind, id_, None)):
             with pytest.raises(ConfigurationError, match="UCM_SECRET is not set") as caught:
@@ -291,7 +299,9 @@ class TestWhatIsChecked:
         key = alice.derive_key("thread", "t-1")
         assert alice.check_key("thread", "t-1", key) == key
 
-    def test_anything_else_is_not(self, alice: UserExecutionContext, bob: UserExecutionContext) -> None:
+    def test_anything_else_is_not(
+        self, alice: UserExecutionContext, bob: UserExecutionContext, managed: Managed
+    ) -> None:
         key = alice.derive_key("thread", "t-1")
         others = [
             bob.derive_key("thread", "t-1"),
@@ -349,7 +359,7 @@ class TestForeignAndMissingAreOne:
         assert "hunter2" not in json.dumps(record)
 
     @pytest.mark.parametrize("previous", [(), (OLDER, OLDEST)], ids=["one secret", "in a rotation"])
-    def test_the_steps_are_the_same(self, previous: tuple[str, ...]) -> None:
+    def test_the_steps_are_the_same(self, previous: tuple[str, ...], managed: Managed) -> None:
         """Each function is called, and each line run, equally often: so the time is the same as well."""
         manager = managed(previous=previous)
         bob = manager.create_isolated_context("bob")
@@ -361,7 +371,7 @@ class TestForeignAndMissingAreOne:
             for foreign_key in foreign_keys:
                 assert steps_of(alice, foreign_key) == missing
 
-    def test_the_steps_are_the_same_for_what_no_secret_explains_once_it_is_reported(self) -> None:
+    def test_the_steps_are_the_same_for_what_no_secret_explains_once_it_is_reported(self, managed: Managed) -> None:
         lost = managed(secret=OLDER).create_isolated_context("bob").derive_key("thread", "t-1")
         with running_as(managed(), "alice") as alice:
             denial(alice, lost)
@@ -418,7 +428,7 @@ def steps_of(context: UserExecutionContext, found: str | None) -> tuple[Counter[
 
 
 class TestRotation:
-    def test_what_is_stored_is_found_checked_and_moved(self) -> None:
+    def test_what_is_stored_is_found_checked_and_moved(self, managed: Managed) -> None:
         store = {}
         before = managed(secret=OLDEST).create_isolated_context("alice")
         store[before.derive_key("thread", "t-1")] = "stored long ago"
@@ -434,7 +444,7 @@ class TestRotation:
         after = managed().create_isolated_context("alice")
         assert store[after.check_key("thread", "t-1", current)] == "stored long ago"
 
-    def test_workers_before_and_after_the_exchange_find_each_others(self) -> None:
+    def test_workers_before_and_after_the_exchange_find_each_others(self, managed: Managed) -> None:
         before = managed(secret=OLDER, previous=(SECRET,)).create_isolated_context("alice")
         after = managed(secret=SECRET, previous=(OLDER,)).create_isolated_context("alice")
         for one, other in ((before, after), (after, before)):
@@ -442,7 +452,7 @@ class TestRotation:
             assert key in other.candidate_keys("thread", "t-1")
             assert other.check_key("thread", "t-1", key) == other.derive_key("thread", "t-1") != key
 
-    def test_a_previous_secret_makes_nobody_elses_pass(self) -> None:
+    def test_a_previous_secret_makes_nobody_elses_pass(self, managed: Managed) -> None:
         older_bobs = managed(secret=OLDER).create_isolated_context("bob").derive_key("thread", "t-1")
         alice = managed(previous=(OLDER,)).create_isolated_context("alice")
         foreign, _ = denial(alice, older_bobs)
@@ -450,7 +460,7 @@ class TestRotation:
         assert foreign.args == missing.args
 
     def test_what_no_secret_explains_is_told_to_the_operator_once_and_to_no_client(
-        self, caplog: pytest.LogCaptureFixture
+        self, caplog: pytest.LogCaptureFixture, managed: Managed
     ) -> None:
         older = managed(secret=OLDER).create_isolated_context("alice").derive_key("thread", "t-1")
         rotated = managed()
@@ -467,7 +477,7 @@ class TestRotation:
         assert older[14:] not in said
 
     def test_nothing_is_told_of_what_the_secrets_explain_and_of_what_is_no_key(
-        self, caplog: pytest.LogCaptureFixture
+        self, caplog: pytest.LogCaptureFixture, managed: Managed
     ) -> None:
         manager = managed(previous=(OLDER,))
         alice, bob = (manager.create_isolated_context(user) for user in ("alice", "bob"))

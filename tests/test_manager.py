@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from support.clock import Clock
-from support.contexts import events, running_as, visitor
+from support.contexts import MakeManager, events, running_as, visitor
 from support.waiting import PATIENCE, wait_until
 from ucm_middleware import (
     ConfigurationError,
@@ -22,6 +22,7 @@ from ucm_middleware import (
     ContextIsolationError,
     ContextLimitError,
     ContextNotFoundError,
+    CrossUserAccessError,
     IdentityConflictError,
     InvalidContextError,
     IsolatedEnvironment,
@@ -107,19 +108,42 @@ class TestKeys:
             manager.set_context("desk 5", own)
             assert manager.get_context(("alice", "desk 5")) is own
 
-    def test_a_context_of_another_manager_is_left_to_it(self, manager: UserContextManager) -> None:
-        context = UserContextManager().create_isolated_context("alice")
+    def test_a_context_of_another_manager_is_left_to_it(
+        self, manager: UserContextManager, make_manager: MakeManager
+    ) -> None:
+        context = make_manager().create_isolated_context("alice")
         with pytest.raises(ConfigurationError, match="another manager"):
             manager.set_context("alice", context)
         assert context.is_open
 
-    def test_what_one_manager_refused_another_may_take(self) -> None:
-        full = UserContextManager(max_contexts_per_user=1)
+    def test_what_one_manager_refused_another_may_take(self, make_manager: MakeManager) -> None:
+        full = make_manager(max_contexts_per_user=1)
         full.create_isolated_context("alice")
         context = create_isolated_execution_context("alice")
         with pytest.raises(ContextLimitError):
             full.set_context("alice", context)
-        UserContextManager().set_context("alice", context)
+        make_manager().set_context("alice", context)
+
+    @pytest.mark.parametrize("under_the_manager", [True, False])
+    def test_a_child_has_no_key(self, manager: UserContextManager, under_the_manager: bool) -> None:
+        parent = create_isolated_execution_context("alice")
+        if under_the_manager:
+            manager.set_context("alice", parent)
+        before = manager.get_active_contexts()
+        child = parent.create_child_context("part")
+        for context in (child, child.create_child_context("part of it")):
+            with pytest.raises(InvalidContextError, match=r"child context.*give its root"):
+                manager.set_context("desk 4", context)
+        assert manager.get_active_contexts().keys() == before.keys()
+        assert manager.clear_context("desk 4") is False
+        assert child.host is parent.host
+        assert child.is_open
+        parent.close()
+
+    def test_a_foreign_child_is_refused_as_anything_foreign(self, manager: UserContextManager) -> None:
+        child = manager.create_isolated_context("bob").create_child_context("part")
+        with running_as(manager, "alice"), pytest.raises(CrossUserAccessError):
+            manager.set_context("desk 4", child)
 
     def test_metadata_that_cannot_be_copied_stops_nothing_and_is_shown_by_its_type(
         self, manager: UserContextManager
@@ -207,8 +231,8 @@ class TestMaking:
         assert first.is_open is False
         assert manager.get_context(("alice", "r-1")) is second
 
-    def test_settings_come_from_the_managers(self) -> None:
-        manager = UserContextManager(environment=IsolatedEnvironment(environ={"REGION": "eu"}))
+    def test_settings_come_from_the_managers(self, make_manager: MakeManager) -> None:
+        manager = make_manager(environment=IsolatedEnvironment(environ={"REGION": "eu"}))
         context = manager.create_isolated_context("alice")
         assert context.environment.get("REGION") == "eu"
         context.environment.set("REGION", "us")
@@ -225,9 +249,9 @@ class TestMaking:
 
     @pytest.mark.parametrize(("given", "end"), [(None, 60), (30, 30), (90, 90)])
     def test_the_managers_own_life_holds_where_none_is_given(
-        self, clock: Clock, given: float | None, end: float
+        self, clock: Clock, given: float | None, end: float, make_manager: MakeManager
     ) -> None:
-        manager = UserContextManager(ttl=60, clock=clock)
+        manager = make_manager(ttl=60, clock=clock)
         for context in (
             manager.create_isolated_context("alice", ttl_seconds=given),
             manager.create_managed_context("alice", ttl_seconds=given),
@@ -283,9 +307,9 @@ class TestOthersReleases:
     """Whoever finds that another user's context must go does not wait for its releases, nor lends them its rights."""
 
     @pytest.fixture
-    def full(self, clock: Clock) -> UserContextManager:
+    def full(self, clock: Clock, make_manager: MakeManager) -> UserContextManager:
         """With room for two."""
-        return UserContextManager(max_contexts=2, clock=clock)
+        return make_manager(max_contexts=2, clock=clock)
 
     @DISPLACE
     def test_they_run_elsewhere_and_as_the_other_user(
@@ -354,21 +378,21 @@ class TestIsolation:
 
 
 class TestLimits:
-    def test_children_do_not_count(self) -> None:
-        manager = UserContextManager(max_contexts_per_user=1)
+    def test_children_do_not_count(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=1)
         manager.create_isolated_context("alice").create_child_context("part")
         assert len(manager.get_active_contexts()) == 1
 
-    def test_at_the_limit_a_text_key_replaces_what_the_owner_has_there(self) -> None:
-        manager = UserContextManager(max_contexts_per_user=1)
+    def test_at_the_limit_a_text_key_replaces_what_the_owner_has_there(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=1)
         first, second = (create_isolated_execution_context("alice") for _ in range(2))
         manager.set_context(("alice", "draft"), first)  # as alice's own code does with "draft"
         manager.set_context("draft", second)
         assert (first.is_open, second.is_open) == (False, True)
         assert manager.get_context("draft") is manager.get_context(("alice", "draft")) is second
 
-    def test_whoever_binds_at_the_limit_of_that_user_stays_anonymous(self) -> None:
-        manager = UserContextManager(max_contexts_per_user=1)
+    def test_whoever_binds_at_the_limit_of_that_user_stays_anonymous(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=1)
         manager.create_isolated_context("alice")
         stranger = visitor(manager)
         with pytest.raises(ContextLimitError):
@@ -377,9 +401,9 @@ class TestLimits:
         stranger.bind("bob")
         assert stranger.user_id == "bob"
 
-    def test_what_has_expired_is_not_replaced_by_whoever_is_bound(self) -> None:
+    def test_what_has_expired_is_not_replaced_by_whoever_is_bound(self, make_manager: MakeManager) -> None:
         clock = Clock()
-        manager = UserContextManager(clock=clock)
+        manager = make_manager(clock=clock)
         manager.create_isolated_context("alice", "draft", ttl_seconds=1.0)
         stranger = visitor(manager)
         manager.set_context((stranger.user_id, "draft"), stranger)
@@ -388,8 +412,8 @@ class TestLimits:
         assert [event["reason"] for event in events(manager, "alice", "closed")] == ["expired"]
         assert manager.get_context(("alice", "draft")) is stranger
 
-    def test_whoever_is_bound_counts_as_named(self) -> None:
-        manager = UserContextManager(max_contexts=1, max_anonymous_contexts=1)
+    def test_whoever_is_bound_counts_as_named(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts=1, max_anonymous_contexts=1)
         visitor(manager).bind("alice")
         stranger = visitor(manager)
         with pytest.raises(ContextLimitError) as caught:
@@ -402,11 +426,11 @@ class TestLimits:
         class Small(UserContextManager):
             MAX_CONTEXTS_PER_USER = 2
 
-        manager = Small()
-        manager.create_isolated_context("alice")
-        manager.create_isolated_context("alice")
-        with pytest.raises(ContextLimitError):
+        with closing_contexts(Small()) as manager:
             manager.create_isolated_context("alice")
+            manager.create_isolated_context("alice")
+            with pytest.raises(ContextLimitError):
+                manager.create_isolated_context("alice")
 
     @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "10"])
     @pytest.mark.parametrize("name", ["max_contexts_per_user", "max_contexts", "max_anonymous_contexts"])
@@ -484,8 +508,8 @@ class TestExpiry:
             stranger.bind("alice")
         assert stranger.is_anonymous
 
-    def test_what_makes_room_for_a_late_identity_is_closed(self, clock: Clock) -> None:
-        manager = UserContextManager(max_contexts_per_user=1, clock=clock)
+    def test_what_makes_room_for_a_late_identity_is_closed(self, clock: Clock, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=1, clock=clock)
         expired = manager.create_isolated_context("alice", ttl_seconds=60)
         clock.advance(60)
         stranger = visitor(manager)

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from support.asgi import DENIAL, exchange, http_scope, status_of, websocket_scope
-from support.contexts import events
+from support.contexts import MakeManager, events
 from ucm_middleware import (
     EVERYONE,
     ConfigurationError,
@@ -373,8 +373,8 @@ class TestIdentity:
         [close] = await exchange(middleware, websocket_scope())
         assert (close["type"], close["code"], close["reason"]) == ("websocket.close", 4001, "pay first")
 
-    def test_a_manager_that_serves_one_trusts_no_code_outside_of_requests(self) -> None:
-        manager = UserContextManager()
+    def test_a_manager_that_serves_one_trusts_no_code_outside_of_requests(self, make_manager: MakeManager) -> None:
+        manager = make_manager()
         manager.create_isolated_context("alice")
         UserContextMiddleware(Remembering(), manager=manager)
         with pytest.raises(CrossUserAccessError):

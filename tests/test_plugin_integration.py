@@ -13,7 +13,7 @@ from starlette.requests import HTTPConnection
 
 from support.asgi import exchange, http_scope, status_of, websocket_scope
 from support.clock import Clock
-from support.contexts import events, running_as, visitor
+from support.contexts import MakeManager, events, running_as, visitor
 from ucm_middleware import (
     ConfigurationError,
     ContextClosedError,
@@ -283,7 +283,7 @@ class TestAroundContext:
         ]
 
     @pytest.mark.parametrize("when", ["entering", "leaving"])
-    async def test_what_it_raises_says_whose_it_is(self, when: str) -> None:
+    async def test_what_it_raises_says_whose_it_is(self, when: str, make_manager: MakeManager) -> None:
         class Fails:
             @hookimpl
             @asynccontextmanager
@@ -301,7 +301,7 @@ class TestAroundContext:
                     yield
 
         failure = OSError("down")
-        manager = UserContextManager(plugins=[Fails()], guard="open")
+        manager = make_manager(plugins=[Fails()], guard="open")
         for _ in range(2):
             with pytest.raises((OSError, ExceptionGroup)):
                 async with agent_run(manager.create_isolated_context("alice"), "search"):
@@ -344,7 +344,7 @@ class TestAroundContext:
             with pytest.raises(OSError, match="the resource's"):
                 await context.enter_async_context(resource())
 
-    async def test_what_it_passes_on_is_not_its_own(self) -> None:
+    async def test_what_it_passes_on_is_not_its_own(self, make_manager: MakeManager) -> None:
         class Raises(AbstractAsyncContextManager[None]):
             async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
                 if error is not None:
@@ -356,7 +356,7 @@ class TestAroundContext:
                 return Raises()
 
         with pytest.raises(OSError, match="the app's") as raised:
-            async with agent_run(UserContextManager(plugins=[Passes()]).create_isolated_context("alice"), "search"):
+            async with agent_run(make_manager(plugins=[Passes()]).create_isolated_context("alice"), "search"):
                 raise OSError("the app's")
         assert not hasattr(raised.value, "__notes__")
 
@@ -589,7 +589,9 @@ class TestAroundResource:
         assert not context.lifetime.has_resources
         assert await context.aclose() == ()
 
-    async def test_it_is_left_at_once_when_another_plugin_s_cannot_be_entered(self, journal: Journal) -> None:
+    async def test_it_is_left_at_once_when_another_plugin_s_cannot_be_entered(
+        self, journal: Journal, make_manager: MakeManager
+    ) -> None:
         class Fails:
             @hookimpl
             @asynccontextmanager
@@ -597,7 +599,7 @@ class TestAroundResource:
                 raise OSError("down")
                 yield
 
-        context = UserContextManager(plugins=[Resources(journal), Fails()]).create_isolated_context("alice")
+        context = make_manager(plugins=[Resources(journal), Fails()]).create_isolated_context("alice")
         with pytest.raises(OSError, match="down"):
             await context.enter_async_context(Base(journal).around("db"), name="db")
         assert [entry[:2] for entry in journal] == [("enter", "around"), ("OSError", "around"), ("leave", "around")]
@@ -615,13 +617,15 @@ class TestAroundResource:
         await exchange(UserContextMiddleware(noting(journal), manager=manager, identify=alice), http_scope())
         assert journal == [("enter", "context", "alice"), ("app", "alice"), ("leave", "context", "alice")]
 
-    async def test_an_answer_of_the_wrong_kind_keeps_the_resource_from_being_entered(self, journal: Journal) -> None:
+    async def test_an_answer_of_the_wrong_kind_keeps_the_resource_from_being_entered(
+        self, journal: Journal, make_manager: MakeManager
+    ) -> None:
         class Wrong:
             @hookimpl
             def ucm_around_resource(self) -> str:
                 return "wrong"
 
-        context = UserContextManager(plugins=[Wrong()]).create_isolated_context("alice")
+        context = make_manager(plugins=[Wrong()]).create_isolated_context("alice")
         with pytest.raises(PluginError, match="ucm_around_resource returned a str"):
             await context.enter_async_context(Base(journal).around("db"))
         assert journal == []
@@ -719,9 +723,11 @@ class TestAgentRun:
         assert journal == ["message", "run", "message", "context"]
         assert [event["outcome"] for event in events(manager, "alice", "closed")] == ["ok", "ok"]
 
-    def test_on_another_event_loop_it_leaves_the_request_s_context_alone(self, journal: Journal) -> None:
+    def test_on_another_event_loop_it_leaves_the_request_s_context_alone(
+        self, journal: Journal, make_manager: MakeManager
+    ) -> None:
         """The request's own loop may be running in its Context at any moment, and two threads cannot."""
-        manager = UserContextManager(plugins=[AgentRuns(journal)])
+        manager = make_manager(plugins=[AgentRuns(journal)])
         context = manager.create_isolated_context("alice")
 
         async def work() -> None:
@@ -772,16 +778,16 @@ class TestAgentRun:
         assert [entry[0] for entry in journal] == ["enter", "CancelledError", "leave"]
         await context.aclose()
 
-    async def test_a_visitor_with_an_agent_gets_no_user(self, journal: Journal) -> None:
-        manager = UserContextManager(plugins=[AgentRuns(journal)])
+    async def test_a_visitor_with_an_agent_gets_no_user(self, journal: Journal, make_manager: MakeManager) -> None:
+        manager = make_manager(plugins=[AgentRuns(journal)])
         stranger = visitor(manager)
         async with agent_run(stranger, "search"):
             with pytest.raises(IdentityConflictError):
                 stranger.bind("alice")
 
     @pytest.mark.security
-    async def test_no_run_in_another_user_s_context(self, journal: Journal) -> None:
-        manager = UserContextManager(plugins=[AgentRuns(journal)])
+    async def test_no_run_in_another_user_s_context(self, journal: Journal, make_manager: MakeManager) -> None:
+        manager = make_manager(plugins=[AgentRuns(journal)])
         other = manager.create_isolated_context("bob")
         with running_as(manager, "alice"), pytest.raises(CrossUserAccessError):
             async with agent_run(other, "search"):
@@ -789,13 +795,15 @@ class TestAgentRun:
         assert journal == []
         assert not other.needs_waiting  # no child is left open either
 
-    async def test_a_plugin_that_fails_stops_the_run_before_it_begins(self, journal: Journal) -> None:
+    async def test_a_plugin_that_fails_stops_the_run_before_it_begins(
+        self, journal: Journal, make_manager: MakeManager
+    ) -> None:
         class Fails:
             @hookimpl
             def ucm_around_agent_run(self) -> None:
                 raise PermissionError("not this agent")
 
-        context = UserContextManager(plugins=[AgentRuns(journal), Fails()]).create_isolated_context("alice")
+        context = make_manager(plugins=[AgentRuns(journal), Fails()]).create_isolated_context("alice")
         with pytest.raises(PermissionError, match="not this agent"):
             async with agent_run(context, "search"):
                 journal.append("ran")
@@ -805,8 +813,8 @@ class TestAgentRun:
 
 class TestBindSession:
     @pytest.fixture
-    def manager(self, journal: Journal) -> UserContextManager:
-        return UserContextManager(plugins=[Sessions(journal)])
+    def manager(self, journal: Journal, make_manager: MakeManager) -> UserContextManager:
+        return make_manager(plugins=[Sessions(journal)])
 
     def test_a_session_given_to_a_context_is_bound_once(self, manager: UserContextManager, journal: Journal) -> None:
         context = manager.create_isolated_context("alice", db_session="session")
@@ -837,7 +845,9 @@ class TestBindSession:
             manager.create_isolated_context("alice").bind_session("bad")
 
     @pytest.mark.parametrize("made", ["by the manager", "by hand"])
-    def test_the_context_is_the_manager_s_when_its_session_is_bound(self, journal: Journal, made: str) -> None:
+    def test_the_context_is_the_manager_s_when_its_session_is_bound(
+        self, journal: Journal, made: str, make_manager: MakeManager
+    ) -> None:
         class Reads:
             @hookimpl
             def ucm_bind_session(self, context: UserExecutionContext, session: Any) -> None:
@@ -846,9 +856,7 @@ class TestBindSession:
                 journal.append((context.environment.get("TENANT"), context.derive_key("thread", "7")))
 
         settings = IsolatedEnvironment(environ={"TENANT": "blue", "UCM_ENVIRONMENT": "testing"})
-        manager = UserContextManager(
-            plugins=[Reads()], environment=settings, secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6"
-        )
+        manager = make_manager(plugins=[Reads()], environment=settings, secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6")
         if made == "by the manager":
             context = manager.create_isolated_context("alice", db_session="good")
         else:
@@ -882,8 +890,8 @@ class TestBindSession:
         with pytest.raises(IdentityConflictError):
             stranger.bind("alice")
 
-    def test_without_a_plugin_nothing_is_bound(self) -> None:
-        stranger = visitor(UserContextManager())
+    def test_without_a_plugin_nothing_is_bound(self, make_manager: MakeManager) -> None:
+        stranger = visitor(make_manager())
         assert stranger.bind_session("session") == "session"
         stranger.bind("alice")
         assert create_isolated_execution_context("alice").bind_session("session") == "session"
@@ -891,8 +899,8 @@ class TestBindSession:
 
 class TestNotify:
     @pytest.fixture
-    def manager(self, journal: Journal) -> UserContextManager:
-        return UserContextManager(plugins=[Told(journal)])
+    def manager(self, journal: Journal, make_manager: MakeManager) -> UserContextManager:
+        return make_manager(plugins=[Told(journal)])
 
     def test_a_life(self, manager: UserContextManager, journal: Journal) -> None:
         context = manager.create_isolated_context("alice", "r-1")
@@ -1010,8 +1018,8 @@ class Derives(Base):
 
 class TestDeriveKey:
     @pytest.fixture
-    def manager(self, journal: Journal) -> UserContextManager:
-        return UserContextManager(plugins=[Derives(journal)], secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6")
+    def manager(self, journal: Journal, make_manager: MakeManager) -> UserContextManager:
+        return make_manager(plugins=[Derives(journal)], secret="q7Vd0mXo3RkT9yLw2ZsB5uHc8PfJ1nGa4EeIx6")
 
     def test_a_context_s_keys_are_the_plugin_s(self, manager: UserContextManager) -> None:
         context = manager.create_isolated_context("alice")
@@ -1066,19 +1074,21 @@ class TestDeriveKey:
         assert context.check_key("thread", "b" * 256, key) == key
 
     @pytest.mark.parametrize("wrong", [b"key", 7, "\0", "a\nb", "\ud800", "\u202e"])
-    def test_what_is_no_key_is_the_plugin_s_fault_and_not_the_client_s(self, journal: Journal, wrong: object) -> None:
-        context = UserContextManager(plugins=[Derives(journal, wrong)]).create_isolated_context("alice")
+    def test_what_is_no_key_is_the_plugin_s_fault_and_not_the_client_s(
+        self, journal: Journal, wrong: object, make_manager: MakeManager
+    ) -> None:
+        context = make_manager(plugins=[Derives(journal, wrong)]).create_isolated_context("alice")
         with pytest.raises(PluginError, match=r"Derives.*ucm_derive_key returned a") as refused:
             context.derive_key("thread", "7")
         assert refusal_for(refused.value) is None
 
-    def test_an_error_of_the_plugin_s_names_it(self, journal: Journal) -> None:
+    def test_an_error_of_the_plugin_s_names_it(self, journal: Journal, make_manager: MakeManager) -> None:
         class Fails:
             @hookimpl
             def ucm_derive_key(self) -> str:
                 raise OSError("no vault")
 
-        context = UserContextManager(plugins=[Fails()]).create_isolated_context("alice")
+        context = make_manager(plugins=[Fails()]).create_isolated_context("alice")
         with pytest.raises(OSError, match="no vault") as refused:
             context.derive_key("thread", "7")
         assert "raised by ucm_derive_key of plugin" in refused.value.__notes__[0]

@@ -46,8 +46,10 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
 
 
 @pytest.fixture
-def context() -> UserExecutionContext:
-    return create_isolated_execution_context("alice", "r-1")
+def context() -> Iterator[UserExecutionContext]:
+    context = create_isolated_execution_context("alice", "r-1")
+    yield context
+    context.close()
 
 
 def load(*plugins: object, **environ: str) -> Hooks:

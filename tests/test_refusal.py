@@ -10,6 +10,7 @@ import pytest
 from starlette.requests import HTTPConnection
 
 from support.asgi import DENIAL, exchange, http_scope, status_of, websocket_scope
+from support.contexts import MakeManager
 from ucm_middleware import (
     ConfigurationError,
     ContextClosedError,
@@ -22,7 +23,6 @@ from ucm_middleware import (
     ManagerDrainingError,
     Principal,
     UnauthenticatedError,
-    UserContextManager,
     UserContextMiddleware,
     UserExecutionContext,
     current_context,
@@ -185,8 +185,8 @@ class TestCauses:
         with pytest.raises(ConfigurationError, match="int"):
             await exchange(UserContextMiddleware(never, identify=lambda connection: number), http_scope())
 
-    async def test_a_limit(self) -> None:
-        manager = UserContextManager(max_contexts_per_user=1)
+    async def test_a_limit(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=1)
         manager.create_isolated_context("alice")
         app = UserContextMiddleware(never, manager=manager, identify=lambda connection: "alice")
         assert status_of(await exchange(app, http_scope())) == 429
@@ -204,8 +204,8 @@ class TestCauses:
         app = UserContextMiddleware(bind, identify=lambda connection: "alice")
         assert status_of(await exchange(app, http_scope())) == status
 
-    async def test_foreign_and_missing_are_the_same_answer(self) -> None:
-        manager = UserContextManager()
+    async def test_foreign_and_missing_are_the_same_answer(self, make_manager: MakeManager) -> None:
+        manager = make_manager()
         manager.set_context("bob", manager.create_isolated_context("bob"))
 
         async def take(scope: Scope, receive: Receive, send: Send) -> None:

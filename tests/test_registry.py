@@ -21,6 +21,7 @@ from ucm_middleware import (
 )
 from ucm_middleware.lifetime import Lifetime, State
 from ucm_middleware.registry import SLICE, Displaced, Key, Registry
+from ucm_middleware.testing import closing_contexts
 
 PER_USER, TOTAL, ANONYMOUS = 2, 4, 2
 USERS = ("alice", "bob", "carol")
@@ -313,7 +314,8 @@ def unreachable() -> NoReturn:
     raise AssertionError("a binding that is refused must not happen")
 
 
-TestAgainstTheModel = RegistryMachine.TestCase
+# Some contexts are put into the registry alone, past the manager, and stay open when it refuses them.
+TestAgainstTheModel = pytest.mark.usefixtures("leaves_contexts")(RegistryMachine.TestCase)
 
 
 def test_an_empty_registry_keeps_nothing_of_whom_it_knew() -> None:
@@ -357,6 +359,7 @@ def test_an_owner_that_changes_at_the_moment_of_removal_is_removed() -> None:
     registry.rebind(context, "alice", become)
     remover.join()
     assert len(registry) == 0
+    context.close()
     assert registry.live_of(["alice"]) == []
 
 
@@ -435,6 +438,7 @@ class Unwalked(dict[Any, Any]):
             yield key
 
 
+@pytest.mark.usefixtures("leaves_contexts")
 @pytest.mark.parametrize("anonymous", [False, True])
 def test_operations_cost_the_same_among_ten_and_among_ten_thousand(anonymous: bool) -> None:
     looks: list[int] = []
@@ -504,6 +508,7 @@ def test_a_sweep_is_not_disturbed_by_a_context_that_ends_meanwhile() -> None:
     assert manager._registry.take_due() == []
     assert ended.wait(10)
     assert [shown["user_id"] for shown in manager.get_active_contexts().values()] == ["bob"]
+    manager.cleanup_all_contexts()
 
 
 class TestStandingAlone:
@@ -514,8 +519,9 @@ class TestStandingAlone:
         return Clock()
 
     @pytest.fixture
-    def manager(self, clock: Clock) -> UserContextManager:
-        return manager_with(clock, total=10_000)
+    def manager(self, clock: Clock) -> Iterator[UserContextManager]:
+        with closing_contexts(manager_with(clock, total=10_000)) as manager:
+            yield manager
 
     @pytest.fixture
     def registry(self, manager: UserContextManager) -> Registry:
@@ -619,6 +625,7 @@ class TestStandingAlone:
         assert [len(part) for part in taken] == [SLICE, SLICE, 1, 0]
         assert [context for part in taken for context in part] == contexts
 
+    @pytest.mark.usefixtures("leaves_contexts")  # those that the registry refuses
     def test_a_key_that_is_the_own_id_stands_alone_until_there_is_another(
         self, manager: UserContextManager, registry: Registry
     ) -> None:
@@ -683,6 +690,7 @@ class TestStandingAlone:
         registry.insert(context, "alice", ttl, 90.0)
         assert context.lifetime.deadline == (60.0 if ttl is None else 31.0)
 
+    @pytest.mark.usefixtures("leaves_contexts")  # those that the registry refuses
     def test_who_is_refused_at_the_limit_leaves_nothing_in_and_gets_no_deadline(self, clock: Clock) -> None:
         manager = manager_with(clock, total=1)
         first = self.admitted(manager, "alice", 60.0)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ucm_middleware
+from support.contexts import MakeManager
 from ucm_middleware import ConfigurationError, IsolatedEnvironment, UserContextManager
 from ucm_middleware.secret import MIN_BYTES, Secret, SecretRing
 
@@ -131,9 +132,11 @@ class TestWhatIsRefused:
         for start in (SECRET[:8], OTHER[:8]):
             assert start not in "\n".join(shown)
 
-    def test_nor_where_a_key_cannot_be_derived(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nor_where_a_key_cannot_be_derived(
+        self, monkeypatch: pytest.MonkeyPatch, make_manager: MakeManager
+    ) -> None:
         monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.kdf.hkdf", None)
-        context = UserContextManager(secret=SECRET).create_isolated_context("alice")
+        context = make_manager(secret=SECRET).create_isolated_context("alice")
         with pytest.raises(ImportError) as caught:
             context.derive_key("thread", "t-1")
         shown = [
@@ -227,8 +230,8 @@ class TestWhereItComesFrom:
         assert len(ring(UCM_SECRET=SECRET, UCM_SECRET_PREVIOUS="").all) == 1
 
     @pytest.mark.parametrize("name", ["UCM_SECRET", "UCM_SECRET_PREVIOUS"])
-    def test_no_overlay_changes_it(self, name: str) -> None:
-        manager = UserContextManager(secret=SECRET, environment=IsolatedEnvironment(environ={}))
+    def test_no_overlay_changes_it(self, name: str, make_manager: MakeManager) -> None:
+        manager = make_manager(secret=SECRET, environment=IsolatedEnvironment(environ={}))
         settings = manager.create_isolated_context("alice").environment
         for change in (
             lambda: settings.set(name, OTHER),
@@ -297,8 +300,8 @@ COPIED: dict[str, Callable[[object], object]] = {
 
 class TestWhatShowsIt:
     @pytest.mark.parametrize("show", SHOWN.values(), ids=SHOWN.keys())
-    def test_no_representation(self, show: Callable[[object], object]) -> None:
-        manager = UserContextManager(secret=SECRET, previous_secrets=[OTHER])
+    def test_no_representation(self, show: Callable[[object], object], make_manager: MakeManager) -> None:
+        manager = make_manager(secret=SECRET, previous_secrets=[OTHER])
         context = manager.create_isolated_context("alice")
         context.derive_key("thread", "t-1")
         secret = manager._secrets.all[0]

@@ -17,7 +17,7 @@ from starlette.requests import HTTPConnection
 import ucm_middleware
 from support.asgi import exchange, http_scope
 from support.clock import Clock
-from support.contexts import visitor
+from support.contexts import MakeManager, visitor
 from support.waiting import PATIENCE, wait_until
 from ucm_middleware import (
     Principal,
@@ -72,8 +72,8 @@ def is_closed(*contexts: object) -> Callable[[], bool]:
     return lambda: all("closed>" in repr(context) for context in contexts)
 
 
-def test_there_is_a_thread_from_the_first_deadline_on(started: Started) -> None:
-    manager = UserContextManager()
+def test_there_is_a_thread_from_the_first_deadline_on(started: Started, make_manager: MakeManager) -> None:
+    manager = make_manager()
     manager.create_isolated_context("alice")
     assert not started()
     manager.create_isolated_context("alice", ttl_seconds=HOUR)
@@ -130,6 +130,7 @@ def test_a_deadline_that_comes_while_the_thread_decides_is_not_lost() -> None:
     planning[0].join(PATIENCE)
 
 
+@pytest.mark.usefixtures("leaves_contexts")
 def test_the_thread_ends_with_its_manager(started: Started) -> None:
     manager = UserContextManager()
     contexts = [manager.create_isolated_context("alice", ttl_seconds=HOUR), manager.create_isolated_context("alice")]
@@ -190,8 +191,8 @@ def test_a_close_that_raises_does_not_end_the_sweep(caplog: pytest.LogCaptureFix
     assert "no space left" in caplog.text
 
 
-def test_who_never_expires_ends_nobody_elses_expiry(started: Started) -> None:
-    manager = UserContextManager()
+def test_who_never_expires_ends_nobody_elses_expiry(started: Started, make_manager: MakeManager) -> None:
+    manager = make_manager()
     stranger = visitor(manager)
     stranger.bind(Principal("alice", datetime.max.replace(tzinfo=UTC)))
     other = manager.create_isolated_context("bob", ttl_seconds=SOON)
@@ -262,14 +263,14 @@ def test_credentials_that_ended_before_there_was_a_manager_are_watched_by_it() -
 
 
 @pytest.mark.parametrize("ttl", [None, 2 * HOUR])
-def test_credentials_that_a_plugin_knows_of_are_watched_too(ttl: float | None) -> None:
+def test_credentials_that_a_plugin_knows_of_are_watched_too(ttl: float | None, make_manager: MakeManager) -> None:
     class Knowing:
         @hookimpl
         def ucm_bind_session(self, context: UserExecutionContext) -> None:
             context.bind(Principal("alice", expires_at=datetime.now(UTC) + timedelta(hours=1)))
 
     passed = [0.0]
-    manager = UserContextManager(clock=lambda: time.monotonic() + sum(passed), plugins=[Knowing()], ttl=ttl)
+    manager = make_manager(clock=lambda: time.monotonic() + sum(passed), plugins=[Knowing()], ttl=ttl)
     manager.create_isolated_context("bob")  # another one lives as long, and waits in front
     context = manager.create_isolated_context("alice", db_session=object())
     passed.append(HOUR + 1)

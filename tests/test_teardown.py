@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any
 
 import anyio
@@ -263,11 +263,26 @@ async def in_a_gathered_task(use: Callable[[], object]) -> object:
     return result
 
 
+@asynccontextmanager
+async def cancel_scope() -> AsyncIterator[None]:
+    with anyio.CancelScope():
+        yield
+
+
 async def right_here(use: Callable[[], object]) -> object:
     return use()
 
 
 WHERE = pytest.mark.parametrize("where", [right_here, in_a_gathered_task, in_a_thread])
+
+
+# What is entered, and whether a task of its own leaves it: anyio's scopes must be left by the task that entered them.
+EXITS: dict[str, tuple[Callable[[], AbstractAsyncContextManager[object]], bool]] = {
+    "plain": (nullcontext, False),
+    "owned": (nullcontext, True),
+    "owned cancel scope": (cancel_scope, True),
+    "owned task group": (anyio.create_task_group, True),
+}
 
 
 class TestUseMeanwhile:
@@ -333,6 +348,74 @@ class TestUseMeanwhile:
 
         context.callback(release)
         await context.aclose()
+        closed.set()
+        with pytest.raises(ContextClosedError):
+            await left_behind[0]
+
+    @WHERE
+    @pytest.mark.parametrize(("around", "owner_task"), EXITS.values(), ids=EXITS)
+    @pytest.mark.parametrize("reason", ["expired", "closed"])
+    async def test_the_exit_of_what_was_entered_uses_it_too(
+        self,
+        where: Callable[[Callable[[], object]], Awaitable[object]],
+        around: Callable[[], AbstractAsyncContextManager[object]],
+        owner_task: bool,
+        reason: CloseReason,
+    ) -> None:
+        context = create_isolated_execution_context("alice", agent_context={"draft": "text"})
+        saved: list[object] = []
+
+        @asynccontextmanager
+        async def saving() -> AsyncIterator[None]:
+            async with around():
+                try:
+                    yield
+                finally:
+                    saved.append(await where(lambda: current_context().agent_context["draft"]))
+
+        await context.enter_async_context(saving(), owner_task=owner_task)
+        assert await context.aclose(reason) == ()
+        assert saved == ["text"]
+
+    async def test_so_does_one_whose_own_scope_is_cancelled_before_its_turn(self) -> None:
+        context = create_isolated_execution_context("alice", agent_context={"draft": "text"})
+        saved: list[object] = []
+        exited = asyncio.Event()
+
+        @asynccontextmanager
+        async def saving() -> AsyncIterator[anyio.CancelScope]:
+            with anyio.CancelScope() as scope:
+                try:
+                    yield scope
+                finally:
+                    saved.append(current_context().agent_context["draft"])
+                    exited.set()
+
+        async def cancel_it() -> None:
+            scope.cancel()
+            await exited.wait()
+
+        scope = await context.enter_async_context(saving(), owner_task=True)
+        context.callback(cancel_it)  # released first, and as long as it is, it is not the other one's turn
+        assert await context.aclose("expired") == ()
+        assert saved == ["text"]
+
+    async def test_what_an_owner_leaves_behind_may_not_use_it_after(self) -> None:
+        context = create_isolated_execution_context("alice")
+        left_behind: list[asyncio.Task[object]] = []
+        closed = asyncio.Event()
+
+        async def straggle() -> object:
+            await closed.wait()
+            return context.agent_context
+
+        @asynccontextmanager
+        async def leaving() -> AsyncIterator[None]:
+            yield
+            left_behind.append(asyncio.create_task(straggle()))
+
+        await context.enter_async_context(leaving(), owner_task=True)
+        assert await context.aclose() == ()
         closed.set()
         with pytest.raises(ContextClosedError):
             await left_behind[0]

@@ -80,7 +80,7 @@ class ResourceHolder(Closable):
             value = await cm.__aenter__()
             await self._push_entered(async_resource(cm, name, timeout))
             return value
-        owner = OwnerTask(cm)
+        owner = OwnerTask(cm, self._lifetime.mark_release)
         resource = owner_resource(owner, cm, name, timeout)
         await self._push_entered(resource)
         try:

@@ -218,6 +218,12 @@ class Lifetime(Timed):
         closing.releasing = releasing
         closing.claimed = False
 
+    def mark_release(self) -> None:
+        """Mark the code that runs here as a release, from now on, if the lifetime is closing."""
+        releasing = None if self.closing is None else self.closing.releasing
+        if releasing is not None:
+            releasing.enter()
+
     def claim_teardown(self) -> bool:
         """True for exactly one caller, once the lifetime is closing: that one does the teardown."""
         with self.transition:

@@ -151,13 +151,17 @@ class UserContextManager:
     def set_context(self, user_id: Key, context: UserExecutionContext, ttl_seconds: float | None = None) -> None:
         """Put a context under a key, replacing the owner's context that was there, which is closed.
 
-        A key that equals a user id belongs to that user, whatever stood there. Raises InvalidContextError,
-        ContextIsolationError, CrossUserAccessError for another's key or context, ContextLimitError, ContextClosedError.
+        A key that equals a user id belongs to that user, whatever stood there. A child context has no key: it is found
+        through its parent, and closes with it. Raises InvalidContextError, ContextIsolationError, CrossUserAccessError
+        for another's key or context, ContextLimitError, ContextClosedError.
         """
         key = self._own(_checked_key(user_id))
         ttl = checked_ttl(ttl_seconds)
         validate_user_context(context)
         self._guard.require(context.user_id, "set_context")
+        if context.operation_depth:
+            rule = "is a child context, which closes with its parent and is found through it, not by a key"
+            raise InvalidContextError("context", rule, "give its root, or a context of its own")
         if context.verify_isolation() is not True:
             raise ContextIsolationError("the context does not vouch for its isolation")
         self._register(context, key, ttl)

@@ -96,13 +96,14 @@ class OwnerTask(Generic[T]):
 
     anyio task groups and cancel scopes, MCP sessions and generators that reset ContextVar tokens are such. A
     cancellation of the owner, by the resource's own scope or because the event loop ends, makes it exit at once, not
-    in its turn.
+    in its turn. ``mark_release`` is called in the task before the exit, so that it may use the context that is closing.
     """
 
-    __slots__ = ("_cm", "_entered", "_error", "_leave", "task")
+    __slots__ = ("_cm", "_entered", "_error", "_leave", "_mark_release", "task")
 
-    def __init__(self, cm: AbstractAsyncContextManager[T]) -> None:
+    def __init__(self, cm: AbstractAsyncContextManager[T], mark_release: Callable[[], None]) -> None:
         self._cm = cm
+        self._mark_release = mark_release
         loop = asyncio.get_running_loop()
         self._entered: asyncio.Future[T] = loop.create_future()
         self._leave = asyncio.Event()
@@ -140,9 +141,13 @@ class OwnerTask(Generic[T]):
         try:
             await self._leave.wait()
         except asyncio.CancelledError as cancelled:  # the event loop itself is being torn down
-            await self._cm.__aexit__(*_exc_info(cancelled))
+            await self._exit(cancelled)
             raise
-        await self._cm.__aexit__(*_exc_info(self._error))
+        await self._exit(self._error)
+
+    async def _exit(self, error: BaseException | None) -> None:
+        self._mark_release()  # to the end of this task, whose Context is its own
+        await self._cm.__aexit__(*_exc_info(error))
 
     def cancel(self) -> None:
         """Stop an entering that nobody waits for any more."""

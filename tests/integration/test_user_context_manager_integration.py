@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from support.clock import Clock
+from support.contexts import MakeManager
 from support.fixtures import ServerFactory
 from support.servers import Server
 from support.waiting import wait_until
@@ -342,9 +343,9 @@ class TestDatabase:
         with pytest.raises(sqlite3.ProgrammingError, match="closed"):
             database.execute("select 1")
 
-    def test_one_session_for_two_users_is_found(self, files: dict[str, str]) -> None:
+    def test_one_session_for_two_users_is_found(self, files: dict[str, str], make_manager: MakeManager) -> None:
         database = sqlite3.connect(files["NOTEBOOK_FILE"])
-        manager = UserContextManager()
+        manager = make_manager()
         for user in ("alice", "bob"):
             manager.create_isolated_context(user, db_session=database)
         [finding] = manager.isolation_report().findings
@@ -435,11 +436,11 @@ class TestPerformance:
 
     @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
     def test_the_work_is_the_same_with_ten_contexts_and_with_three_thousand(
-        self, operation: Callable[[UserContextManager], object]
+        self, operation: Callable[[UserContextManager], object], make_manager: MakeManager
     ) -> None:
         counted = []
         for crowd in (10, 3000):
-            manager = UserContextManager(clock=Clock())
+            manager = make_manager(clock=Clock())
             manager.set_context("bob", create_isolated_execution_context("bob"), 600)
             for number in range(crowd):
                 manager.create_isolated_context(f"user-{number}", ttl_seconds=600)
@@ -447,11 +448,11 @@ class TestPerformance:
             counted.append(calls_of(lambda manager=manager: operation(manager)))  # type: ignore[misc]
         assert counted[0] == counted[1]
 
-    def test_a_sweep_costs_what_is_due_and_not_what_waits(self) -> None:
+    def test_a_sweep_costs_what_is_due_and_not_what_waits(self, make_manager: MakeManager) -> None:
         counted = []
         for waiting in (10, 3000):
             clock = Clock()
-            manager = UserContextManager(clock=clock)
+            manager = make_manager(clock=clock)
             for number in range(waiting):
                 manager.create_isolated_context(f"user-{number}", ttl_seconds=600)
             for _ in range(5):
@@ -472,9 +473,9 @@ class TestPerformance:
             sizes.append((len(registry._named.lone), len(registry._by_key), len(registry._by_owner)))
         assert sizes == [(0, 0, 0), (0, 0, 0)]
 
-    def test_contexts_share_one_thread_and_need_no_task(self) -> None:
+    def test_contexts_share_one_thread_and_need_no_task(self, make_manager: MakeManager) -> None:
         before = set(threading.enumerate())
-        manager = UserContextManager()
+        manager = make_manager()
         for number in range(500):
             manager.create_isolated_context(f"user-{number}", ttl_seconds=60 + number)
         assert len(set(threading.enumerate()) - before) == 1

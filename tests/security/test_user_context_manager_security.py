@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 
 from support.clock import Clock
-from support.contexts import events, running_as, visitor
+from support.contexts import MakeManager, events, running_as, visitor
 from ucm_middleware import (
     ContextClosedError,
     ContextExpiredError,
@@ -55,8 +55,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def manager(clock: Clock) -> UserContextManager:
-    return UserContextManager(clock=clock)
+def manager(clock: Clock, make_manager: MakeManager) -> UserContextManager:
+    return make_manager(clock=clock)
 
 
 async def outcome(attempt: Callable[[], object]) -> tuple[type, str]:
@@ -205,10 +205,10 @@ class TestIsolationBetweenUsers:
                 attempt()
 
     def test_nor_code_that_made_itself_a_context_of_bob(
-        self, manager: UserContextManager, bob: UserExecutionContext
+        self, manager: UserContextManager, bob: UserExecutionContext, make_manager: MakeManager
     ) -> None:
         manager.serve()
-        strangers = UserContextManager()
+        strangers = make_manager()
         for impostor in (create_isolated_execution_context("bob"), strangers.create_isolated_context("bob")):
             with managed_user_context(impostor), pytest.raises(CrossUserAccessError):
                 manager.get_context("bob")
@@ -354,8 +354,8 @@ class TestConcurrentAccess:
         assert await asyncio.gather(*map(work, users)) == [[user] * 11 for user in users]
         assert manager.get_active_contexts() == {}
 
-    def test_the_limit_is_exact_when_threads_race_for_it(self) -> None:
-        manager = UserContextManager(max_contexts_per_user=5)
+    def test_the_limit_is_exact_when_threads_race_for_it(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=5)
         results = in_threads(24, lambda _: manager.create_isolated_context("alice"))
         assert sum(isinstance(result, UserExecutionContext) for result in results) == 5
         assert sum(isinstance(result, ContextLimitError) for result in results) == 19
@@ -752,8 +752,8 @@ class TestLimits:
         made[3].close()
         manager.create_isolated_context("alice")
 
-    def test_the_own_key_is_replaced_at_the_limit(self) -> None:
-        manager = UserContextManager(max_contexts_per_user=1)
+    def test_the_own_key_is_replaced_at_the_limit(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=1)
         first, second = (create_isolated_execution_context("alice") for _ in range(2))
         manager.set_context("alice", first)
         manager.set_context("alice", second)
@@ -763,8 +763,8 @@ class TestLimits:
             manager.set_context("another key", create_isolated_execution_context("alice"))
         assert manager.get_context("alice") is second
 
-    def test_visitors_have_a_limit_of_their_own(self) -> None:
-        manager = UserContextManager(max_contexts=1, max_anonymous_contexts=2)
+    def test_visitors_have_a_limit_of_their_own(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts=1, max_anonymous_contexts=2)
         visitor(manager)
         stranger = visitor(manager)
         with pytest.raises(ContextLimitError) as caught:
@@ -779,8 +779,8 @@ class TestLimits:
         assert stranger.is_anonymous
 
     @pytest.mark.parametrize("crowd", ["named", "anonymous"])
-    def test_what_has_expired_does_not_count(self, clock: Clock, crowd: str) -> None:
-        manager = UserContextManager(
+    def test_what_has_expired_does_not_count(self, clock: Clock, crowd: str, make_manager: MakeManager) -> None:
+        manager = make_manager(
             max_contexts_per_user=1, max_contexts=1, max_anonymous_contexts=600, clock=clock, ttl=HOUR
         )
         for _ in range(600 if crowd == "anonymous" else 0):
@@ -793,8 +793,8 @@ class TestLimits:
         with pytest.raises(ContextLimitError):
             manager.create_isolated_context("carol")
 
-    def test_a_refusal_is_on_record(self) -> None:
-        manager = UserContextManager(max_contexts_per_user=1)
+    def test_a_refusal_is_on_record(self, make_manager: MakeManager) -> None:
+        manager = make_manager(max_contexts_per_user=1)
         manager.create_isolated_context("alice")
         with pytest.raises(ContextLimitError):
             manager.create_isolated_context("alice")
@@ -858,6 +858,7 @@ class TestExpiry:
         assert manager.sweep() == 1
         assert released == ["alice", "bob"]
         assert [entry["user_id"] for entry in manager.get_active_contexts().values()] == ["carol"]
+        await context.aclose()
 
     def test_resources_see_that_the_work_was_cut_off(self, manager: UserContextManager, clock: Clock) -> None:
         released = threading.Event()

@@ -1,10 +1,13 @@
 """Short words for what many tests do with contexts."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from ucm_middleware import UserContextManager, UserExecutionContext, managed_user_context
+
+MakeManager = Callable[..., UserContextManager]
+"""What the fixture ``make_manager`` is: takes what UserContextManager takes."""
 
 
 @contextmanager

@@ -78,7 +78,11 @@ KINDS = {
     "unittest": Kind(UNITTEST),
     "async unittest": Kind(UNITTEST_ASYNC),
     "xdist": Kind(SYNC, ("-n", "2")),
-    "xdist and asyncio": Kind(ASYNCIO_AUTO, ("-n", "2", "-o", "asyncio_mode=auto")),
+    "xdist and asyncio auto": Kind(ASYNCIO_AUTO, ("-n", "2", "-o", "asyncio_mode=auto")),
+    "xdist and asyncio strict": Kind(ASYNCIO_STRICT, ("-n", "2", "-o", "asyncio_mode=strict")),
+    "xdist and async fixture": Kind(ASYNC_FIXTURE, ("-n", "2", "-o", "asyncio_mode=auto")),
+    "xdist and anyio": Kind(ANYIO, ("-n", "2", "-p", "no:asyncio")),
+    "xdist and anyio beside asyncio": Kind(ANYIO, ("-n", "2", "-o", "asyncio_mode=strict")),
 }
 ASYNCHRONOUS = [name for name in KINDS if "async" in KINDS[name].template]
 
@@ -164,7 +168,10 @@ def session(pytester: pytest.Pytester, source: str, *options: str) -> pytest.Run
     pytester.makepyfile(textwrap.dedent(PRELUDE + MORE) + source)
     if "no:asyncio" not in options:  # it warns without this, which is an error here
         options += ("-o", "asyncio_default_fixture_loop_scope=function")
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:timeout", *options, timeout=60)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-p", "no:timeout", *options, timeout=60)
+    if "-n" in options:
+        result.stdout.fnmatch_lines(["created: 2/2 workers"])
+    return result
 
 
 def written(kind: str, bodies: dict[str, str]) -> str:

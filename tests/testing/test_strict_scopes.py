@@ -154,6 +154,16 @@ def test_refused():
         context.close()
 
 def test_by_hand_and_gone(): create_isolated_execution_context("alice")
+
+@pytest.fixture
+def by_hand(): return [create_isolated_execution_context("alice")]
+
+@pytest.fixture
+def kept_by_another(by_hand): return {"first": by_hand[0]}
+
+def test_fixtures_that_return_some(by_hand, kept_by_another): assert by_hand[0].is_open
+
+def test_fixture_asked_for_in_the_test(request): assert request.getfixturevalue("by_hand")
 """,
     )
-    result.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=4)

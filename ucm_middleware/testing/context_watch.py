@@ -4,7 +4,7 @@
 # pyright: reportPrivateUsage=false
 
 import gc
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -59,12 +59,16 @@ class ContextWatch:
             if id(context) not in before:
                 self._owners.setdefault(id(context), owner)
 
-    def findings(self) -> list[str]:
-        """What is left behind, now that a test has ended. Nothing is found twice."""
+    def findings(self, let_go: Callable[[], object]) -> list[str]:
+        """What is left behind, now that a test has ended. Nothing is found twice.
+
+        ``let_go`` drops what the test's fixtures returned, which pytest still holds.
+        """
         left = self._left()
         if any(not needs_closing(context) for context in left):
             # Only data: it counts if something refers to it, and not while it waits for the garbage collector.
             del left
+            let_go()
             gc.collect()
             left = self._left()
         if any(map(may_still_close, left)):

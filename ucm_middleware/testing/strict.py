@@ -70,7 +70,9 @@ class StrictMode:
             raise
         except BaseException as raised:  # noqa: BLE001 - whatever the teardown raised, it is raised again below
             error = raised
-        findings = [*self._contexts.findings(), *self._environment.findings()]
+        # pytest drops what fixtures returned as well, only later; unittest's tests have none.
+        returned: dict[str, object] = getattr(item, "funcargs", {})
+        findings = [*self._contexts.findings(returned.clear), *self._environment.findings()]
         if not findings:
             if error is not None:
                 raise error
