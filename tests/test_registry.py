@@ -606,6 +606,7 @@ class TestStandingAlone:
         clock.now = 6.0
         assert registry.take_due() == [context]
         context.close()
+        registry.postpone(context)
         assert (len(registry), registry.next_wake()) == (0, None)
 
     def test_what_was_due_before_it_unfolds_is_due_at_once(

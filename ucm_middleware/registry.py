@@ -103,16 +103,17 @@ class Registry:
         if isinstance(key, str):
             lone = self._named.lone
             if key in lone:
-                context = lone[key]
-                if context.registry_keys:
-                    return context
+                own = lone[key]
+                if own.registry_keys:
+                    return own
         else:
             owner, request_id = key
-            lone = self._named.lone if owner in self._named.lone else self._anonymous.lone
-            if owner in lone:
-                context = lone[owner]
-                same = context._request_id == request_id or context.request_id == request_id  # as text, or made now
-                if same and not context.registry_keys:
+            context = self._named.lone.get(owner)
+            if context is None:
+                context = self._anonymous.lone.get(owner)
+            if context is not None and not context.registry_keys:
+                same = context._request_id == request_id or context.request_id == request_id  # it may be text only now
+                if same:
                     return context
         return self._by_key.get(key)  # second: one that was unfolded in between is here by now
 
