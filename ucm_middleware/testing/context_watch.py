@@ -45,10 +45,12 @@ class ContextWatch:
     def forgive(self) -> None:
         """What is there now is nobody's."""
         self._owners.update((id(context), NOBODY) for context in existing_contexts())
+        gc.freeze()  # what is frozen is not walked: each look goes through what came since, not through all modules
 
     def stop(self) -> None:
         """Watch no longer."""
         delattr(UserExecutionContext, "__del__")
+        gc.unfreeze()
 
     @contextmanager
     def owned_by(self, owner: Owner) -> Generator[None]:
