@@ -40,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("ucm_strict", text, type="bool", default=False)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "ucm_leaks(reason): the test leaves contexts or resources behind on purpose; strict mode lets it"
+    )
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
     # Only now, when coverage has started in the workers of xdist as well.

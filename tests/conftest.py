@@ -38,12 +38,3 @@ def make_manager() -> "Iterator[MakeManager]":
             return managers.enter_context(closing_contexts(UserContextManager(**settings)))
 
         yield make
-
-
-@pytest.fixture
-def leaves_contexts(pytestconfig: pytest.Config) -> Iterator[None]:
-    """The test leaves contexts open, or resources unreleased, on purpose: strict mode does not report them."""
-    yield
-    strict = pytestconfig.pluginmanager.get_plugin("ucm-strict")
-    if strict is not None:
-        strict._contexts.findings(lambda: None)  # what is found once is not found again

@@ -529,7 +529,7 @@ async def run_and_check_tasks(cancel: Callable[[Work, Trial], Awaitable[None]], 
         await asyncio.wait(left_running)
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a resource is never released, and that is reported")
 @pytest.mark.parametrize(("cancel", "host", "enter", "moment"), cases(CANCELS, HOSTS, HANDLER_MOMENTS + EXIT_MOMENTS))
 def test_cancelled(cancel: str, host: str, enter: Enter, moment: str) -> None:
     manager, complaints = new_manager(), Complaints()
@@ -546,7 +546,7 @@ def test_cancelled(cancel: str, host: str, enter: Enter, moment: str) -> None:
     assert complaints.told == []
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a resource is never released, and that is reported")
 @pytest.mark.usefixtures("_quick_collection")
 @pytest.mark.parametrize(
     ("cancel", "host", "enter", "moment"), cases(["asyncio.run"], HOSTS, HANDLER_MOMENTS + EXIT_MOMENTS)
@@ -574,7 +574,7 @@ def test_the_loop_ends(cancel: str, host: str, enter: Enter, moment: str) -> Non
     assert complaints.told == []
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a resource is never released, and that is reported")
 @pytest.mark.parametrize(("cancel", "host", "enter", "moment"), cases(["disconnect"], ["middleware"], HANDLER_MOMENTS))
 def test_the_client_leaves_a_stream(cancel: str, host: str, enter: Enter, moment: str) -> None:
     manager, complaints = new_manager(), Complaints()
@@ -606,7 +606,7 @@ def test_the_client_leaves_a_stream(cancel: str, host: str, enter: Enter, moment
     assert complaints.told == []
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a resource is never released, and that is reported")
 @pytest.mark.parametrize("enter", RESOURCES.values(), ids=RESOURCES)
 def test_the_server_refuses_a_chunk_of_a_stream(enter: Enter) -> None:
     # Servers of the newer ASGI say so by an OSError from send: the generator is broken off where it yields.
@@ -645,7 +645,7 @@ stacks = st.lists(st.sampled_from(sorted(RESOURCES)), max_size=5)
 turns_between = st.lists(st.integers(0, 12), min_size=1, max_size=4)
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a resource is never released, and that is reported")
 @given(stacks, turns_between, st.sampled_from(sorted(HOSTS)), st.booleans())
 def test_cancelled_at_any_turn(stack: list[str], gaps: list[int], host: str, by_anyio: bool) -> None:
     manager, complaints = new_manager(), Complaints()

@@ -136,7 +136,7 @@ def attempt(operation: str, house: House) -> None:
         OPERATIONS[operation](house)
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a step of opening or closing is interrupted for good")
 @pytest.mark.parametrize(
     ("operation", "interruption"), [pair for pair in product(OPERATIONS, repeat=2) if pair not in RIVALS]
 )
@@ -151,7 +151,7 @@ def test_whatever_comes_in_the_table_is_right_after(operation: str, interruption
     raise AssertionError("it makes more calls than thought")
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a step of opening or closing is interrupted for good")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_signal_handler_that_raises_leaves_the_lock_free(operation: str) -> None:
     def raise_it() -> None:

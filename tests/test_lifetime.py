@@ -293,7 +293,7 @@ class TestDeadlines:
     def _little_grace(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ucm_middleware.lifetime.CANCEL_GRACE", TINY)
 
-    @pytest.mark.usefixtures("leaves_contexts")
+    @pytest.mark.ucm_leaks("a resource is never released, and that is reported")
     @pytest.mark.parametrize("owner_task", [False, True])
     async def test_what_hangs_is_cut_off_and_the_others_are_released(
         self, context: UserExecutionContext, log: Log, owner_task: bool
@@ -307,7 +307,7 @@ class TestDeadlines:
         assert log[3:] == ["above left", "below left"]
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    @pytest.mark.usefixtures("leaves_contexts")
+    @pytest.mark.ucm_leaks("a resource is never released, and that is reported")
     async def test_each_has_a_deadline_of_its_own(self, context: UserExecutionContext, log: Log) -> None:
         for name in ("first", "second"):
             await context.enter_async_context(Thing(log, leave=hanging), name=name, timeout=TINY)
@@ -315,7 +315,7 @@ class TestDeadlines:
         await context.aclose()
         assert failures_of(context) == {"third": "timed out", "second": "timed out", "first": "timed out"}
 
-    @pytest.mark.usefixtures("leaves_contexts")
+    @pytest.mark.ucm_leaks("a resource is never released, and that is reported")
     @pytest.mark.parametrize("owner_task", [False, True])
     async def test_an_error_after_the_deadline_is_not_left_unseen(
         self, context: UserExecutionContext, complaints: list[dict[str, Any]], owner_task: bool
@@ -335,7 +335,7 @@ class TestDeadlines:
         gc.collect()
         await one_turn()
 
-    @pytest.mark.usefixtures("leaves_contexts")
+    @pytest.mark.ucm_leaks("a resource is never released, and that is reported")
     @pytest.mark.parametrize("owner_task", [False, True])
     async def test_what_will_not_be_cancelled_is_left_behind_and_its_end_is_seen(
         self,
@@ -451,7 +451,7 @@ class TestLoopsAndThreads:
         with pytest.raises(sqlite3.ProgrammingError, match="closed"):
             database.execute("select 1")
 
-    @pytest.mark.usefixtures("leaves_contexts")
+    @pytest.mark.ucm_leaks("a resource is never released, and that is reported")
     def test_without_a_live_loop_what_needs_one_is_reported_and_the_rest_released(
         self, context: UserExecutionContext, log: Log
     ) -> None:

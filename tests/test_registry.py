@@ -315,7 +315,7 @@ def unreachable() -> NoReturn:
 
 
 # Some contexts are put into the registry alone, past the manager, and stay open when it refuses them.
-TestAgainstTheModel = pytest.mark.usefixtures("leaves_contexts")(RegistryMachine.TestCase)
+TestAgainstTheModel = pytest.mark.ucm_leaks("the registry is used past the manager, and refuses some")(RegistryMachine.TestCase)
 
 
 def test_an_empty_registry_keeps_nothing_of_whom_it_knew() -> None:
@@ -438,7 +438,7 @@ class Unwalked(dict[Any, Any]):
             yield key
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("the registry is used past the manager, and refuses some")
 @pytest.mark.parametrize("anonymous", [False, True])
 def test_operations_cost_the_same_among_ten_and_among_ten_thousand(anonymous: bool) -> None:
     looks: list[int] = []
@@ -626,7 +626,7 @@ class TestStandingAlone:
         assert [len(part) for part in taken] == [SLICE, SLICE, 1, 0]
         assert [context for part in taken for context in part] == contexts
 
-    @pytest.mark.usefixtures("leaves_contexts")  # those that the registry refuses
+    @pytest.mark.ucm_leaks("the registry is used past the manager, and refuses some")
     def test_a_key_that_is_the_own_id_stands_alone_until_there_is_another(
         self, manager: UserContextManager, registry: Registry
     ) -> None:
@@ -691,7 +691,7 @@ class TestStandingAlone:
         registry.insert(context, "alice", ttl, 90.0)
         assert context.lifetime.deadline == (60.0 if ttl is None else 31.0)
 
-    @pytest.mark.usefixtures("leaves_contexts")  # those that the registry refuses
+    @pytest.mark.ucm_leaks("the registry is used past the manager, and refuses some")
     def test_who_is_refused_at_the_limit_leaves_nothing_in_and_gets_no_deadline(self, clock: Clock) -> None:
         manager = manager_with(clock, total=1)
         first = self.admitted(manager, "alice", 60.0)

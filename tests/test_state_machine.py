@@ -872,7 +872,7 @@ def _is_of(event: dict[str, Any], known: Known) -> bool:
 
 
 # Some of what it enters does not let go in time.
-TestContexts = pytest.mark.usefixtures("leaves_contexts")(ContextMachine.TestCase)
+TestContexts = pytest.mark.ucm_leaks("some resources never let go")(ContextMachine.TestCase)
 TestContexts.settings = settings(
     max_examples=400 * SCALE,
     stateful_step_count=40,

@@ -130,7 +130,7 @@ def test_a_deadline_that_comes_while_the_thread_decides_is_not_lost() -> None:
     planning[0].join(PATIENCE)
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a resource is never released, and that is reported")
 def test_the_thread_ends_with_its_manager(started: Started) -> None:
     manager = UserContextManager()
     contexts = [manager.create_isolated_context("alice", ttl_seconds=HOUR), manager.create_isolated_context("alice")]

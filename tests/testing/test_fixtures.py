@@ -117,7 +117,7 @@ def test_a_manager_is_closed_also_when_the_block_fails() -> None:
     assert not context.is_open
 
 
-@pytest.mark.usefixtures("leaves_contexts")
+@pytest.mark.ucm_leaks("a resource cannot be released, and that is reported")
 def test_a_manager_that_cannot_be_closed_says_what_is_held() -> None:
     class Pool:
         async def aclose(self) -> None: ...

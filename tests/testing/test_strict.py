@@ -226,3 +226,30 @@ def test_without_the_option_nothing_is_looked_at(pytester: pytest.Pytester) -> N
 def test_the_setting_does_as_the_option(pytester: pytest.Pytester) -> None:
     source = written("sync", {name: left for name, (left, _, _) in LEAKS.items()})
     session(pytester, source, "-o", "ucm_strict=true").assert_outcomes(passed=len(LEAKS), errors=len(LEAKS))
+
+
+def test_what_is_left_on_purpose_fails_nothing_but_the_environment_still_counts(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        PRELUDE
+        + """
+@pytest.mark.ucm_leaks("to see what becomes of it")
+def test_meant(): kept.append(manager.create_isolated_context("alice"))
+
+@pytest.mark.ucm_leaks(reason="to see what becomes of it")
+def test_environment(): os.environ["UCM_LEFT"] = "1"
+
+def test_the_next_one_is_not_blamed(): pass
+
+def test_not_meant(): kept.append(manager.create_isolated_context("bob"))
+"""
+    )
+    result = pytester.runpytest_subprocess("--ucm-strict", "--strict-markers", "-p", "no:xdist")
+    result.assert_outcomes(passed=4, errors=2)
+    result.stdout.fnmatch_lines(["*test_environment left behind*", "*UCM_LEFT*", "*test_not_meant left behind*"])
+
+
+def test_leaving_something_on_purpose_wants_a_reason(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(PRELUDE + "\n@pytest.mark.ucm_leaks\ndef test_it(): pass\n")
+    result = pytester.runpytest_subprocess("--ucm-strict", "-p", "no:xdist")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*test_it: ucm_leaks wants a reason*"])
