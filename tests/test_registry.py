@@ -609,6 +609,22 @@ class TestStandingAlone:
         registry.postpone(context)
         assert (len(registry), registry.next_wake()) == (0, None)
 
+    def test_what_ends_with_its_credentials_keeps_that_deadline(
+        self, manager: UserContextManager, registry: Registry, clock: Clock
+    ) -> None:
+        context = context_of(manager, "alice")
+        assert registry.limit(context, 5.0) is None
+        assert registry.admit(context, 60.0) == {}
+        clock.now = 5.0
+        assert registry.take_due() == [context]
+
+    def test_what_has_closed_is_not_admitted(self, manager: UserContextManager, registry: Registry) -> None:
+        context = context_of(manager, "alice")
+        context.close()
+        with pytest.raises(ContextClosedError):
+            registry.admit(context, 60.0)
+        assert len(registry) == 0
+
     def test_what_was_due_before_it_unfolds_is_due_at_once(
         self, manager: UserContextManager, registry: Registry, clock: Clock
     ) -> None:
