@@ -172,6 +172,7 @@ def test_a_signal_handler_that_raises_leaves_the_lock_free(operation: str) -> No
     raise AssertionError("it makes more calls than thought")
 
 
+@pytest.mark.ucm_leaks("the registry is asked past the manager, and refuses some")
 def test_who_comes_in_the_middle_of_an_admission_finds_no_place_beyond_the_limit() -> None:
     for moment in range(1, MOST):
         manager = UserContextManager(max_contexts=1)
