@@ -13,7 +13,7 @@ from starlette.requests import HTTPConnection
 from benchmarks.drive import Conversation, Exchange, http_scope, websocket_scope
 from benchmarks.rows import BARE, EVERYTHING, FLOOR, ROWS, Wrap, raw_app
 from ucm_middleware import UserContextManager, UserContextMiddleware
-from ucm_middleware.audit import AuditRecord, Trail
+from ucm_middleware.audit import Row, Trail
 from ucm_middleware.types import ASGIApp, Receive, Scope, Send
 
 Hold = Callable[[int], AbstractAsyncContextManager[None]]
@@ -26,7 +26,7 @@ MOST: Final = 10_000_000
 class _NoLedger:
     """Keeps nothing: a ledger is bounded as a whole, and would blur what is held for each context."""
 
-    def append(self, record: AuditRecord) -> None:
+    def append(self, row: Row) -> None:
         pass
 
     def trail(self, user_id: str | None) -> Trail | None:

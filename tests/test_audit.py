@@ -1,19 +1,24 @@
 """The audit records: what is written down, how much of it is kept, and how it is read back."""
 
-import gc
 import json
-from collections import deque
-from collections.abc import Iterable
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from threading import Thread
+from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 
 from support.contexts import MakeManager, events, running_as, visitor
 from ucm_middleware import ContextLimitError, CrossUserAccessError, UnifiedIDManager, UserContextManager
-from ucm_middleware.audit.ledger import BATCH, MemoryLedger
-from ucm_middleware.audit.records import AuditRecord, Event
+from ucm_middleware.audit.ledger import BATCH, Ledger, MemoryLedger, Trail
+from ucm_middleware.audit.records import AuditRecord, Data, Event, Row
+from ucm_middleware.testing import RecordingLedger
 
 FIXED = {
     "user_id",
@@ -26,8 +31,8 @@ FIXED = {
 }
 
 
-def record(user_id: str | None, event: Event = "closed", at: float = 0.0) -> AuditRecord:
-    return AuditRecord(event, at, user_id)
+def record(user_id: str | None, event: Event = "closed", at: float = 0.0, data: Data = ()) -> AuditRecord:
+    return AuditRecord(event, at, user_id, data=data)
 
 
 def times(records: Iterable[AuditRecord]) -> list[float]:
@@ -107,44 +112,205 @@ class TestMemoryLedger:
         assert trail is not None
         assert len(trail.records) == 1
 
-    def test_what_waits_to_be_sorted_is_bounded_too(self) -> None:
-        ledger = MemoryLedger(records_per_user=3)
-        written = [record("alice", at=number) for number in range(5000)]
-        for one in written:
-            ledger.append(one)
-        seconds = {one.at for one in written}
-        written.clear()
-        alive = [one for one in gc.get_objects() if type(one) is AuditRecord and one.at in seconds]
-        assert len(alive) <= 3 + BATCH
+    @pytest.mark.parametrize("user_id", ["alice", None, "anonymous_" + "0" * 32])
+    def test_what_is_held_beyond_what_is_shown_is_bounded_too(self, user_id: str | None) -> None:
+        class Held:
+            pass
 
-    @pytest.mark.parametrize("before", [True, False])
-    def test_what_interrupts_the_sorting_disturbs_nothing(self, before: bool) -> None:
-        # A finalizer or a signal handler, as the line is found not to be empty, or with a record in hand.
-        class Interrupted(deque[AuditRecord]):
-            def popleft(self) -> AuditRecord:
-                if before:
-                    interrupt()
-                taken = super().popleft()
-                interrupt()
-                return taken
+        alive = WeakSet[Held]()
+        ledger = MemoryLedger(records_per_user=8)
+        for _ in range(20 * BATCH):
+            alive.add(held := Held())
+            ledger.append(record(user_id, data=(("held", held),)))
+            assert len(alive) <= 8 + 2 + BATCH
+        trail = ledger.trail(user_id)
+        assert trail is not None
+        assert (len(trail.records), trail.dropped) == (8, 20 * BATCH - 8)
 
-        def interrupt() -> None:
-            if len(written) == 1:
-                written.extend(record("alice") for _ in range(BATCH - before))
-                for one in written[1:]:
-                    ledger.append(one)
-
-        written = [record("alice")]
-        ledger = MemoryLedger(records_per_user=2 * BATCH)
-        ledger._incoming = Interrupted(written)
+    def test_users_beyond_the_bound_are_forgotten_whole(self) -> None:
+        ledger = MemoryLedger(records_per_user=1, users=1)
+        for user in ("alice", "alice", "alice", "bob", "alice"):
+            ledger.append(record(user))
+            assert ledger.trail(user) is not None  # sorted in one by one
         trail = ledger.trail("alice")
         assert trail is not None
-        assert trail.records == tuple(written)
+        assert trail.dropped == 0
+
+    @pytest.mark.parametrize("room", [True, False])
+    @pytest.mark.parametrize("seed", range(10))
+    def test_it_keeps_what_one_that_sorts_at_once_would(self, seed: int, room: bool) -> None:
+        chance = random.Random(seed)
+        users = [*(f"user-{number}" for number in range(8)), *(f"anonymous_{number}" for number in range(6)), None]
+        weights = [chance.choice([1, 3, 30]) for _ in users]
+        most, most_anonymous = (8, 6) if room else (4, 3)
+        ledger = MemoryLedger(records_per_user=5, users=most, anonymous_users=most_anonymous)
+        plain = Plain(5, most, most_anonymous)
+        kinds: list[Event] = ["opened", "closed", "denied", "refused", "privileged"]
+        for at in range(1200):
+            [user] = chance.choices(users, weights)
+            for _ in range(chance.choice([1, 1, 2, 7])):
+                one = record(user, chance.choice(kinds[2:] if user is None else kinds), at)
+                ledger.append(one)
+                plain.append(one)
+            if chance.random() < 0.01 or at == 1199:
+                for user in users:
+                    found, expected = ledger.trail(user), plain.trail(user)
+                    if room or user is None or expected is None or found is None:
+                        assert found == expected
+                    else:  # who is among the last again before the batch is sorted was never forgotten
+                        assert found.records[-len(expected.records) :] == expected.records
+                        assert found.dropped >= expected.dropped
+                        assert expected.opening in (found.opening, None)
+
+    def test_threads_lose_nothing_and_keep_their_order(self) -> None:
+        ledger = MemoryLedger(records_per_user=20_000)
+        users = [f"user-{number}" for number in range(4)]
+
+        def write(user: str) -> None:
+            for at in range(3000):
+                ledger.append(record(user, at=at))
+                ledger.append(record("everyone", at=at))
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [Thread(target=write, args=(user,)) for user in users]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+        for user in users:
+            assert kept_times(ledger, user) == list(range(3000))
+        assert sorted(kept_times(ledger, "everyone")) == sorted([*range(3000)] * 4)
+
+    def test_what_interrupts_the_sorting_disturbs_nothing(self) -> None:
+        # A finalizer or a signal handler, at each moment: it writes more than a batch, and reads a trail.
+        for moment in range(1, MOST):
+            ledger = crowded()
+
+            def more(ledger: MemoryLedger = ledger) -> None:
+                for at in range(1000, 1000 + BATCH + 1):
+                    ledger.append(record("alice", at=at))
+                trail = ledger.trail("alice")
+                assert trail is not None
+                assert trail.records[0].at == 0  # alice is found at each moment
+
+            happened = interrupted(moment, more, ledger)
+            assert kept_times(ledger, "alice") == [*range(20), *(range(1000, 1000 + BATCH + 1) if happened else ())]
+            assert [kept_times(ledger, user) for user in ("bob", VISITOR)] == [[*range(20)]] * 2
+            assert kept_times(ledger, None) == sorted([*range(20)] * 2)
+            if not happened:
+                assert moment > 50
+                return
+        raise AssertionError("there were more moments")
+
+    def test_what_stops_the_sorting_loses_nothing(self) -> None:
+        # A signal handler that raises, such as the one of Ctrl-C.
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        for moment in range(1, MOST):
+            ledger = crowded()
+            try:
+                if not interrupted(moment, stop, ledger):
+                    return
+            except KeyboardInterrupt:
+                pass
+            for user in ("alice", "bob", VISITOR, None):
+                assert {*kept_times(ledger, user)} == {*range(20)}
+        raise AssertionError("there were more moments")
+
+
+VISITOR = "anonymous_" + "0" * 32
+MOST = 1000
+"""More calls than sorting makes."""
+
+
+def kept_times(ledger: Ledger, user_id: str | None) -> list[float]:
+    trail = ledger.trail(user_id)
+    assert trail is not None
+    assert trail.dropped == 0
+    return times(trail.records)
+
+
+def crowded() -> MemoryLedger:
+    """A ledger with rows of everybody, all but the first of each still in line."""
+    ledger = MemoryLedger(records_per_user=1000)
+    for at in range(20):
+        for user in ("alice", "bob", VISITOR):
+            ledger.append(record(user, at=at))
+        ledger.append(record(None, "refused", at=at))
+        ledger.append(record(None, "privileged", at=at))
+        if at == 0:
+            ledger.trail(None)
+    return ledger
+
+
+def interrupted(moment: int, work: Callable[[], object], ledger: MemoryLedger) -> bool:
+    """Sort, and do the work at the n-th moment at which the interpreter may run something else: False when there are
+    not so many.
+    """
+    left = moment
+
+    def look(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal left
+        # A function is entered, or one of C has returned.
+        if event not in ("call", "c_return") or frame.f_code.co_name not in SORTING:
+            return
+        left -= 1
+        if left == 0:
+            sys.setprofile(None)
+            work()
+
+    sys.setprofile(look)
+    try:
+        ledger.trail(None)
+    finally:
+        sys.setprofile(None)
+    return left <= 0
+
+
+SORTING = {"_sort_in", "_sort_batch", "_rows_for", "_users_like", "_drop_rows", "_drop_users"}
+
+
+class Plain:
+    """Keeps what a ledger is to keep, one record at a time."""
+
+    def __init__(self, records: int, users: int, anonymous_users: int) -> None:
+        self.most = {False: users, True: anonymous_users}
+        self.records = records
+        self.kept: dict[bool, OrderedDict[str, list[AuditRecord]]] = {False: OrderedDict(), True: OrderedDict()}
+        self.nobodys: dict[bool, list[AuditRecord]] = {False: [], True: []}
+
+    def append(self, one: AuditRecord) -> None:
+        if one.user_id is None:
+            self.nobodys[one.event == "refused"].append(one)
+            return
+        is_anonymous = one.user_id.startswith("anonymous_")
+        users = self.kept[is_anonymous]
+        users.setdefault(one.user_id, []).append(one)
+        users.move_to_end(one.user_id)
+        if len(users) > self.most[is_anonymous]:
+            users.popitem(last=False)
+
+    def trail(self, user_id: str | None) -> Trail | None:
+        if user_id is None:
+            shown = sorted(
+                (one for kept in self.nobodys.values() for one in kept[-self.records :]), key=lambda one: one.at
+            )
+            return Trail(None, tuple(shown), sum(max(0, len(kept) - self.records) for kept in self.nobodys.values()))
+        kept = self.kept[user_id.startswith("anonymous_")].get(user_id)
+        if kept is None:
+            return None
+        opening = next((one for one in reversed(kept) if one.event == "opened"), None)
+        return Trail(opening, tuple(kept[-self.records :]), max(0, len(kept) - self.records))
 
 
 class TestRecord:
     def test_it_shows_what_it_says_and_no_more(self) -> None:
-        shown = AuditRecord("closed", 0.0, "alice", "r-1", reason="expired", data={"seconds": 1.5}).to_dict()
+        shown = AuditRecord("closed", 0.0, "alice", "r-1", reason="expired", seconds=1.5).to_dict()
         assert shown == {
             "event": "closed",
             "at": "1970-01-01T00:00:00+00:00",
@@ -168,9 +334,36 @@ class TestRecord:
         (opened,) = events(manager, "alice", "opened")
         assert (opened["request_id"], opened["thread_id"], opened["run_id"]) == (given, "t-1", "r-1")
 
+    def test_ids_that_nobody_has_read_yet_are_those_of_the_context(self) -> None:
+        manager = UserContextManager()
+        context = visitor(manager)
+        context.close()
+        opened, closed = events(manager, context.user_id, "opened", "closed")
+        ids = {"request_id": context.request_id, "thread_id": context.thread_id, "run_id": context.run_id}
+        assert ids.items() <= opened.items()
+        assert ids.items() <= closed.items()
+
+    def test_it_is_never_changed(self) -> None:
+        ledger = RecordingLedger()
+        manager = UserContextManager(ledger=ledger)
+        with running_as(manager, "alice"), pytest.raises(CrossUserAccessError):
+            manager.get_context("bob")
+        visitor(manager).close()
+        for one in ledger.records:
+            for name in (*AuditRecord._fields, "request_id", "thread_id", "run_id", "another"):
+                with pytest.raises(AttributeError):
+                    setattr(one, name, None)
+            assert type(one.data) is tuple
+            assert {type(pair) for pair in one.data} <= {tuple}
+
+    def test_its_data_is_not_in_its_repr(self) -> None:
+        shown = repr(record("alice", data=(("audit_metadata", {"password": "hunter2"}),)))
+        assert "hunter2" not in shown
+        assert "closed" in shown
+
     def test_data_does_not_overrule_it(self) -> None:
         shown = AuditRecord(
-            "denied", 0.0, "alice", outcome="denied", data={"event": "x", "outcome": "ok", "at": 1}
+            "denied", 0.0, "alice", outcome="denied", data=(("event", "x"), ("outcome", "ok"), ("at", 1))
         ).to_dict()
         assert (shown["event"], shown["outcome"], shown["at"]) == ("denied", "denied", "1970-01-01T00:00:00+00:00")
 
@@ -193,10 +386,10 @@ class Full(MemoryLedger):
         super().__init__()
         self.event = event
 
-    def append(self, record: AuditRecord) -> None:
-        if record.event == self.event:
+    def append(self, row: Row) -> None:
+        if row[0] == self.event:
             raise OSError("full")
-        super().append(record)
+        super().append(row)
 
 
 class TestTrail:
@@ -346,9 +539,9 @@ class TestTrail:
         seen: list[tuple[str, str | None]] = []
 
         class Mine(MemoryLedger):
-            def append(self, record: AuditRecord) -> None:
-                seen.append((record.event, record.user_id))
-                super().append(record)
+            def append(self, row: Row) -> None:
+                seen.append((row[0], row[2]))
+                super().append(row)
 
         manager = UserContextManager(ledger=Mine())
         manager.create_isolated_context("alice").close()

@@ -28,7 +28,7 @@ from ucm_middleware import (
     hookimpl,
 )
 from ucm_middleware.audit.ledger import MemoryLedger
-from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.audit.records import Row
 from ucm_middleware.sweeper import Sweeper
 from ucm_middleware.types import Receive, Scope, Send
 
@@ -177,10 +177,10 @@ def test_a_slow_child_delays_nobody_elses_expiry() -> None:
 
 def test_a_close_that_raises_does_not_end_the_sweep(caplog: pytest.LogCaptureFixture) -> None:
     class Full(MemoryLedger):
-        def append(self, record: AuditRecord) -> None:
-            if record.event == "closed" and record.user_id == "alice":
+        def append(self, row: Row) -> None:
+            if row[0] == "closed" and row[2] == "alice":
                 raise OSError("no space left")
-            super().append(record)
+            super().append(row)
 
     manager = UserContextManager(ledger=Full())
     manager.create_isolated_context("alice", ttl_seconds=SOON)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, HTTPException
 from examples.helpdesk.store import Desk
 from ucm_middleware import EVERYONE, UserContextManager, UserExecutionContext
 from ucm_middleware.audit.ledger import MemoryLedger
-from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.audit.records import Row
 from ucm_middleware.fastapi import AuthenticatedContext
 
 
@@ -21,11 +21,12 @@ class CountingLedger(MemoryLedger):
         self.counts = Counter[str]()
         self._counting = threading.Lock()
 
-    def append(self, record: AuditRecord) -> None:
+    def append(self, row: Row) -> None:
         """Count the record, and keep it."""
+        event = row[0]
         with self._counting:
-            self.counts[record.event] += 1
-        super().append(record)
+            self.counts[event] += 1
+        super().append(row)
 
 
 # One manager for the application. The default is ten contexts per user; with chats and exports open that is tight.

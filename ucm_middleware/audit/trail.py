@@ -9,10 +9,11 @@ from copy import deepcopy
 from typing import Any, Final, cast
 
 from ucm_middleware.audit.ledger import Ledger
-from ucm_middleware.audit.records import COMPLIANCE_VERSION, AuditRecord, Event, Outcome, iso
+from ucm_middleware.audit.records import COMPLIANCE_VERSION, AuditRecord, Data, Event, Outcome, iso
 from ucm_middleware.context import UserExecutionContext
 
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
+_FOR_A_CONNECTION: Final[Data] = (("source", "connection"), ("isolation_verified", True))
 
 
 class AuditTrail:
@@ -30,51 +31,63 @@ class AuditTrail:
 
     def connected(self, context: UserExecutionContext) -> None:
         """The same for the context of a connection, which begins without any data: on the path of each request."""
-        data: dict[str, object] = {"source": "connection", "isolation_verified": True}
         self._append(
-            AuditRecord("opened", context._created, context._user_id, context.request_id, None, None, "ok", None, data)
+            (
+                "opened",
+                context._created,
+                context._user_id,
+                context._request_id,
+                None,
+                None,
+                "ok",
+                None,
+                None,
+                _FOR_A_CONNECTION,
+            )
         )
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
         """A part of a context's work began in a context of its own."""
-        data = {"operation": operation_name, "parent_request_id": child.parent_request_id}
+        data = ("operation", operation_name), ("parent_request_id", child.parent_request_id)
         self._about(child, "child_opened", data=data)
 
     def bound(self, context: UserExecutionContext, anonymous_id: str) -> None:
         """An anonymous context learned its user; stands in the trails of both."""
         self._about(context, "opened", data=_opening("bind", context))
-        self._about(context, "bound", data={"anonymous_id": anonymous_id})
-        self._append(
-            AuditRecord("bound", time.time(), anonymous_id, context.request_id, data={"user_id": context.user_id})
-        )
+        self._about(context, "bound", data=(("anonymous_id", anonymous_id),))
+        data = (("user_id", context.user_id),)
+        self._append(AuditRecord("bound", time.time(), anonymous_id, context.request_id, data=data))
 
     def closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         """A context's teardown is through. ``metadata`` is what the application had added by then, None for nothing."""
-        lifetime = context._lifetime
-        reason, failures = lifetime.reason, lifetime.failures
         now = time.time()
-        data: dict[str, object] = {"seconds": now - context._created}
-        if failures:
-            data["unreleased"] = [str(failure) for failure in failures]
+        lifetime = context._lifetime
+        reason = lifetime.reason
+        outcome: Outcome = "ok" if reason in _ENDED_WELL else "failed"
+        data: Data = ()
+        if lifetime.closing is not None and (failures := lifetime.failures):
+            outcome = "failed"
+            data = (("unreleased", [str(failure) for failure in failures]),)
         if metadata:
-            data["audit_metadata"] = metadata
+            data = (*data, ("audit_metadata", metadata))
         self._append(
-            AuditRecord(
+            (
                 "closed",
                 now,
                 context._user_id,
-                context.request_id,
+                context._request_id,
                 context._thread_id,
                 context._run_id,
-                "ok" if reason in _ENDED_WELL and not failures else "failed",
+                outcome,
                 reason,
+                now - context._created,
                 data,
             )
         )
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: str) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
-        data = {"action": action, "asked_for": asked_for}
+        data = ("action", action), ("asked_for", asked_for)
         if actor is None:
             self._append(AuditRecord("denied", time.time(), None, outcome="denied", data=data))
         else:
@@ -90,7 +103,7 @@ class AuditTrail:
         The actor's trail says to whose. The trails of those say why, and neither by whom nor who else was named.
         """
         actor_id = None if actor is None else actor.user_id
-        data = {"users": "everyone" if users is None else list(users)}
+        data = (("users", "everyone" if users is None else list(users)),)
         self._append(AuditRecord("privileged", time.time(), actor_id, reason=reason, data=data))
         for user_id in users or ():
             if user_id != actor_id and self._ledger.trail(user_id) is not None:  # a typo makes no user
@@ -98,9 +111,8 @@ class AuditTrail:
 
     def isolation_violated(self, findings: Sequence[str]) -> None:
         """Two users' contexts were found to share something."""
-        self._append(
-            AuditRecord("isolation_violated", time.time(), None, outcome="failed", data={"findings": list(findings)})
-        )
+        data = (("findings", list(findings)),)
+        self._append(AuditRecord("isolation_violated", time.time(), None, outcome="failed", data=data))
 
     def of(self, user_id: str) -> dict[str, Any] | None:
         """One user's trail, a copy; None for a user never seen. Fixed fields win over metadata of the same name."""
@@ -108,7 +120,7 @@ class AuditTrail:
         if trail is None:
             return None
         opening = trail.opening
-        about: Mapping[str, Any] = (opening and opening.data) or {}
+        about = {} if opening is None else dict(opening.data)
         return {
             **_newest_metadata((*(() if opening is None else (opening,)), *trail.records)),
             "user_id": user_id,
@@ -130,34 +142,30 @@ class AuditTrail:
         context: UserExecutionContext,
         event: Event,
         outcome: Outcome = "ok",
-        reason: str | None = None,
-        data: Mapping[str, object] | None = None,
+        data: Data = (),
     ) -> None:
         self._append(
             AuditRecord(
                 event,
                 time.time(),
-                context.user_id,
+                context._user_id,
                 context.request_id,
                 context._thread_id,
                 context._run_id,
                 outcome,
-                reason,
-                data,
+                data=data,
             )
         )
 
 
 def _newest_metadata(records: Sequence[AuditRecord]) -> dict[str, Any]:
-    data = (record.data or {} for record in reversed(records))
-    found = (given["audit_metadata"] for given in data if "audit_metadata" in given)
-    return deepcopy(cast("dict[str, Any]", next(found, None) or {}))
+    found = (value for record in reversed(records) for name, value in record.data if name == "audit_metadata")
+    return deepcopy(cast("dict[str, Any]", next(found, dict[str, Any]())))
 
 
-def _opening(source: str, context: UserExecutionContext) -> dict[str, object]:
+def _opening(source: str, context: UserExecutionContext) -> Data:
     # Verified: set_context, create_* and bind ask verify_isolation(), which raises when it is not so; the context of a
     # connection begins without any data.
-    opening: dict[str, object] = {"source": source, "isolation_verified": True}
-    if metadata := context.metadata_given():
-        opening["audit_metadata"] = metadata
-    return opening
+    opening = ("source", source), ("isolation_verified", True)
+    metadata = context.metadata_given()
+    return (*opening, ("audit_metadata", metadata)) if metadata else opening

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ucm_middleware.audit.ledger import Trail
-from ucm_middleware.audit.records import AuditRecord, Event
+from ucm_middleware.audit.records import AuditRecord, Event, Row
 from ucm_middleware.guard import EVERYONE, Everyone
 
 
@@ -35,9 +35,9 @@ class RecordingLedger:
             if (not events or record.event in events) and (user is EVERYONE or record.user_id == user)
         ]
 
-    def append(self, record: AuditRecord) -> None:
+    def append(self, row: Row) -> None:
         """Keep a record. As the port says, from any thread."""
-        self._records.append(record)
+        self._records.append(AuditRecord(*row))
 
     def trail(self, user_id: str | None) -> Trail | None:
         """As the port says: one user's trail, None for a user never seen; of ``None``, what stands in no trail."""
