@@ -94,7 +94,7 @@ class UserExecutionContext(ResourceHolder):
     _environment: IsolatedEnvironment | None
     _handles: dict[int, Ownership] | None
     _host: ContextHost | None
-    registry_keys: tuple[str | tuple[str, str], ...]
+    registry_keys: tuple[str | tuple[str, str], ...]  # filled in by the registry
     _session_bound: bool  # there once a session is bound: no request pays for one that it does not bind
 
     def __init_subclass__(cls) -> None:
@@ -156,7 +156,6 @@ class UserExecutionContext(ResourceHolder):
         self._thread_id = self._run_id = self._websocket_client_id = None
         self._parent = self._children = self._host = self._environment = self._handles = None
         self._agent_context = self._audit_metadata = self._db_session = None
-        self.registry_keys = ()
 
     @classmethod
     def from_request(

@@ -433,11 +433,13 @@ class UserContextManager:
 
     def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._registry.remove(context)
-        self.context_closed(context, metadata)
+        self._record_end(context, metadata)
 
     def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
-        if context in self._closing:
-            self._closing.discard(context)
+        self._closing.discard(context)
+        self._record_end(context, metadata)
+
+    def _record_end(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         try:
             self._trail.closed(context, metadata)
         except Exception:
