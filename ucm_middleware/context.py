@@ -128,7 +128,7 @@ class UserExecutionContext(ResourceHolder):
         user_id: str,
         thread_id: str | None,
         run_id: str | None,
-        request_id: str,
+        request_id: str | Core,
         db_session: Any,
         websocket_client_id: str | None,
         agent_context: Mapping[str, Any] | None,
@@ -474,15 +474,14 @@ class UserExecutionContext(ResourceHolder):
         with each other is found by the manager's ``validate_isolation``.
         """
         self.require_usable()
-        roots = self._own_roots()
         parent = self._parent  # looked at once: another thread may close this context meanwhile
-        if isinstance(parent, UserExecutionContext):
-            # As if the parent were another user: a child must not share even with its parent, the session excepted.
-            roots += [
-                Root(f"{root.owner} (parent)", root.label, root.value)
-                for root in parent._own_roots()
-                if not root.opaque
-            ]
+        if not isinstance(parent, UserExecutionContext):
+            return True
+        # As if the parent were another user: a child must not share even with its parent, the session excepted.
+        roots = self._own_roots()
+        roots += [
+            Root(f"{root.owner} (parent)", root.label, root.value) for root in parent._own_roots() if not root.opaque
+        ]
         if findings := find_shared(roots, self._user_id):
             raise ContextIsolationError(
                 "the context shares mutable data with its parent", [str(finding) for finding in findings]
@@ -587,7 +586,7 @@ class UserExecutionContext(ResourceHolder):
     def _with_own_ids(
         cls,
         user_id: str,
-        request_id: str,
+        request_id: str | Core,
         db_session: Any,
         websocket_client_id: str | None,
         agent_context: Mapping[str, Any] | None,

@@ -218,7 +218,7 @@ class UserContextManager:
         self._guard.require(user_id, "create_context")
         if request_id is None and thread_id is None and run_id is None:
             context = UserExecutionContext._with_own_ids(
-                user_id, self.ids.generate_request_id(), db_session, websocket_client_id, agent_context, audit_metadata
+                user_id, self.ids.generate_core(), db_session, websocket_client_id, agent_context, audit_metadata
             )
         else:
             thread_id = self.ids.generate_thread_id() if thread_id is None else thread_id
