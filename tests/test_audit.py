@@ -20,6 +20,7 @@ from ucm_middleware.audit.ledger import BATCH, Ledger, MemoryLedger, Trail
 from ucm_middleware.audit.records import AuditRecord, Data, Event, Row
 from ucm_middleware.testing import RecordingLedger
 
+VISITOR = "anonymous_" + "0" * 32
 FIXED = {
     "user_id",
     "context_set_at",
@@ -112,20 +113,22 @@ class TestMemoryLedger:
         assert trail is not None
         assert len(trail.records) == 1
 
-    @pytest.mark.parametrize("user_id", ["alice", None, "anonymous_" + "0" * 32])
-    def test_what_is_held_beyond_what_is_shown_is_bounded_too(self, user_id: str | None) -> None:
+    @pytest.mark.parametrize("users", [["alice"], [None], [VISITOR], ["alice", "bob"], ["alice", VISITOR]])
+    def test_what_is_held_beyond_what_is_shown_is_bounded_too(self, users: list[str | None]) -> None:
         class Held:
             pass
 
         alive = WeakSet[Held]()
         ledger = MemoryLedger(records_per_user=8)
         for _ in range(20 * BATCH):
-            alive.add(held := Held())
-            ledger.append(record(user_id, data=(("held", held),)))
-            assert len(alive) <= 8 + 2 + BATCH
-        trail = ledger.trail(user_id)
-        assert trail is not None
-        assert (len(trail.records), trail.dropped) == (8, 20 * BATCH - 8)
+            for user in users:
+                alive.add(held := Held())
+                ledger.append(record(user, data=(("held", held),)))
+                assert len(alive) <= (8 + 2) * len(users) + BATCH
+        for user in users:
+            trail = ledger.trail(user)
+            assert trail is not None
+            assert (len(trail.records), trail.dropped) == (8, 20 * BATCH - 8)
 
     def test_users_beyond_the_bound_are_forgotten_whole(self) -> None:
         ledger = MemoryLedger(records_per_user=1, users=1)
@@ -170,7 +173,10 @@ class TestMemoryLedger:
             for at in range(3000):
                 ledger.append(record(user, at=at))
                 ledger.append(record("everyone", at=at))
+                if at % 100 == 0:  # what one has written one finds, whoever is just sorting
+                    missed.update({(user, at)} - {(user, time) for time in kept_times(ledger, user)})
 
+        missed = set[tuple[str, float]]()
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
         try:
@@ -181,6 +187,7 @@ class TestMemoryLedger:
                 thread.join()
         finally:
             sys.setswitchinterval(before)
+        assert missed == set()
         for user in users:
             assert kept_times(ledger, user) == list(range(3000))
         assert sorted(kept_times(ledger, "everyone")) == sorted([*range(3000)] * 4)
@@ -223,7 +230,6 @@ class TestMemoryLedger:
         raise AssertionError("there were more moments")
 
 
-VISITOR = "anonymous_" + "0" * 32
 MOST = 1000
 """More calls than sorting makes."""
 
@@ -458,7 +464,7 @@ class TestTrail:
         manager.create_isolated_context("alice", "r-2").close("expired")
         failed, expired = events(manager, "alice", "closed")
         assert (failed["request_id"], failed["reason"], failed["outcome"]) == ("r-1", "cleared", "failed")
-        assert failed["seconds"] >= 0
+        assert 0 <= failed["seconds"] < 60
         assert "ValueError" in failed["unreleased"][0]
         assert (expired["reason"], expired["outcome"]) == ("expired", "failed")
         assert caplog.records
