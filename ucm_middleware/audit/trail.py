@@ -149,7 +149,7 @@ class AuditTrail:
                 event,
                 time.time(),
                 context._user_id,
-                context.request_id,
+                context._request_id,
                 context._thread_id,
                 context._run_id,
                 outcome,
