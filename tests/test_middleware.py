@@ -94,6 +94,13 @@ class TestLife:
         assert [context.websocket_client_id for context in plain] == [None, None]
         assert UnifiedIDManager().validate(websocket.websocket_client_id, "websocket")
 
+    async def test_ids_are_held_to_the_rules_however_often_they_come(self) -> None:
+        ids = ["alice", "undefined", "alice", "undefined", "a\x00b", "alice", "a\x00b"]
+        coming = iter(ids)
+        middleware = UserContextMiddleware(Remembering(), identify=lambda connection: next(coming))
+        answers = [status_of(await exchange(middleware, http_scope())) for _ in ids]
+        assert answers == [200, 400, 200, 400, 400, 200, 400]
+
     async def test_the_last_byte_and_the_background_task_are_inside(self) -> None:
         seen: list[str] = []
         left: list[str] = []
