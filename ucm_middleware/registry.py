@@ -101,11 +101,9 @@ class Registry:
     def lookup(self, key: Key) -> UserExecutionContext | None:
         """The context under a key, expired or not."""
         if isinstance(key, str):
-            lone = self._named.lone
-            if key in lone:
-                own = lone[key]
-                if own.registry_keys:
-                    return own
+            own = self._named.lone.get(key)
+            if own is not None and own.registry_keys:
+                return own
         else:
             owner, request_id = key
             context = self._named.lone.get(owner)
