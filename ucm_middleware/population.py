@@ -2,8 +2,19 @@
 
 # pyright: reportPrivateUsage=false
 
+from collections.abc import Callable
+
 from ucm_middleware.context import UserExecutionContext
-from ucm_middleware.expiry import Deadlines, front
+from ucm_middleware.expiry import Deadlines, Timed, front
+
+
+class Place(Timed):
+    """A place in a queue of deadlines that nobody has taken yet: a deadline, its clock, and when to look at it."""
+
+    __slots__ = ("clock", "queue")
+
+    clock: Callable[[], float] | None
+    queue: dict[Timed, UserExecutionContext]
 
 
 class Population:
@@ -27,6 +38,14 @@ class Population:
     @property
     def live(self) -> int:
         return len(self.lone) + self.limit - self.room
+
+    def place_for(self, deadline: float, now: float, clock: Callable[[], float] | None) -> Place:
+        """Where a deadline will wait."""
+        place = Place()
+        place.deadline = deadline
+        place.clock = clock
+        place.queue = self.deadlines.queue_for(place, now, deadline - now)
+        return place
 
     def next_wake(self) -> float | None:
         """When the next deadline must be looked at."""

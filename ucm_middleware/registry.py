@@ -5,15 +5,16 @@
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
-from ucm_middleware.expiry import Timed, front
+from ucm_middleware.expiry import front
 from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason
-from ucm_middleware.population import Population
+from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Lifetime
+from ucm_middleware.population import Place, Population
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,6 +41,24 @@ class Limits:
         self.per_user = per_user
         self.total = total
         self.anonymous = anonymous
+
+
+@dataclass(slots=True)
+class Change:
+    """What is to be written about one context, as it was decided on one version of the table.
+
+    It has every object that the writing takes: ``group`` is for the owner's first context, ``place`` for a deadline
+    that must be queued.
+    """
+
+    version: int
+    context: UserExecutionContext
+    owner: str
+    population: Population
+    keys: tuple[Key, ...]
+    names: dict[Key, UserExecutionContext]
+    group: dict[UserExecutionContext, None]
+    place: Place | None
 
 
 def _exclusive(
@@ -84,11 +103,13 @@ class Registry:
         self._start_empty()
 
     def _start_empty(self) -> None:
-        # The lock is reentrant: a finalizer or a signal handler may close a context in the middle of an operation. So
-        # what is walked is a snapshot, and what was checked before a call is checked again after it: only between
-        # calls can nothing happen.
+        # The lock is reentrant: a finalizer or a signal handler may open or close a context in the middle of an
+        # operation. So what is walked is a snapshot, and what was checked before a call is checked again after it: only
+        # between calls can nothing happen. What takes many calls is decided first, and then written at once, if the
+        # version is still the one that it was decided on. Removing does not change it: that only makes room.
         self._lock = threading.RLock()
         self._held = 0
+        self._version = 0
         self._by_key: dict[Key, UserExecutionContext] = {}
         self._by_owner: dict[str, dict[UserExecutionContext, None]] = {}
         self._named = Population(self.limits.total)
@@ -178,13 +199,34 @@ class Registry:
     def _insert(
         self, context: UserExecutionContext, key: Key, ttl: float | None, usual_ttl: float | None, also: Key | None
     ) -> Displaced:
-        owner = context.user_id
-        population = self._population_of(context)
         if not context._lifetime.is_open:  # whoever closed it has looked for it here already, or waits for the lock
             raise _closed(context)
-        displaced = self._make_way(context, key)
+        displaced: Displaced = {}
+        while not self._write(change := self._decide(context, key, ttl, usual_ttl, also, displaced)):
+            _keep_expired(displaced)
+        self._evict_squatter(change.owner, context)
+        return displaced
+
+    def _decide(
+        self,
+        context: UserExecutionContext,
+        key: Key,
+        ttl: float | None,
+        usual_ttl: float | None,
+        also: Key | None,
+        displaced: Displaced,
+    ) -> Change:
+        """What an insertion writes, and whom it displaces."""
+        version = self._version
+        owner = context.user_id
+        population = self._population_of(context)
+        lifetime = context._lifetime
+        names = {key: context}
+        displaced.update(self._make_way(context, key))
         if also is not None:
+            names[also] = context
             displaced.update(self._make_way(context, also))
+        keys: tuple[Key, ...] = ()
         is_new = not self._unfold(context)
         if is_new:
             ttl = usual_ttl if ttl is None else ttl
@@ -192,25 +234,49 @@ class Registry:
                 for other in front(population.lone, 1):
                     self._unfold_owner(other)
             self._make_room(owner, population, displaced)
-            self._evict_squatter(owner, context)
-            context.registry_keys = (key,)
-            group = {context: None}
-            if owner in self._by_owner:
-                self._by_owner[owner][context] = None
-            else:
-                self._by_owner[owner] = group
-            population.room -= 1
-        elif key not in context.registry_keys:
-            context.registry_keys += (key,)
-        self._by_key[key] = context
-        if also is not None:
-            self._by_key[also] = context
-            context.registry_keys += () if also in context.registry_keys else (also,)
+        else:
+            keys = context.registry_keys
+        place = None
         if ttl is not None:
-            context._lifetime.expire_at(self.clock() + ttl, self.clock)
-        if ttl is not None or is_new:  # its user's credentials may end
-            self._queue(context, population)
-        return displaced
+            now = self.clock()
+            deadline = now + ttl if lifetime._latest is None else min(now + ttl, lifetime._latest)
+            place = population.place_for(deadline, now, self.clock)
+        elif is_new:  # its user's credentials may end
+            place = self._place_of(lifetime, population)
+        keys = tuple(dict.fromkeys((*keys, *names)))
+        return Change(version, context, owner, population, keys, names, {context: None}, place)
+
+    def _write(self, change: Change) -> bool:
+        """Write what was decided. False when the table has changed since, and nothing was written.
+
+        From the first check on there is no call, no loop, and nothing made that the garbage collector counts: so
+        nothing comes in between.
+        """
+        context, owner, group, population = change.context, change.owner, change.group, change.population
+        lifetime, place = context._lifetime, change.place
+        by_owner, queues = self._by_owner, population.deadlines.queues
+        if self._version != change.version:
+            return False
+        if lifetime.state is not OPEN and lifetime.state is not UNBOUND:
+            return True  # whoever closed it has looked for it here already, or waits for the lock
+        self._version += 1
+        if owner not in by_owner:
+            by_owner[owner] = group
+            population.room -= 1
+        elif context not in by_owner[owner]:
+            by_owner[owner][context] = None
+            population.room -= 1
+        context.registry_keys = change.keys
+        self._by_key |= change.names
+        if place is not None:
+            if lifetime.wait in queues and lifetime in queues[lifetime.wait]:
+                del queues[lifetime.wait][lifetime]
+            lifetime._clock = place.clock
+            lifetime.deadline = place.deadline
+            lifetime.wait = place.wait
+            lifetime.wake = place.wake
+            place.queue[lifetime] = context
+        return True
 
     def _unfold_owner(self, owner: str) -> dict[UserExecutionContext, None] | None:
         """An owner's contexts in the general form."""
@@ -220,17 +286,18 @@ class Registry:
                 lifetime = context._lifetime
                 keys = _keys_of(context)
                 group: dict[UserExecutionContext, None] = {context: None}
-                queue: dict[Timed, UserExecutionContext] = {}
-                if lifetime.deadline is not None:
-                    now = self.clock()
-                    queue = population.deadlines.queue_for(lifetime, now, lifetime.deadline - now)
-                    lifetime.wake = min(lifetime.wake, lifetime.deadline)  # when it is due already
+                place = self._place_of(lifetime, population)
+                if place is not None and place.deadline is not None:
+                    place.wake = min(place.wake, place.deadline)  # when it is due already
                 if owner in population.lone and population.lone[owner] is context:
                     context.registry_keys = keys
                     self._by_key[keys[0]] = context
                     self._by_owner[owner] = group
                     population.room -= 1
-                    queue[lifetime] = context
+                    if place is not None:
+                        lifetime.wait = place.wait
+                        lifetime.wake = place.wake
+                        place.queue[lifetime] = context
                     del population.lone[owner]
         return self._by_owner.get(owner)
 
@@ -269,47 +336,67 @@ class Registry:
         return True
 
     @_exclusive
-    def rebind(self, context: UserExecutionContext, user_id: str, transition: Callable[[], bool]) -> Displaced:
+    def rebind(self, context: UserExecutionContext, user_id: str, transition: Callable[[], object]) -> Displaced:
         """Move an anonymous context to its user. ``transition`` does the binding, with the lock held.
 
         Returns the contexts that must be closed for it. Raises ContextLimitError when the user has too many contexts.
         """
-        old = context.user_id
+        named = self._named
         displaced: Displaced = {}
-        if not self._unfold(context):
-            return displaced
-        self._unfold_owner(user_id)
-        self._make_room(user_id, self._named, displaced)
-        group = {context: None}
-        if transition():
-            self._evict_squatter(user_id, context)
-            self._anonymous.deadlines.discard(context._lifetime)
-            self._queue(context, self._named)
-            self._rename(context, old, user_id, displaced)
-            self._by_owner.pop(old, None)
-            if user_id in self._by_owner:
-                self._by_owner[user_id][context] = None
-            else:
-                self._by_owner[user_id] = group
-            self._anonymous.room += 1
-            self._named.room -= 1
-            if not context.is_open:  # it was closed in the middle of this, and looked for where it was not yet
-                self.remove(context)
+        while True:
+            version = self._version
+            if not self._unfold(context) or not context._anonymous:  # it was closed, or bound, in the middle of this
+                return displaced
+            old = context._user_id
+            self._unfold_owner(user_id)
+            self._make_room(user_id, named, displaced)
+            # The binding calls, and cannot be undone: so there is a place for the context with both, until it is made.
+            if self._write(Change(version, context, user_id, named, context.registry_keys, {}, {context: None}, None)):
+                break
+            _keep_expired(displaced)
+        try:
+            transition()
+        finally:
+            if context._user_id != user_id:
+                self._leave(user_id, context, named)
+            elif self._leave(old, context, self._anonymous):  # else it was bound to the same user in the middle of this
+                self._rename(context, old, user_id, displaced)
         return displaced
+
+    def _leave(self, owner: str, context: UserExecutionContext, population: Population) -> bool:
+        """Give up a place among an owner's contexts. False when it had none."""
+        by_owner = self._by_owner
+        if owner not in by_owner or context not in by_owner[owner]:
+            return False
+        del by_owner[owner][context]
+        population.room += 1
+        if not by_owner[owner]:
+            del by_owner[owner]
+        return True
 
     def _rename(self, context: UserExecutionContext, old: str, user_id: str, displaced: Displaced) -> None:
         """Put a context under its owner's new id, in each pair that it stands under."""
-        renamed: list[Key] = []
-        for key in context.registry_keys:
-            if key[0] == old and isinstance(key, tuple):
-                self._by_key.pop(key, None)
-                key = (user_id, key[1])
+        lifetime = context._lifetime
+        self._anonymous.deadlines.discard(lifetime)
+        replaced: Displaced = {}
+        while True:
+            version = self._version
+            keys = context.registry_keys
+            pairs: dict[Key, Key] = {key: (user_id, key[1]) for key in keys if isinstance(key, tuple) and key[0] == old}
+            renamed = tuple(pairs.get(key, key) for key in keys)
+            names = dict.fromkeys(pairs.values(), context)
+            for key in names:
                 present = self._by_key.get(key)
-                if present is not None:
-                    displaced[present] = "replaced" if self._is_live(present) else "expired"
-                self._by_key[key] = context
-            renamed.append(key)
-        context.registry_keys = tuple(renamed)
+                if present is not None and present is not context:
+                    replaced[present] = "replaced" if self._is_live(present) else "expired"
+            place = self._place_of(lifetime, self._named)
+            if self._write(Change(version, context, user_id, self._named, renamed, names, {context: None}, place)):
+                break
+            _keep_expired(replaced)
+        displaced.update(replaced)
+        for key in pairs:
+            self._by_key.pop(key, None)
+        self._evict_squatter(user_id, context)
 
     @_exclusive
     def limit(self, context: UserExecutionContext, seconds: float) -> float | None:
@@ -320,10 +407,10 @@ class Registry:
         lifetime = context._lifetime
         is_in = self._unfold(context)  # first: a deadline brought forward does not fit in the order of the lone ones
         lifetime.limit(self.clock() + seconds, self.clock)
-        if not is_in:
-            return None
-        self._queue(context, self._population_of(context))
-        return lifetime.deadline
+        self._version += 1  # who is just putting it in must look at its deadline again
+        while is_in and not self._write(self._queued(context)):
+            pass
+        return lifetime.deadline if is_in else None
 
     @_exclusive
     def live(self) -> list[tuple[Key, UserExecutionContext]]:
@@ -396,13 +483,21 @@ class Registry:
 
         Whoever did loses the key, and lives on under the pair that every context has.
         """
-        squatter = self._by_key.get(owner)
-        if squatter is None or squatter is context or squatter.user_id == owner:
-            return
-        del self._by_key[owner]
-        pair = (squatter.user_id, squatter.request_id)
-        squatter.registry_keys = tuple(key for key in squatter.registry_keys if key != owner) or (pair,)
-        self._by_key.setdefault(squatter.registry_keys[0], squatter)
+        while True:
+            squatter = self._by_key.get(owner)
+            if squatter is None or squatter.user_id == owner or context not in self._by_owner.get(owner, ()):
+                return
+            keys = squatter.registry_keys
+            pair = (squatter.user_id, squatter.request_id)
+            left = tuple(key for key in keys if key != owner) or (pair,)
+            # From here on nothing is called; see _write.
+            if owner in self._by_key and self._by_key[owner] is squatter and squatter.registry_keys is keys:
+                self._version += 1
+                del self._by_key[owner]
+                squatter.registry_keys = left
+                if left[0] not in self._by_key:
+                    self._by_key[left[0]] = squatter
+                return
 
     def _make_room(self, owner: str, population: Population, displaced: Displaced) -> None:
         """Check the limits. Contexts that have expired do not count: they are displaced."""
@@ -415,8 +510,10 @@ class Registry:
         live = population.live
         if live < limit:
             return
-        due = self._pop_due(population, self.clock())
-        displaced.update((context, "expired") for context in due)  # one is enough to make room
+        now = self.clock()
+        for context in self._pop_due(population, now):  # one is enough to make room
+            displaced[context] = "expired"
+            population.deadlines.add(context._lifetime, context, now, RETRY)  # whoever needs the room may be refused
         if live - sum(self._population_of(context) is population for context in displaced) >= limit:
             scope = "total" if population is self._named else "anonymous"
             raise ContextLimitError(scope, limit, "the server is at its limit; try again shortly")
@@ -425,12 +522,17 @@ class Registry:
         lifetime = context._lifetime
         return lifetime.is_open and not lifetime.is_expired
 
-    def _queue(self, context: UserExecutionContext, population: Population) -> None:
-        """Have the sweep look at a context's deadline, whatever set it."""
-        lifetime = context._lifetime
-        if lifetime.deadline is not None:
-            now = self.clock()
-            population.deadlines.add(lifetime, context, now, lifetime.deadline - now)
+    def _queued(self, context: UserExecutionContext) -> Change:
+        """A context where it stands, with the deadline that it has now."""
+        version = self._version
+        population = self._population_of(context)
+        place = self._place_of(context._lifetime, population)
+        return Change(version, context, context._user_id, population, context.registry_keys, {}, {context: None}, place)
+
+    def _place_of(self, lifetime: Lifetime, population: Population) -> Place | None:
+        """Where the deadline waits that a context has already."""
+        deadline = lifetime.deadline
+        return None if deadline is None else population.place_for(deadline, self.clock(), lifetime._clock)
 
 
 def _keys_of(context: UserExecutionContext) -> tuple[Key, ...]:
@@ -442,6 +544,13 @@ def _shown(
 ) -> list[tuple[Key, UserExecutionContext]]:
     contexts = [*lone, *(context for group in groups for context in list(group))]
     return [(_keys_of(context)[0], context) for context in contexts]
+
+
+def _keep_expired(displaced: Displaced) -> None:
+    """Before deciding anew: who has expired must go in any case, unless it has gone."""
+    for context, reason in list(displaced.items()):
+        if reason != "expired" or not context.is_open:
+            del displaced[context]
 
 
 def _foreign_key() -> CrossUserAccessError:
