@@ -52,9 +52,9 @@ def validate_user_context(context: object) -> UserExecutionContext:
             f"is a {type(context).__name__}, not a UserExecutionContext",
             "give one, such as current_context()",
         )
-    lifetime = context.lifetime
-    if not lifetime.is_open or lifetime.is_expired:
-        raise ContextClosedError(context.request_id, lifetime.where(), lifetime.reason or "expired")
+    if not context.is_open or context.lifetime.is_expired:
+        context.require_usable()  # names the context above it, when it is that which closes
+        raise context._closed_error()
     return context
 
 

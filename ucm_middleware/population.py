@@ -30,14 +30,14 @@ class Population:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.room = limit  # for lone ones: what the others leave of the limit
+        self.room = limit  # for how many more; counted by hand, since what looks at it may call nothing
         self.ttl: float | None = None
         self.lone: dict[str, UserExecutionContext] = {}
         self.deadlines = Deadlines[UserExecutionContext]()  # of the others
 
     @property
     def live(self) -> int:
-        return len(self.lone) + self.limit - self.room
+        return self.limit - self.room
 
     def place_for(self, deadline: float, now: float, clock: Callable[[], float] | None) -> Place:
         """Where a deadline will wait."""

@@ -182,17 +182,15 @@ class Registry:
             and (life == population.ttl or not lone)
             and lifetime.deadline is None  # else a plugin has bound it to credentials that end
             and (lifetime.state is OPEN or lifetime.state is UNBOUND)  # from now on, who closes it finds it here
+            and population.room > 0
         ):
             lifetime._clock = clock
             lifetime.deadline = deadline
             population.ttl = life
             context.registry_keys = keys
             lone[owner] = context
-            if len(lone) <= population.room:
-                return None
-            # One too many, also when several come at once: each steps back, and waits for the lock.
-            self.remove(context)
-            lifetime.deadline = lifetime._latest
+            population.room -= 1
+            return None
         return self._insert(context, keys[0] if keys else (owner, context.request_id), ttl, usual_ttl, None)
 
     @_exclusive
@@ -293,7 +291,6 @@ class Registry:
                     context.registry_keys = keys
                     self._by_key[keys[0]] = context
                     self._by_owner[owner] = group
-                    population.room -= 1
                     if place is not None:
                         lifetime.wait = place.wait
                         lifetime.wake = place.wake
@@ -309,9 +306,11 @@ class Registry:
     def remove(self, context: UserExecutionContext) -> bool:
         """Take a context out, and free its keys. False when it was not in."""
         owner = context._user_id
-        lone = self._anonymous.lone if context._anonymous else self._named.lone
-        if owner in lone and lone[owner] is context:  # without the lock, also while it is held: it is one step
+        population = self._anonymous if context._anonymous else self._named
+        lone = population.lone
+        if owner in lone and lone[owner] is context:  # without the lock, also while it is held: nothing is called
             del lone[owner]
+            population.room += 1
             return True
         return self._remove(context)
 
@@ -322,6 +321,7 @@ class Registry:
         mine = self._by_owner.get(owner, {})
         if owner in population.lone and population.lone[owner] is context:
             del population.lone[owner]
+            population.room += 1
             return True
         if context not in mine:
             return False
