@@ -146,13 +146,22 @@ OPERATIONS: dict[str, Callable[[House], object]] = {
     "find": lambda house: house.manager.get_context(("alice", "r-1")),
 }
 
+AROUND_A_BINDING: dict[str, Callable[[House], object]] = {
+    "bind to new": OPERATIONS["bind to new"],
+    "close visitor": lambda house: house.visitor.close(),
+    "limit visitor": lambda house: house.manager.end_within(house.visitor, 5.0),
+    "take its pair": lambda house: house.put(("dave", house.visitor.request_id), "dave", "r-7"),
+}
+PAIRS = list(dict.fromkeys([*product(OPERATIONS, repeat=2), *product(AROUND_A_BINDING, repeat=2)]))
+OPERATIONS |= AROUND_A_BINDING
+
 
 def attempt(operation: str, house: House) -> None:
     with suppress(UserContextError):
         OPERATIONS[operation](house)
 
 
-@pytest.mark.parametrize(("operation", "interruption"), list(product(OPERATIONS, repeat=2)))
+@pytest.mark.parametrize(("operation", "interruption"), PAIRS)
 def test_whatever_comes_in_the_table_is_right_after(operation: str, interruption: str) -> None:
     for moment in range(1, MOST):
         house = House()

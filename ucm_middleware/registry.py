@@ -354,12 +354,14 @@ class Registry:
             if self._write(Change(version, context, user_id, named, context.registry_keys, {}, {context: None}, None)):
                 break
             _keep_expired(displaced)
+        queue = self._anonymous.deadlines.queues.get(context._lifetime.wait, {})
         try:
             transition()
         finally:
             if context._user_id != user_id:
                 self._leave(user_id, context, named)
             elif self._leave(old, context, self._anonymous):  # else it was bound to the same user in the middle of this
+                queue.pop(context._lifetime, None)  # as a limit that came since has queued it among the named ones
                 self._rename(context, old, user_id, displaced)
         return displaced
 
