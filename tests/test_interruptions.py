@@ -15,6 +15,7 @@ from support.clock import Clock
 from support.waiting import PATIENCE
 from ucm_middleware import Principal, UserContextManager, UserExecutionContext, create_isolated_execution_context
 from ucm_middleware.errors import ContextLimitError, UserContextError
+from ucm_middleware.registry import Registry
 
 TABLE = {"ucm_middleware.registry", "ucm_middleware.expiry"}
 MOST = 400
@@ -210,5 +211,24 @@ def test_who_comes_in_the_middle_of_an_admission_finds_no_place_beyond_the_limit
         assert [context for _, context in manager._registry.live()] == opened
         assert len(opened) == 1
         if not coming.happened:
+            return
+    raise AssertionError("it makes more calls than thought")
+
+
+@pytest.mark.ucm_leaks("the one that is refused is nobody's")
+def test_who_looks_in_the_middle_of_an_admission_sees_no_more_than_the_limit() -> None:
+    seen: list[int] = []
+    for moment in range(1, MOST):
+        manager = UserContextManager(max_contexts=1)
+        manager.create_isolated_context("alice")
+
+        def look(registry: Registry = manager._registry) -> None:
+            seen.append(len(registry.live()))
+
+        with Interruption(moment, look) as looking, suppress(ContextLimitError):
+            manager.create_isolated_context("bob")
+        manager.cleanup_all_contexts()
+        if not looking.happened:
+            assert set(seen) == {1}
             return
     raise AssertionError("it makes more calls than thought")

@@ -28,6 +28,7 @@ from ucm_middleware import (
     create_isolated_execution_context,
     current_context,
     managed_user_context,
+    validate_user_context,
 )
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.types import Message, Receive, Scope, Send
@@ -541,6 +542,9 @@ class TestChildrenOfOneThatEnds:
             assert not part.is_open
             with pytest.raises(ContextClosedError) as caught:
                 _ = part.agent_context
+            assert caught.value.reason == "cleared"
+            with pytest.raises(ContextClosedError) as caught:
+                validate_user_context(part)
             assert caught.value.reason == "cleared"
         end.set()
         await handler
