@@ -563,6 +563,8 @@ class TestChildrenOfOneThatEnds:
             else:
                 child.closing(Closes(log))
         assert log == ["released"]
+        with pytest.raises(ContextClosedError):
+            validate_user_context(child)
         parent.close()
         assert log == ["released"]
 

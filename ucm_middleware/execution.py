@@ -52,8 +52,8 @@ def validate_user_context(context: object) -> UserExecutionContext:
             f"is a {type(context).__name__}, not a UserExecutionContext",
             "give one, such as current_context()",
         )
-    if not context.is_open or context.lifetime.is_expired:
-        context.require_usable()  # names the context above it, when it is that which closes
+    context.require_usable()
+    if not context.is_open:  # its own releases may still use it, and no more
         raise context._closed_error()
     return context
 
