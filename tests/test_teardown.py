@@ -591,7 +591,8 @@ class TestChildrenOfOneThatEnds:
         assert log == ["deep", "first"]
         assert "closed>" in repr(first)
 
-    def test_none_is_left_open_when_another_thread_is_closing_one(self, log: Log) -> None:
+    @pytest.mark.parametrize("on_a_loop_that_ended", [False, True])
+    def test_none_is_left_open_when_another_thread_is_closing_one(self, log: Log, on_a_loop_that_ended: bool) -> None:
         parent = create_isolated_execution_context("alice")
         first, last = parent.create_child_context("first"), parent.create_child_context("last")
         releasing, may_end = threading.Event(), threading.Event()
@@ -600,7 +601,10 @@ class TestChildrenOfOneThatEnds:
             releasing.set()
             may_end.wait(PATIENCE)
 
-        last.callback(release)
+        async def hold() -> None:
+            last.callback(release)
+
+        asyncio.run(hold()) if on_a_loop_that_ended else last.callback(release)
         first.callback(log.append, "first")
         elsewhere = threading.Thread(target=last.close)
         elsewhere.start()

@@ -262,11 +262,12 @@ class Closable:
         return None
 
     def _closes_on(self) -> asyncio.AbstractEventLoop | None:
-        """The event loop on which this one lets go of what it holds, or one of its children does."""
+        """A live event loop on which this one lets go of what it holds, or one of its children does."""
         nodes = [self]
         for node in nodes:
-            if node.lifetime.loop is not None:
-                return node.lifetime.loop
+            loop = node._lifetime.loop
+            if loop is not None and loop_is_live(loop):
+                return loop
             nodes += node._children or ()
         return None
 
