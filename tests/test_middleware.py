@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from support.asgi import DENIAL, exchange, http_scope, status_of, websocket_scope
+from support.clock import Clock
 from support.contexts import MakeManager, events
 from ucm_middleware import (
     EVERYONE,
@@ -100,6 +102,45 @@ class TestLife:
         middleware = UserContextMiddleware(Remembering(), identify=lambda connection: next(coming))
         answers = [status_of(await exchange(middleware, http_scope())) for _ in ids]
         assert answers == [200, 400, 200, 400, 400, 200, 400]
+
+    async def test_a_response_that_a_task_is_about_to_begin_is_not_begun_twice(self) -> None:
+        sending: list[asyncio.Future[None]] = []
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            sending.append(asyncio.ensure_future(send({"type": "http.response.start", "status": 200})))
+            raise CrossUserAccessError("the table of another user")
+
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        async def receive() -> Message:
+            raise AssertionError("nothing is asked for")
+
+        with pytest.raises(CrossUserAccessError):
+            await UserContextMiddleware(app, identify=alice)(http_scope(), receive, send)
+        await sending[0]
+        assert [message["type"] for message in sent] == ["http.response.start"]
+
+    def test_who_comes_while_another_cannot_be_closed_is_not_left_open(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = Clock()
+        manager = UserContextManager(max_contexts=1, clock=clock)
+        expired = manager.create_isolated_context("bob", ttl_seconds=1000.0)
+        expired.callback(list)
+        clock.advance(1000.0)
+
+        def no_thread(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(RuntimeError, match="can't start"):
+                asyncio.run(
+                    exchange(UserContextMiddleware(Remembering(), manager=manager, identify=alice), http_scope())
+                )
+        assert "alice" not in {context.user_id for _, context in manager._registry.live()}
+        expired.close()
 
     async def test_the_last_byte_and_the_background_task_are_inside(self) -> None:
         seen: list[str] = []

@@ -105,8 +105,8 @@ class Boundary:
 class Outside:
     """The server's ``receive`` and ``send``, each step of them in the Context that ``run`` belongs to.
 
-    ``last_sent`` is the type of the message that was sent last. Coroutine functions, as those of servers are: an app
-    may make a task of a message.
+    ``last_sent`` is the type of the message that was sent last, from the call on: an app may make a task of a message,
+    which begins later. For its sake both answer with coroutines, as servers do.
     """
 
     __slots__ = ("last_sent", "receive_there", "run", "send_there")
@@ -120,8 +120,11 @@ class Outside:
         run = self.run
         return await _step(run, run(self.receive_there))
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         self.last_sent = message["type"]
+        return self._send(message)
+
+    async def _send(self, message: Message) -> None:
         run = self.run
         sending = run(self.send_there, message)
         if type(sending) is CoroutineType:

@@ -299,9 +299,9 @@ class UserContextManager:
             displaced = self._registry.admit(context, ttl)
         except UserContextError as error:
             raise self._not_admitted(error, context, "connection") from None
-        if displaced is not None:
-            self._make_way(displaced, context, "connection")
         try:
+            if displaced is not None:
+                self._make_way(displaced, context, "connection")
             self._trail.connected(context)
             if lifetime.deadline is not None:
                 self._sweeper.plan(lifetime.deadline)

@@ -244,8 +244,9 @@ class Closable:
         else:
             loop = loop or waits_for._closes_on()
         if loop is not None:
-            in_background(loop, self._tear_down, error)
-            return
+            with suppress(RuntimeError):  # the loop was closed in this very moment
+                in_background(loop, self._tear_down, error)
+                return
         while waits_for is not None:  # in another thread, and there is nothing to wait with: the others close now
             waits_for = self._close_children(error, before=waits_for)
         self._lifetime.abandon(error)
