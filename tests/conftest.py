@@ -1,6 +1,7 @@
 """What holds for every test: the environment is called testing, hypothesis is not on the clock, managers are closed."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     patch.setenv("UCM_ENVIRONMENT", "testing")
     config.add_cleanup(patch.undo)
+
+
+@pytest.fixture
+def threads_switch_often() -> Iterator[None]:
+    """The interpreter goes to another thread wherever it may."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture

@@ -167,6 +167,7 @@ class TestMemoryLedger:
                         assert found.dropped >= expected.dropped
                         assert expected.opening in (found.opening, None)
 
+    @pytest.mark.usefixtures("threads_switch_often")
     def test_threads_lose_nothing_and_keep_their_order(self) -> None:
         ledger = MemoryLedger(records_per_user=20_000)
         users = [f"user-{number}" for number in range(4)]
@@ -176,16 +177,11 @@ class TestMemoryLedger:
                 ledger.append(record(user, at=at))
                 ledger.append(record("everyone", at=at))
 
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        try:
-            threads = [Thread(target=write, args=(user,)) for user in users]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(before)
+        threads = [Thread(target=write, args=(user,)) for user in users]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         for user in users:
             assert kept_times(ledger, user) == list(range(3000))
         assert sorted(kept_times(ledger, "everyone")) == sorted([*range(3000)] * 4)

@@ -337,6 +337,7 @@ def test_ids_of_a_kind_ascend_whatever_the_clock_does(kind: IDKind, readings: li
     assert {len(i) for i in made} == {len(made[0])}
 
 
+@pytest.mark.usefixtures("threads_switch_often")
 def test_ids_ascend_across_threads_while_the_clock_stands_still() -> None:
     ids = UnifiedIDManager(clock_ns=lambda: 1000)
     barrier = threading.Barrier(4)
@@ -347,15 +348,10 @@ def test_ids_ascend_across_threads_while_the_clock_stands_still() -> None:
         made.append([ids.generate_core() for _ in range(20_000)])
 
     threads = [threading.Thread(target=draw) for _ in range(4)]
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # the interpreter goes to another thread wherever it may
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert all(cores == sorted(cores) for cores in made)
     # As many different instants: had two threads been given one, neither would come before the other.
     assert len({core >> 64 for cores in made for core in cores}) == 80_000

@@ -100,14 +100,8 @@ def listen(told: list[dict[str, Any]]) -> None:
     asyncio.get_running_loop().set_exception_handler(lambda _, about: told.append(about))
 
 
+@pytest.mark.usefixtures("threads_switch_often")
 class TestOneCloser:
-    @pytest.fixture(autouse=True)
-    def _threads_switch_often(self) -> Iterator[None]:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(1e-6)
-        yield
-        sys.setswitchinterval(before)
-
     def at_once(self, work: Callable[[], object], threads: int = 8) -> list[object]:
         """The results of as many threads that begin together."""
         results: list[object] = []

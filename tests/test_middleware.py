@@ -2,9 +2,11 @@
 
 import asyncio
 import contextvars
+import gc
 import json
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -122,6 +124,26 @@ class TestLife:
             await UserContextMiddleware(app, identify=alice)(http_scope(), receive, send)
         await sending[0]
         assert [message["type"] for message in sent] == ["http.response.start"]
+
+    async def test_a_fault_of_the_resolver_leaves_nothing_to_the_collector(self) -> None:
+        class Kept(dict[str, Any]):
+            """A scope that can be referred to weakly."""
+
+        def identify(connection: HTTPConnection) -> str:
+            raise InvalidContextError("agent_context", "is shared", "copy it")
+
+        middleware = UserContextMiddleware(Remembering(), identify=identify)
+        scope = Kept(http_scope())
+        gone = weakref.ref(scope)
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(InvalidContextError) as caught:
+                await exchange(middleware, scope)
+            del caught, scope
+            assert gone() is None
+        finally:
+            gc.enable()
 
     def test_who_comes_while_another_cannot_be_closed_is_not_left_open(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock = Clock()

@@ -1,6 +1,5 @@
 """The registry: against a simple model, under many threads, and with ten thousand contexts in it."""
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -363,26 +362,18 @@ def test_an_owner_that_changes_at_the_moment_of_removal_is_removed() -> None:
     assert registry.live_of(["alice"]) == []
 
 
-@pytest.fixture
-def _threads_switch_often() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.usefixtures("_threads_switch_often")
+@pytest.mark.usefixtures("threads_switch_often")
 @pytest.mark.parametrize(("per_user", "total", "users"), [(3, 100, ["alice"]), (100, 3, ["alice", "bob", "carol"])])
 def test_no_thread_slips_in_beyond_the_limit(
     per_user: int, total: int, users: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evict = Registry._evict_squatter
+    make_room = Registry._make_room
 
-    def evict_slowly(registry: Registry, owner: str, context: UserExecutionContext) -> None:
+    def make_room_slowly(registry: Registry, *wanted: Any) -> None:
+        make_room(registry, *wanted)
         time.sleep(0)  # between the check and the taking of the place, let the other threads run
-        evict(registry, owner, context)
 
-    monkeypatch.setattr(Registry, "_evict_squatter", evict_slowly)
+    monkeypatch.setattr(Registry, "_make_room", make_room_slowly)
     manager = manager_with(Clock(), per_user, total)
     counting = threading.Lock()
     live, most, opened, refused = 0, 0, 0, 0
@@ -672,14 +663,14 @@ class TestStandingAlone:
         self, manager: UserContextManager, registry: Registry, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first, second = context_of(manager, "alice"), context_of(manager, "alice")
-        evict = Registry._evict_squatter
+        make_room, waiting = Registry._make_room, [second]
 
-        def evict_and_be_interrupted(registry: Registry, owner: str, context: UserExecutionContext) -> None:
-            evict(registry, owner, context)
-            if context is first:
-                registry.admit(second, 60.0)
+        def make_room_and_be_interrupted(registry: Registry, *wanted: Any) -> None:
+            make_room(registry, *wanted)
+            while waiting:
+                registry.admit(waiting.pop(), 60.0)
 
-        monkeypatch.setattr(Registry, "_evict_squatter", evict_and_be_interrupted)
+        monkeypatch.setattr(Registry, "_make_room", make_room_and_be_interrupted)
         registry.insert(first, "desk", 60.0)
         registry.limit(second, 5.0)
         assert {context for _, context in registry.live_of(["alice"])} == {first, second}

@@ -313,13 +313,7 @@ fights = st.tuples(*[st.tuples(st.sampled_from(["close_it", "child", "resource"]
 """All of them want something of the newest context."""
 
 
-@pytest.fixture(autouse=True)
-def _hurry() -> Iterator[None]:
-    """Threads take turns as often as they can."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
+pytestmark = pytest.mark.usefixtures("threads_switch_often")
 
 
 # Not shrunk: what fails once in some order of the threads need not fail again.

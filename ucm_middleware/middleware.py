@@ -251,7 +251,10 @@ class UserContextMiddleware:
         if isinstance(error, UserContextError):
             refusal, reason = refusal_for(error), str(error)
             if refusal is None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame
         else:  # what people raise in a resolver; here nobody outside would turn it into an answer
             refusal = refusal_for_starlette(error)
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
