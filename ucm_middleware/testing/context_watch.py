@@ -92,6 +92,11 @@ class ContextWatch:
                 found.append(_told(problem, owner))
         return found
 
+    def overlook(self) -> None:
+        """Whatever a test has left behind is nobody's from now on."""
+        self._owners.update((id(context), NOBODY) for context in self._left())
+        self._dropped = [(problem, owner) for problem, owner in self._dropped if _is_kept(owner)]
+
     def _left(self) -> list[UserExecutionContext]:
         return [
             context

@@ -75,10 +75,12 @@ class StrictMode:
             error = raised
         # pytest drops what fixtures returned as well, only later; unittest's tests have none.
         returned: dict[str, object] = getattr(item, "funcargs", {})
-        contexts = self._contexts.findings(returned.clear)  # asked in any case: what is found once is not found again
-        if item.get_closest_marker("ucm_leaks") is not None:
-            contexts = []
-        findings = [*contexts, *self._environment.findings()]
+        if item.get_closest_marker("ucm_leaks") is None:
+            findings = self._contexts.findings(returned.clear)
+        else:
+            findings = []
+            self._contexts.overlook()
+        findings += self._environment.findings()
         if not findings:
             if error is not None:
                 raise error
