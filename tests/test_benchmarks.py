@@ -156,7 +156,7 @@ asyncio.run(main())
 
 class TestObjects:
     def test_nothing_is_left_to_the_collector_and_nothing_is_made_that_is_not_needed(self, tmp_path: Path) -> None:
-        found = figures("objects", "--count", "50", "--live", "500", "--gate", folder=tmp_path)
+        found = figures("objects", "--count", "50", "--live", "2000", "--gate", folder=tmp_path)
         assert set(found["cyclic"]) == {"floor", "firewall", "as it comes", "everything on"}
         assert {"everything on, HTTP", "everything on, WebSocket"} <= set(found["made"])
 
