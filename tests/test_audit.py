@@ -17,7 +17,8 @@ import pytest
 from support.contexts import MakeManager, events, running_as, visitor
 from support.waiting import PATIENCE
 from ucm_middleware import ContextLimitError, CrossUserAccessError, UnifiedIDManager, UserContextManager
-from ucm_middleware.audit.ledger import BATCH, Ledger, MemoryLedger, Trail
+from ucm_middleware.audit.ledger import Ledger, Trail
+from ucm_middleware.audit.memory import BATCH, MemoryLedger
 from ucm_middleware.audit.records import AuditRecord, Data, Row
 from ucm_middleware.audit.records import Event as Kind
 from ucm_middleware.testing import RecordingLedger
@@ -335,7 +336,7 @@ class Plain:
 
 class TestRecord:
     def test_it_shows_what_it_says_and_no_more(self) -> None:
-        shown = AuditRecord("closed", 0.0, "alice", "r-1", reason="expired", seconds=1.5).to_dict()
+        shown = AuditRecord("closed", 0.0, "alice", request="r-1", reason="expired", seconds=1.5).to_dict()
         assert shown == {
             "event": "closed",
             "at": "1970-01-01T00:00:00+00:00",

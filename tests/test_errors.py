@@ -18,6 +18,8 @@ from ucm_middleware.errors import (
     HandleRevokedError,
     IdentityConflictError,
     InvalidContextError,
+    LedgerFileError,
+    LedgerUnavailableError,
     ManagerDrainingError,
     PluginError,
     UnauthenticatedError,
@@ -38,6 +40,8 @@ EACH = [
     IdentityConflictError("two users"),
     UnauthenticatedError("nobody"),
     ManagerDrainingError("closing time"),
+    LedgerUnavailableError("the disk is full"),
+    LedgerFileError("audit.db", "is a directory", "name a file"),
 ]
 
 

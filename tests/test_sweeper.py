@@ -27,7 +27,7 @@ from ucm_middleware import (
     create_isolated_execution_context,
     hookimpl,
 )
-from ucm_middleware.audit.ledger import MemoryLedger
+from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.records import Row
 from ucm_middleware.sweeper import Sweeper
 from ucm_middleware.types import Receive, Scope, Send

@@ -67,6 +67,7 @@ class UserExecutionContext(ResourceHolder):
         "_agent_context",
         "_anonymous",
         "_audit_metadata",
+        "_core",
         "_created",
         "_db_session",
         "_environment",
@@ -82,6 +83,7 @@ class UserExecutionContext(ResourceHolder):
         "registry_keys",
     )
 
+    _core: Core
     _thread_id: str | None
     _run_id: str | None
     # The core of an id until it is read: no request pays for ids that it does not read.
@@ -116,11 +118,10 @@ class UserExecutionContext(ResourceHolder):
         user_id = validate_id(user_id, "user_id")
         thread_id = validate_id(thread_id, "thread_id")
         run_id = validate_id(run_id, "run_id")
-        request_id = (
-            UnifiedIDManager().generate_request_id() if request_id is None else validate_id(request_id, "request_id")
-        )
+        request_id = None if request_id is None else validate_id(request_id, "request_id")
+        core = UnifiedIDManager().generate_core()
         self._fill(
-            user_id, thread_id, run_id, request_id, db_session, websocket_client_id, agent_context, audit_metadata
+            user_id, thread_id, run_id, request_id, core, db_session, websocket_client_id, agent_context, audit_metadata
         )
 
     def _fill(
@@ -128,16 +129,19 @@ class UserExecutionContext(ResourceHolder):
         user_id: str,
         thread_id: str | None,
         run_id: str | None,
-        request_id: str | Core,
+        request_id: str | None,
+        core: Core,
         db_session: Any,
         websocket_client_id: str | None,
         agent_context: Mapping[str, Any] | None,
         audit_metadata: Mapping[str, Any] | None,
     ) -> None:
-        """The constructor, from ids that are checked. Thread and run may be None where the request id was made here."""
+        """The constructor, from ids that are checked. Thread and run may be None where no request id is given."""
         if websocket_client_id is not None:
             websocket_client_id = validate_id(websocket_client_id, "websocket_client_id")
-        self._start(user_id, request_id, Lifetime.begin(OPEN, caller()), False)
+        self._start(user_id, core, Lifetime.begin(OPEN, caller()), False)
+        if request_id is not None:
+            self._request_id = request_id
         self._thread_id = thread_id
         self._run_id = run_id
         self._websocket_client_id = websocket_client_id
@@ -145,11 +149,12 @@ class UserExecutionContext(ResourceHolder):
         self._audit_metadata = copy_data(audit_metadata, "audit_metadata", user_id) or None
         self._take_session(db_session)
 
-    def _start(self, user_id: str, request_id: str | Core, lifetime: Lifetime, anonymous: bool) -> None:
-        """Fill in what every context has, from ids that are already checked."""
+    def _start(self, user_id: str, core: Core, lifetime: Lifetime, anonymous: bool) -> None:
+        """Fill in what every context has. ``core`` is what its own id and, until another is given, its request id are
+        made from."""
         self._user_id = user_id
         self._anonymous = anonymous
-        self._request_id = request_id
+        self._core = self._request_id = core
         self._lifetime = lifetime
         self._created = time.time()
         self._lineage = _ROOT
@@ -211,6 +216,11 @@ class UserExecutionContext(ResourceHolder):
     @property
     def user_id(self) -> str:
         return self._user_id
+
+    @property
+    def context_id(self) -> str:
+        """This context's own id, which no other ever has; the audit trail names it by that."""
+        return f"context_{core_text(self._core)}"
 
     @property
     def request_id(self) -> str:
@@ -586,15 +596,15 @@ class UserExecutionContext(ResourceHolder):
     def _with_own_ids(
         cls,
         user_id: str,
-        request_id: str | Core,
+        core: Core,
         db_session: Any,
         websocket_client_id: str | None,
         agent_context: Mapping[str, Any] | None,
         audit_metadata: Mapping[str, Any] | None,
     ) -> Self:
-        """A context whose thread and run derive from a request id that was made here."""
+        """A context whose ids all derive from one core."""
         context = object.__new__(cls)
-        context._fill(user_id, None, None, request_id, db_session, websocket_client_id, agent_context, audit_metadata)
+        context._fill(user_id, None, None, None, core, db_session, websocket_client_id, agent_context, audit_metadata)
         return context
 
     @property

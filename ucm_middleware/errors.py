@@ -121,6 +121,20 @@ class ManagerDrainingError(UserContextError):
     """The manager is shutting down and opens no new contexts."""
 
 
+class LedgerUnavailableError(UserContextError):
+    """The audit ledger cannot keep records at the moment, and what may not go unrecorded is refused meanwhile."""
+
+
+class LedgerFileError(UserContextError):
+    """A ledger or a key file cannot be used: ``path`` says which one, the message what was found and what to do."""
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{path}: {problem}; {remedy}")
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
+
+
 def _restore(kind: type[UserContextError], args: tuple[Any, ...], fields: Mapping[str, Any]) -> UserContextError:
     error = kind.__new__(kind)
     error.args = args

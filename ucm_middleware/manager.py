@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
 from ucm_middleware.ambient import Grant
-from ucm_middleware.audit.ledger import Ledger, MemoryLedger
+from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.environment import IsolatedEnvironment

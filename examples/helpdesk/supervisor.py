@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, HTTPException
 
 from examples.helpdesk.store import Desk
 from ucm_middleware import EVERYONE, UserContextManager, UserExecutionContext
-from ucm_middleware.audit.ledger import MemoryLedger
+from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.records import Row
 from ucm_middleware.fastapi import AuthenticatedContext
 

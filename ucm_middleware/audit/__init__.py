@@ -1,6 +1,7 @@
-"""What is written down about contexts, and where: records, and the ledger that keeps them."""
+"""What is written down about contexts, and where: records, and the ledgers that keep them."""
 
-from ucm_middleware.audit.ledger import Ledger, MemoryLedger, Trail
-from ucm_middleware.audit.records import AuditRecord, Row
+from ucm_middleware.audit.ledger import DurableLedger, Ledger, Trail
+from ucm_middleware.audit.memory import MemoryLedger
+from ucm_middleware.audit.records import AuditRecord, Row, UserMention
 
-__all__ = ["AuditRecord", "Ledger", "MemoryLedger", "Row", "Trail"]
+__all__ = ["AuditRecord", "DurableLedger", "Ledger", "MemoryLedger", "Row", "Trail", "UserMention"]

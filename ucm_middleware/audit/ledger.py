@@ -1,23 +1,10 @@
-"""Where records go: the port, and the bounded ledger in memory that serves unless another is given."""
+"""Where records go: the port, and what more a ledger can do that keeps them for good."""
 
-import threading
 from dataclasses import dataclass
-from itertools import islice
-from operator import length_hint
-from typing import Final, Protocol
+from typing import Protocol, runtime_checkable
 
 from ucm_middleware.audit.records import AuditRecord, Row
-from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.ids import RESERVED_PREFIX
-
-BATCH: Final = 256
-"""How many rows may wait in line."""
-
-Key = str | tuple[str]
-"""Whose rows: a user's, or nobody's."""
-
-_SYSTEM: Final = ("system",)
-_REFUSED: Final = ("refused",)  # apart: strangers must not push out what trusted code did
+from ucm_middleware.secret import SecretRing
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +17,7 @@ class Trail:
 
 
 class Ledger(Protocol):
-    """Keeps records. Called from any thread, on the request's path: it must not block."""
+    """Keeps records. Called from any thread, on the request's path."""
 
     def append(self, row: Row) -> None:
         """Keep a record, which comes as its row."""
@@ -41,138 +28,39 @@ class Ledger(Protocol):
         ...
 
 
-class MemoryLedger:
-    """The newest records of the users seen last, each user bounded apart, so that no user's flood drops another's
-    records.
+@runtime_checkable
+class DurableLedger(Ledger, Protocol):
+    """Keeps records where they survive a crash, some moments after they were appended.
 
-    Anonymous users, of whom there may be any number, share one bound of their own and cannot push out the named ones.
+    What has been appended and is not durable yet waits in line. ``append`` never refuses a record while the line has
+    room, and never drops one.
     """
 
-    def __init__(self, *, records_per_user: int = 128, users: int = 4096, anonymous_users: int = 256) -> None:
-        self.records_per_user = records_per_user
-        self.users = users
-        self.anonymous_users = anonymous_users
-        # The user seen last is the last. Of each, a quarter more than is shown: dropping many at once costs a fraction.
-        self._named: dict[str, list[Row]] = {}
-        self._anonymous: dict[str, list[Row]] = {}
-        self._nobodys: dict[Key, list[Row]] = {_SYSTEM: [], _REFUSED: []}
-        self._dropped: dict[Key, tuple[int, Row | None]] = {}  # how many, and the newest opening among them
-        self._incoming: list[Row] = []
-        self.after_fork()
-        renewed_after_fork(self)
+    @property
+    def lag(self) -> int:
+        """How many records wait in line."""
+        ...
 
-    def after_fork(self) -> None:
-        """A new lock: a thread of the parent may have held the old one."""
-        self._is_sorting = False
-        self._lock = threading.RLock()  # reentrant: a finalizer or a signal handler may close a context meanwhile
+    @property
+    def problem(self) -> str | None:
+        """Why records cannot be made durable at the moment, and what to do; None while they can."""
+        ...
 
-    def append(self, row: Row) -> None:
-        """Keep a record, dropping that user's oldest when there are too many.
+    def start(self, secrets: SecretRing) -> None:
+        """Be ready to write. Called once, by the manager; the secrets are for what is hashed or encrypted.
 
-        Rows wait in line until there are some, or a trail is read: sorting many at once costs a fraction.
+        Raises LedgerFileError for a file that cannot be used, before anything is served.
         """
-        incoming = self._incoming
-        incoming.append(row)
-        if len(incoming) >= BATCH:
-            self._sort_in()
+        ...
 
-    def trail(self, user_id: str | None) -> Trail | None:
-        """As the port says, a copy; None too for a user seen so long ago that others took the place."""
-        with self._lock:
-            self._sort_in()
-            if user_id is not None:
-                rows = self._users_like(user_id).get(user_id)
-                return None if rows is None else self._trail(user_id, rows)
-            system, refused = (self._trail(key, rows) for key, rows in self._nobodys.items())
-        records = sorted((*system.records, *refused.records), key=lambda record: record.at)
-        return Trail(None, tuple(records), system.dropped + refused.dropped)
+    async def ready(self) -> None:
+        """Wait until the line has room for what a new context will append. Raises LedgerUnavailableError."""
+        ...
 
-    def _trail(self, key: Key, rows: list[Row]) -> Trail:
-        dropped, opening = self._dropped.get(key, (0, None))
-        opening = _newest_opening(rows) or opening
-        shown = rows[-self.records_per_user :]
-        return Trail(
-            None if opening is None else AuditRecord(*opening),
-            tuple(AuditRecord(*row) for row in shown),
-            dropped + len(rows) - len(shown),
-        )
+    async def durable(self) -> None:
+        """Wait until all that was appended before is durable. Raises LedgerUnavailableError."""
+        ...
 
-    def _users_like(self, user_id: str) -> dict[str, list[Row]]:
-        return self._anonymous if user_id.startswith(RESERVED_PREFIX) else self._named
-
-    def _sort_in(self) -> None:
-        """Put what waits in line where it belongs, in the order in which it came."""
-        with self._lock:
-            if self._is_sorting:  # what interrupts it leaves its rows to it, or two would take from one line
-                return
-            self._is_sorting = True
-            try:
-                while self._incoming:
-                    self._sort_batch()
-            finally:
-                self._is_sorting = False
-
-    def _sort_batch(self) -> None:
-        named, most = self._named, self.records_per_user + self.records_per_user // 4
-        batch = self._incoming[:]
-        number = len(batch)
-        rest = iter(batch)
-        key: Key = ""
-        rows: list[Row] = []
-        in_hand = 0
-        try:
-            for row in rest:
-                user_id = row[2]
-                if user_id is not key:  # most often it is: a request is one user's
-                    in_hand = 1
-                    if len(rows) > most:
-                        self._drop_rows(key, rows)
-                    if user_id in named:
-                        key, rows = user_id, named[user_id]
-                        # Between these two is no call: what interrupts comes in at a call, and finds each user.
-                        del named[user_id]
-                        named[user_id] = rows
-                    else:
-                        key, rows = self._rows_for(row)
-                    in_hand = 0
-                rows.append(row)
-        finally:  # also when a signal handler raises: what has no place yet stays in line
-            del self._incoming[: number - length_hint(rest) - in_hand]
-        if len(rows) > most:
-            self._drop_rows(key, rows)
-        self._drop_users(named, self.users)
-        self._drop_users(self._anonymous, self.anonymous_users)
-
-    def _rows_for(self, row: Row) -> tuple[Key, list[Row]]:
-        """Where a row of an anonymous user belongs, or of one not known yet, or of nobody."""
-        user_id = row[2]
-        if user_id is None:
-            key = _REFUSED if row[0] == "refused" else _SYSTEM
-            return key, self._nobodys[key]
-        users = self._users_like(user_id)
-        rows = users.get(user_id)
-        if rows is None:
-            rows = []
-        else:
-            del users[user_id]
-        users[user_id] = rows  # the last now
-        return user_id, rows
-
-    def _drop_rows(self, key: Key, rows: list[Row]) -> None:
-        excess = len(rows) - self.records_per_user
-        before, opening = self._dropped.get(key, (0, None))
-        dropped = before + excess, _newest_opening(rows[:excess]) or opening
-        # Between these two is no call either.
-        self._dropped[key] = dropped
-        del rows[:excess]
-
-    def _drop_users(self, users: dict[str, list[Row]], most: int) -> None:
-        dropped = self._dropped
-        for user_id in [*islice(users, max(0, len(users) - most))]:
-            if user_id in dropped:
-                del dropped[user_id]
-            del users[user_id]
-
-
-def _newest_opening(rows: list[Row]) -> Row | None:
-    return next((row for row in reversed(rows) if row[0] == "opened"), None)
+    def flush(self, timeout: float) -> None:
+        """The same from synchronous code, for so many seconds at most."""
+        ...

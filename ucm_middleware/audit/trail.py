@@ -4,13 +4,25 @@
 # pyright: reportPrivateUsage=false
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from itertools import count
+from os import urandom
 from typing import Any, Final, cast
 
 from ucm_middleware.audit.ledger import Ledger
-from ucm_middleware.audit.records import COMPLIANCE_VERSION, AuditRecord, Data, Event, Outcome, iso
+from ucm_middleware.audit.records import (
+    COMPLIANCE_VERSION,
+    TRUSTED_CODE,
+    AuditRecord,
+    Data,
+    Event,
+    Outcome,
+    UserMention,
+    iso,
+)
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.forking import renewed_after_fork
 
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 _FOR_A_CONNECTION: Final[Data] = (("source", "connection"), ("isolation_verified", True))
@@ -19,11 +31,19 @@ _FOR_A_CONNECTION: Final[Data] = (("source", "connection"), ("isolation_verified
 class AuditTrail:
     """One method for each thing worth a record."""
 
-    __slots__ = ("_append", "_ledger")
+    __slots__ = ("__weakref__", "_append", "_ledger", "_next_id")
+
+    _next_id: Callable[[], int]
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._append = ledger.append
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Ids of its own for each process: 64 random bits above a number."""
+        self._next_id = count(int.from_bytes(urandom(8)) << 64).__next__
 
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
@@ -31,18 +51,24 @@ class AuditTrail:
 
     def connected(self, context: UserExecutionContext) -> None:
         """The same for the context of a connection, which begins without any data: on the path of each request."""
+        core = context._core
         self._append(
             (
                 "opened",
                 context._created,
                 context._user_id,
-                context._request_id,
+                None,
+                core,
+                core,
                 None,
                 None,
                 "ok",
                 None,
                 None,
                 _FOR_A_CONNECTION,
+                self._next_id(),
+                0,
+                0,
             )
         )
 
@@ -54,9 +80,8 @@ class AuditTrail:
     def bound(self, context: UserExecutionContext, anonymous_id: str) -> None:
         """An anonymous context learned its user; stands in the trails of both."""
         self._about(context, "opened", data=_opening("bind", context))
-        self._about(context, "bound", data=(("anonymous_id", anonymous_id),))
-        data = (("user_id", context.user_id),)
-        self._append(AuditRecord("bound", time.time(), anonymous_id, context.request_id, data=data))
+        self._about(context, "bound", data=(("anonymous_id", UserMention(anonymous_id)),))
+        self._about(context, "bound", data=(("user_id", UserMention(context.user_id)),), user_id=anonymous_id)
 
     def closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         """A context's teardown is through. ``metadata`` is what the application had added by then, None for nothing."""
@@ -75,6 +100,8 @@ class AuditTrail:
                 "closed",
                 now,
                 context._user_id,
+                None,
+                context._core,
                 context._request_id,
                 context._thread_id,
                 context._run_id,
@@ -82,37 +109,43 @@ class AuditTrail:
                 reason,
                 now - context._created,
                 data,
+                self._next_id(),
+                0,
+                0,
             )
         )
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: str) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
-        data = ("action", action), ("asked_for", asked_for)
+        data = ("action", action), ("asked_for", UserMention(asked_for))
         if actor is None:
-            self._append(AuditRecord("denied", time.time(), None, outcome="denied", data=data))
+            self._about_nobody("denied", "denied", actor_id=TRUSTED_CODE, data=data)
         else:
             self._about(actor, "denied", "denied", data=data)
 
     def refused(self, user_id: str | None, reason: str) -> None:
         """No context was opened: a limit, a bad id, no identity, or the server is draining."""
-        self._append(AuditRecord("refused", time.time(), user_id, outcome="denied", reason=reason))
+        self._about_nobody("refused", "denied", reason, user_id=user_id)
 
     def privileged(self, actor: UserExecutionContext | None, reason: str, users: Sequence[str] | None) -> None:
         """Someone was granted access to others' contexts, or to everyone's.
 
-        The actor's trail says to whose. The trails of those say why, and neither by whom nor who else was named.
+        The actor's trail says to whose. The trails of those say why, and what is shown of them neither by whom nor who
+        else was named.
         """
-        actor_id = None if actor is None else actor.user_id
-        data = (("users", "everyone" if users is None else list(users)),)
-        self._append(AuditRecord("privileged", time.time(), actor_id, reason=reason, data=data))
+        actor_id = TRUSTED_CODE if actor is None else actor.user_id
+        data = (("users", "everyone" if users is None else [UserMention(user_id) for user_id in users]),)
+        if actor is None:
+            self._about_nobody("privileged", "ok", reason, actor_id=actor_id, data=data)
+        else:
+            self._about(actor, "privileged", reason=reason, data=data)
         for user_id in users or ():
             if user_id != actor_id and self._ledger.trail(user_id) is not None:  # a typo makes no user
-                self._append(AuditRecord("privileged", time.time(), user_id, reason=reason))
+                self._about_nobody("privileged", "ok", reason, user_id=user_id, actor_id=actor_id)
 
     def isolation_violated(self, findings: Sequence[str]) -> None:
         """Two users' contexts were found to share something."""
-        data = (("findings", list(findings)),)
-        self._append(AuditRecord("isolation_violated", time.time(), None, outcome="failed", data=data))
+        self._about_nobody("isolation_violated", "failed", data=(("findings", list(findings)),))
 
     def of(self, user_id: str) -> dict[str, Any] | None:
         """One user's trail, a copy; None for a user never seen. Fixed fields win over metadata of the same name."""
@@ -142,18 +175,49 @@ class AuditTrail:
         context: UserExecutionContext,
         event: Event,
         outcome: Outcome = "ok",
+        reason: str | None = None,
         data: Data = (),
+        user_id: str | None = None,
     ) -> None:
+        """A record of something in a context; in the trail of its user, or of another one that is named."""
         self._append(
             AuditRecord(
                 event,
                 time.time(),
-                context._user_id,
+                context._user_id if user_id is None else user_id,
+                None,
+                context._core,
                 context._request_id,
                 context._thread_id,
                 context._run_id,
                 outcome,
+                reason,
                 data=data,
+                record_id=self._next_id(),
+            )
+        )
+
+    def _about_nobody(
+        self,
+        event: Event,
+        outcome: Outcome,
+        reason: str | None = None,
+        *,
+        user_id: str | None = None,
+        actor_id: str | None = None,
+        data: Data = (),
+    ) -> None:
+        """A record of something that happened in no context of the one, if any, in whose trail it stands."""
+        self._append(
+            AuditRecord(
+                event,
+                time.time(),
+                user_id,
+                actor_id,
+                outcome=outcome,
+                reason=reason,
+                data=data,
+                record_id=self._next_id(),
             )
         )
 
