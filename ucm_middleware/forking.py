@@ -24,6 +24,14 @@ def renewed_after_fork(renewable: Renewable) -> None:
     _renewables.add(renewable)
 
 
+def leave_to_parent(thing: object) -> None:
+    """For a child: never finalize what is the parent's, as closing an SQLite connection here could remove the log that
+    the parent still writes to. It stays until the process ends."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
 def _renew_all() -> None:
     for renewable in list(_renewables):
         renewable.after_fork()
