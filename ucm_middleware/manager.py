@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
 from ucm_middleware.ambient import Grant
-from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.ledger import DurableLedger, Ledger, NoLedger
 from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
@@ -30,6 +30,7 @@ from ucm_middleware.errors import (
     CrossUserAccessError,
     IdentityConflictError,
     InvalidContextError,
+    LedgerUnavailableError,
     ManagerDrainingError,
     UserContextError,
 )
@@ -73,7 +74,12 @@ class UserContextManager:
     ``UCM_SECRET_PREVIOUS`` by default. ``clock`` is monotonic, in seconds. ``plugins`` are names of installed entry
     points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more.
 
-    Raises PluginError for one that cannot be served.
+    ``ledger`` is where records go, the process's memory by default. With ``audit`` "async" they are written as soon as
+    may be, and what a durable ledger cannot keep up with waits. With "strict", a request's opening is durable before
+    its handler runs, its outcome before the last of its answer leaves, and 503 answers what cannot be recorded. "off"
+    keeps none.
+
+    Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
 
     MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
@@ -90,6 +96,7 @@ class UserContextManager:
         ttl: float | None = None,
         environment: IsolatedEnvironment | None = None,
         ledger: Ledger | None = None,
+        audit: Literal["strict", "async", "off"] = "async",
         guard: Literal["closed", "open"] = "closed",
         secret: str | bytes | None = None,
         previous_secrets: Sequence[str | bytes] | None = None,
@@ -101,6 +108,7 @@ class UserContextManager:
             _checked_limit("max_contexts", max_contexts, self.MAX_CONTEXTS),
             _checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
         )
+        _check_audit(audit, ledger)
         if guard not in ("closed", "open"):
             raise ConfigurationError(f"guard must be 'closed' or 'open', not {guard!r}")
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
@@ -112,11 +120,17 @@ class UserContextManager:
         self.environment = IsolatedEnvironment() if environment is None else environment
         self.ids = UnifiedIDManager()
         self._clock = clock
-        self._trail = AuditTrail(MemoryLedger() if ledger is None else ledger)
+        self.audit = audit
+        if ledger is None:
+            ledger = NoLedger() if audit == "off" else MemoryLedger()
+        self._durable_ledger = ledger if isinstance(ledger, DurableLedger) else None
+        self._trail = AuditTrail(ledger)
         self.hooks = load_hooks(plugins, self.environment)
         self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
         self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)
         self.keys = OwnerKeys(self._secrets, self._guard.denied)
+        if self._durable_ledger is not None:
+            self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
         self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
         self.after_fork()
@@ -351,8 +365,8 @@ class UserContextManager:
         return self._trail.of_system()
 
     def is_healthy(self) -> bool:
-        """True while new contexts are opened."""
-        return not self._draining
+        """True while new contexts are opened, and their records can be kept."""
+        return not self._draining and (self._durable_ledger is None or self._durable_ledger.problem is None)
 
     def privileged(
         self, *, reason: str, users: Collection[str] | Literal[Everyone.EVERYONE]
@@ -398,6 +412,11 @@ class UserContextManager:
             )
         contexts = [context for _, context in self._registry.live()]
         await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
+        if self._durable_ledger is not None:
+            try:
+                await self._durable_ledger.durable()
+            except LedgerUnavailableError as error:
+                logger.critical("%d audit records are not written: %s", self._durable_ledger.lag, error)
         return len(contexts)
 
     def sweep(self) -> int:
@@ -660,6 +679,18 @@ def _is_anonymous(value: object) -> TypeGuard[str]:
     return (
         isinstance(value, str) and value.startswith(RESERVED_PREFIX) and UnifiedIDManager().validate(value, "anonymous")
     )
+
+
+def _check_audit(audit: object, ledger: Ledger | None) -> None:
+    if audit not in ("strict", "async", "off"):
+        raise ConfigurationError(f"audit must be 'strict', 'async' or 'off', not {audit!r}")
+    if audit == "off" and ledger is not None:
+        raise ConfigurationError("audit is 'off', and a ledger is given; leave one of the two out")
+    if audit == "strict" and not isinstance(ledger, DurableLedger):
+        raise ConfigurationError(
+            "audit is 'strict', which needs a ledger that keeps records for good: "
+            "ledger=SQLiteLedger('audit.db', keys='audit-keys.db')"
+        )
 
 
 def _checked_limit(name: str, limit: object, default: int) -> int:

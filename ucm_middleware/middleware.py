@@ -15,10 +15,18 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 
 from ucm_middleware.ambient import leave
+from ucm_middleware.answers import RecordedAnswer
+from ucm_middleware.audit.ledger import DurableLedger
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
-from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
+from ucm_middleware.errors import (
+    ConfigurationError,
+    ContextLimitError,
+    LedgerUnavailableError,
+    UnauthenticatedError,
+    UserContextError,
+)
 from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
@@ -92,6 +100,9 @@ class UserContextMiddleware:
         self.drain_timeout = checked_drain_timeout(drain_timeout)
         hooks = self.manager.hooks
         self._is_wrapped = bool(hooks.around_context or hooks.around_message)
+        self._ledger = self.manager._durable_ledger
+        self._strict_ledger = self._ledger if self.manager.audit == "strict" else None
+        self._begin = self._serve if self._ledger is None else self._serve_when_room
         self._validated = lru_cache(KNOWN_IDS)(partial(validate_id, field="user_id"))
         self.manager.serve()
 
@@ -101,15 +112,33 @@ class UserContextMiddleware:
             await (self._lifespan(scope, receive, send) if kind == "lifespan" else self.app(scope, receive, send))
         elif BOUNDARY in scope and is_enclosed(scope):
             watch = Watch(send)
-            await self._serve(scope, receive, watch.send, watch)
+            await self._begin(scope, receive, watch.send, watch)
         else:
             boundary = Boundary()
             try:
-                rest = boundary.start(self._serve, scope, receive, send, self.keep)
+                rest = boundary.start(self._begin, scope, receive, send, self.keep)
                 if rest is not None:
                     await rest
             finally:
                 boundary.context = boundary.outside = None
+
+    def _serve_when_room(
+        self, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch | None = None
+    ) -> Awaitable[None]:
+        """The same with a durable ledger: what it cannot keep up with does not begin."""
+        if self._ledger is None or self._ledger.has_room:
+            return self._serve(scope, receive, send, sent)
+        return self._wait_for_room(self._ledger, scope, receive, send, sent)
+
+    async def _wait_for_room(
+        self, ledger: DurableLedger, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch | None
+    ) -> None:
+        try:
+            await ledger.durable()
+        except LedgerUnavailableError as error:
+            await self._refuse(error, scope, send)
+        else:
+            await self._serve(scope, receive, send, sent)
 
     def _serve(
         self, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch | None = None
@@ -203,9 +232,16 @@ class UserContextMiddleware:
         lifetime.run_in_current_task()
         token = ambient.set(context)
         try:
+            if self._strict_ledger is not None:
+                await self._strict_ledger.durable()
             if self._is_wrapped:
                 receive = await self._wrapped(context, scope, receive)
-            await self.app(scope, receive, send)
+            if self._strict_ledger is None:
+                await self.app(scope, receive, send)
+            else:
+                answer = RecordedAnswer(context, self.manager._trail, self._strict_ledger, scope, send)
+                await self.app(scope, receive, answer.send)
+                await answer.finish()
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None
             cancelled = isinstance(error, asyncio.CancelledError)
@@ -259,8 +295,13 @@ class UserContextMiddleware:
             refusal = refusal_for_starlette(error)
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
         logger.info("refused with %d: %s", refusal.status, reason)
-        if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
-            self.manager.record_refusal(reason)
+        try:
+            if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
+                self.manager.record_refusal(reason)
+            if self._strict_ledger is not None:
+                await self._strict_ledger.durable()
+        except LedgerUnavailableError as unavailable:
+            refusal = refusal_for(unavailable) or refusal
         await send_refusal(refusal, scope, send, None)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -40,6 +40,9 @@ TRUSTED_CODE: Final = ""
 Data = tuple[tuple[str, object], ...]
 """Names, each with a plain value."""
 
+FOR_A_CONNECTION: Final[Data] = (("source", "connection"), ("isolation_verified", True))
+"""The data of the opening of a connection's context, which begins without any of the application's."""
+
 Row = tuple[
     Event,
     float,

@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import (
     COMPLIANCE_VERSION,
+    FOR_A_CONNECTION,
     TRUSTED_CODE,
     AuditRecord,
     Data,
@@ -25,7 +26,6 @@ from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.forking import renewed_after_fork
 
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
-_FOR_A_CONNECTION: Final[Data] = (("source", "connection"), ("isolation_verified", True))
 
 
 class AuditTrail:
@@ -65,7 +65,7 @@ class AuditTrail:
                 "ok",
                 None,
                 None,
-                _FOR_A_CONNECTION,
+                FOR_A_CONNECTION,
                 self._next_id(),
                 0,
                 0,
@@ -82,6 +82,10 @@ class AuditTrail:
         self._about(context, "opened", data=_opening("bind", context))
         self._about(context, "bound", data=(("anonymous_id", UserMention(anonymous_id)),))
         self._about(context, "bound", data=(("user_id", UserMention(context.user_id)),), user_id=anonymous_id)
+
+    def answered(self, context: UserExecutionContext, status: int | None) -> None:
+        """The answer is about to be complete: an HTTP status, or a close code of a WebSocket."""
+        self._about(context, "answered", data=(("status", status),))
 
     def closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         """A context's teardown is through. ``metadata`` is what the application had added by then, None for nothing."""

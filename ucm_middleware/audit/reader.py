@@ -1,0 +1,108 @@
+"""Reading a ledger file back into records, while others write to it."""
+
+import sqlite3
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Final
+
+from ucm_middleware.audit.database import LEDGER, errors_of, open_database
+from ucm_middleware.audit.encoding import NOBODY, Subject, decode, plain_token
+from ucm_middleware.audit.file import PART_BITS, is_sealed
+from ucm_middleware.audit.ledger import Trail
+from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.audit.subjects import Vault
+from ucm_middleware.errors import LedgerFileError
+from ucm_middleware.secret import SecretRing
+
+SHOWN: Final = 1000
+"""How many of a user's newest records a trail has."""
+
+_PARTS: Final = f"""WITH RECURSIVE part (number) AS (
+    SELECT (SELECT max(sequence) FROM records) >> {PART_BITS}
+    UNION ALL SELECT number - 1 FROM part WHERE number > 0
+)"""
+_OF_SUBJECT: Final = (
+    f"FROM part CROSS JOIN records ON records.sequence >> {PART_BITS} = part.number AND records.subject = ?"
+)
+_COUNT: Final = f"{_PARTS} SELECT count(*) {_OF_SUBJECT}"
+_NEWEST_PARTS_FIRST: Final = f"{_PARTS} SELECT part.number, records.body {_OF_SUBJECT}"
+"""In order within a part, but the newest part first: to sort them all would take as long as to read them all."""
+
+_OPENED: Final = b'{"event":"opened",'
+
+
+class LedgerReader:
+    """A ledger file, open to be read: what was durable when it was first asked."""
+
+    __slots__ = ("_connection", "_path", "_vault", "stream")
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, stream: str, vault: Vault | None) -> None:
+        self._path = path
+        self._connection = connection
+        self._vault = vault
+        self.stream = stream
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, keys: Path | None, secrets: SecretRing) -> "Generator[LedgerReader]":
+        """``with LedgerReader.open(path, keys, secrets) as reader:``. Raises LedgerFileError.
+
+        Without keys, of a ledger whose personal fields are encrypted, only what stands in the clear can be read.
+        """
+        stream, sealed = is_sealed(path)
+        if keys is not None and not sealed:
+            raise LedgerFileError(str(path), "was begun without keys", "read it without")
+        connection = open_database(path, LEDGER)
+        try:
+            vault = None if keys is None else Vault.open(keys, stream, secrets, must_exist=True)
+            try:
+                with errors_of(path):
+                    connection.execute("PRAGMA query_only = ON")
+                    connection.execute("BEGIN")  # one state of the ledger, until it is closed
+                    yield cls(path, connection, stream, vault)
+            finally:
+                if vault is not None:
+                    vault.close()
+        finally:
+            connection.close()
+
+    def trail(self, user_id: str | None, shown: int = SHOWN) -> Trail | None:
+        """One user's newest records; None for a user that the ledger has nothing of. Of None, what is nobody's."""
+        subject = None
+        if user_id is None:
+            token = NOBODY
+        elif self._vault is None:
+            token = plain_token(user_id)
+        elif (subject := self._vault.find(user_id)) is None:
+            return None
+        else:
+            token = subject.token
+        records: list[AuditRecord] = []
+        opening: AuditRecord | None = None
+        for bodies in self._parts(token):  # the newest first
+            if len(records) < shown:
+                records[:0] = [self._decoded(user_id, subject, body) for body in bodies]
+            opened = [body for body in bodies if body.startswith(_OPENED)]
+            if opened and opening is None and user_id is not None:
+                opening = self._decoded(user_id, subject, opened[-1])
+            if len(records) >= shown and (opening is not None or user_id is None):
+                break
+        if not records and user_id is not None:
+            return None
+        [number] = self._connection.execute(_COUNT, (token,)).fetchone()
+        return Trail(opening, tuple(records[-shown:]), number - len(records[-shown:]))
+
+    def _parts(self, token: bytes) -> Iterator[list[bytes]]:
+        """The bodies of a subject's records, in order within each part, the newest part first."""
+        rows = self._connection.execute(_NEWEST_PARTS_FIRST, (token,))
+        for _, part in groupby(rows, itemgetter(0)):
+            yield [body for _, body in part]
+
+    def _decoded(self, user_id: str | None, subject: Subject | None, body: bytes) -> AuditRecord:
+        return decode(user_id, subject, body, self._name_of)
+
+    def _name_of(self, token: bytes) -> str | None:
+        return None if self._vault is None else self._vault.name_of(token)

@@ -1,0 +1,149 @@
+"""SQLiteLedger: the embedded ledger that keeps records for good, in one file for all processes of an application."""
+
+import weakref
+from collections.abc import Awaitable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from ucm_middleware.audit.encoding import encode_plain, encode_sealed, users_in
+from ucm_middleware.audit.file import LedgerFile
+from ucm_middleware.audit.ledger import Trail
+from ucm_middleware.audit.reader import LedgerReader
+from ucm_middleware.audit.records import Row, UserMention
+from ucm_middleware.audit.subjects import Vault
+from ucm_middleware.audit.writer import Writer
+from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
+from ucm_middleware.secret import SecretRing
+
+CAPACITY: Final = 65_536
+"""How many records may wait in line."""
+
+PATIENCE: Final = 30.0
+"""Seconds that synchronous code waits for room, and the end of the process for the last records."""
+
+
+class SQLiteLedger:
+    """Records in an SQLite file, hash-chained, written by one thread for each process, many in one transaction.
+
+    Any number of processes may have the same ``path``, on a local disk. ``keys`` is another file, best on another
+    volume: personal fields are then encrypted under keys of their users, which are kept there, so that a user can be
+    erased; UCM_SECRET must be set for it in production. With ``keys=None`` everything stands in the clear, and nobody
+    can be erased. A ledger stays as it was begun.
+
+    Up to ``capacity`` records wait in line. From half of that on, new contexts wait until there is room; at all of it,
+    whatever appends waits, or is refused when the file cannot be written. What has happened already, the end of a
+    context, is kept in any case.
+
+    Raises ConfigurationError.
+    """
+
+    def __init__(self, path: str | Path, *, keys: str | Path | None, capacity: int = CAPACITY) -> None:
+        self.path = Path(path).absolute()  # wherever the process goes
+        self.keys = None if keys is None else Path(keys).absolute()
+        if self.keys == self.path:
+            raise ConfigurationError(f"keys must be another file than the ledger, not {keys!s} too")
+        self.capacity = _checked_capacity(capacity)
+        self._secrets: SecretRing | None = None
+        self._writer: Writer | None = None
+
+    def start(self, secrets: SecretRing) -> None:
+        """Open the files once, so that what is wrong with them is told before anything is served.
+
+        Raises LedgerFileError, ConfigurationError in production without a secret, and for a second manager.
+        """
+        if self._writer is not None:
+            raise ConfigurationError("this ledger has a manager already; give each a ledger of its own, on one file")
+        self._secrets = secrets
+        open_store = partial(_Store, self.path, self.keys, secrets)
+        open_store().close()
+        self._writer = writer = Writer(open_store)
+        weakref.finalize(self, writer.stop, PATIENCE)
+
+    @property
+    def lag(self) -> int:
+        return 0 if self._writer is None else self._writer.lag
+
+    @property
+    def problem(self) -> str | None:
+        return None if self._writer is None else self._writer.problem
+
+    def append(self, row: Row) -> None:
+        """As the port says. Raises LedgerUnavailableError when the line is full and cannot be written."""
+        writer = self._started()
+        if writer.waiting() >= self.capacity and row[0] != "closed":
+            writer.wait_passed(PATIENCE)
+        writer.append(row)
+
+    @property
+    def has_room(self) -> bool:
+        return self._writer is None or self._writer.waiting() < self.capacity // 2
+
+    def durable(self) -> Awaitable[None]:
+        """As the port says."""
+        return self._started().passed()
+
+    def flush(self, timeout: float = PATIENCE) -> None:
+        """As the port says."""
+        self._started().wait_passed(timeout)
+
+    def trail(self, user_id: str | None) -> Trail | None:
+        """As the port says, read from the file: some milliseconds. Raises LedgerUnavailableError, LedgerFileError."""
+        if self.lag:
+            self.flush()
+        assert self._secrets is not None
+        with LedgerReader.open(self.path, self.keys, self._secrets) as reader:
+            return reader.trail(user_id)
+
+    def close(self) -> None:
+        """Write what is in line, and let go of the file. It is opened again for the next record."""
+        if self._writer is not None:
+            self._writer.stop(PATIENCE)
+
+    def _started(self) -> Writer:
+        if self._writer is None:
+            raise LedgerUnavailableError("the ledger has no manager yet: UserContextManager(ledger=...)")
+        return self._writer
+
+
+def _checked_capacity(capacity: object) -> int:
+    if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 2:
+        raise ConfigurationError(f"capacity must be a whole number of at least 2, not {capacity!r}")
+    return capacity
+
+
+class _Store:
+    """The files, open: what the writer's thread writes to."""
+
+    __slots__ = ("_file", "_vault")
+
+    def __init__(self, path: Path, keys: Path | None, secrets: SecretRing) -> None:
+        self._file = file = LedgerFile.open(path, sealed=keys is not None)
+        try:
+            self._vault = None if keys is None else Vault.open(keys, file.stream, secrets, must_exist=file.size > 0)
+        except BaseException:
+            file.close()
+            raise
+
+    def write(self, rows: Sequence[Row]) -> None:
+        if self._vault is None:
+            self._file.append([encode_plain(row) for row in rows])
+            return
+        subjects = self._vault.of({user_id for row in rows for user_id in users_in(row)})
+        for row in rows:
+            if row[0] == "bound":
+                _bind(self._vault, row)
+        self._file.append([encode_sealed(row, subjects) for row in rows])
+
+    def close(self) -> None:
+        if self._vault is not None:
+            self._vault.close()
+        self._file.close()
+
+
+def _bind(vault: Vault, row: Row) -> None:
+    """What is on record of an anonymous one is the user's that it learned, and is erased with it."""
+    anonymous_id = row[2]
+    for name, value in row[11]:
+        if name == "user_id" and isinstance(value, UserMention) and anonymous_id is not None:
+            vault.bind(anonymous_id, value)
