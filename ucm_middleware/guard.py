@@ -114,6 +114,7 @@ class Guard:
         named = None if users is EVERYONE else frozenset(validate_id(user, "users") for user in users)
         context = ambient_context()
         self._trail.privileged(context, reason, None if named is None else sorted(named))
+        self._trail.settle()
         grant = Grant(self, reason, named, context)
         token = enter(grant)
         try:

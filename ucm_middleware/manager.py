@@ -124,7 +124,7 @@ class UserContextManager:
         if ledger is None:
             ledger = NoLedger() if audit == "off" else MemoryLedger()
         self._durable_ledger = ledger if isinstance(ledger, DurableLedger) else None
-        self._trail = AuditTrail(ledger)
+        self._trail = AuditTrail(ledger, is_strict=audit == "strict")
         self.hooks = load_hooks(plugins, self.environment)
         self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
         self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)

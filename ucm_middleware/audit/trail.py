@@ -10,7 +10,7 @@ from itertools import count
 from os import urandom
 from typing import Any, Final, cast
 
-from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.ledger import DurableLedger, Ledger
 from ucm_middleware.audit.records import (
     COMPLIANCE_VERSION,
     FOR_A_CONNECTION,
@@ -25,18 +25,22 @@ from ucm_middleware.audit.records import (
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.forking import renewed_after_fork
 
+SETTLE_TIMEOUT: Final = 10.0
+"""Seconds that synchronous code waits in strict mode for a record to be durable."""
+
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 
 
 class AuditTrail:
     """One method for each thing worth a record."""
 
-    __slots__ = ("__weakref__", "_append", "_ledger", "_next_id")
+    __slots__ = ("__weakref__", "_append", "_ledger", "_next_id", "_strict")
 
     _next_id: Callable[[], int]
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, is_strict: bool = False) -> None:
         self._ledger = ledger
+        self._strict = ledger if is_strict and isinstance(ledger, DurableLedger) else None
         self._append = ledger.append
         self.after_fork()
         renewed_after_fork(self)
@@ -146,6 +150,11 @@ class AuditTrail:
         for user_id in users or ():
             if user_id != actor_id and self._ledger.trail(user_id) is not None:  # a typo makes no user
                 self._about_nobody("privileged", "ok", reason, user_id=user_id, actor_id=actor_id)
+
+    def settle(self) -> None:
+        """In strict mode: wait until all that was written down is durable. Raises LedgerUnavailableError."""
+        if self._strict is not None:
+            self._strict.flush(SETTLE_TIMEOUT)
 
     def isolation_violated(self, findings: Sequence[str]) -> None:
         """Two users' contexts were found to share something."""
