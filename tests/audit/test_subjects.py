@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 import ucm_middleware
 from support.keyfiles import OTHER, SECRET, STREAM, in_all, ring, rows_of, workers
 from ucm_middleware import IdentityConflictError, LedgerFileError
-from ucm_middleware.audit import database
+from ucm_middleware.audit import database, keyfile
 from ucm_middleware.audit.subjects import Subject, Vault
 
 pytestmark = pytest.mark.security
@@ -61,6 +61,14 @@ class TestWhoHasOne:
         assert found is not None
         assert (found.token, len(found.token)) == (made.token, 16)
         assert vault.name_of(made.token) == "alice"
+
+    def test_under_another_name_of_the_file(self, vault: Vault, path: Path) -> None:
+        token = vault.of(["alice"])["alice"].token
+        link = path.with_name("link.db")
+        link.symlink_to(path)
+        with closing(Vault.open(link, STREAM, ring(), must_exist=True)) as linked:
+            assert linked.of(["alice", "bob"])["alice"].token == token
+        assert vault.find("bob") is not None
 
     def test_another_connection_sees_them_at_once(self, vault: Vault, path: Path) -> None:
         with closing(Vault.open(path, STREAM, ring())) as other:
@@ -197,7 +205,9 @@ class TestNothingIsKept:
         batch = vault.of(["alice", "bob"])
         assert len(subjects()) == before + 2
         del batch
+        vault.of(["alice", "bob"])
         vault.find("alice")
+        vault.bind("anonymous_1", "alice")
         assert len(subjects()) == before
 
     def test_of_one_that_is_closed(self, vault: Vault) -> None:
@@ -241,6 +251,12 @@ class TestRotation:
             list(in_all(some, *[request] * 4))
             assert list(in_all(some, *[("of", "alice")] * 4)) == [{"alice": token}] * 4
         assert rows_of(path, OTHER)["alice"].token.hex() == token
+
+    def test_another_process_was_faster_with_yet_another_one(self, vault: Vault, path: Path) -> None:
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            before = connection.execute("SELECT * FROM vault").fetchall()
+            keyfile._reseal(connection, "its old one", bytes(32), ring(OTHER).all[0])
+            assert connection.execute("SELECT * FROM vault").fetchall() == before
 
 
 FORK = """

@@ -60,8 +60,8 @@ def open_database(path: Path, form: Form) -> sqlite3.Connection:
     """
     try:
         _recognise(path, form)
-        is_writable = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
-        has_log = Path(f"{path}-wal").exists()
+        is_writable = os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK)
+        has_log = Path(f"{path.resolve()}-wal").exists()
     except OSError as error:
         raise LedgerFileError(
             str(path), f"cannot be read: {error.strerror}", "give this process access to it, or name another file"
