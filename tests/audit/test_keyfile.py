@@ -234,7 +234,7 @@ class TestDamage:
 
 
 # In a process of its own, which gives up the rights of root where it has them, and after that can import nothing more.
-READ_ONLY = """
+PRELUDE = """
 import os, sys
 from contextlib import closing
 from pathlib import Path
@@ -256,7 +256,9 @@ def refused(use):
     except LedgerFileError as error:
         return str(error)
     raise AssertionError("it was written to")
+"""
 
+READ_ONLY = """
 for secrets in (ring(), ring(OTHER, SECRET)):
     with closing(Vault.open(path, STREAM, secrets, must_exist=True)) as vault:
         alice = vault.of(["alice"])["alice"]
@@ -273,41 +275,68 @@ print(sorted(os.listdir(path.parent)))
 """
 
 
+NO_ACCESS = """
+for must_exist in (False, True):
+    said = refused(lambda: Vault.open(path, STREAM, ring(), must_exist=must_exist))
+    assert said.startswith(f"{path}: ") and sys.argv[2] in said, said
+"""
+
+
+def without_rights(script: str, *arguments: str) -> str:
+    folders = [str(Path(__file__).parents[1]), str(Path(ucm_middleware.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + script, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    return done.stdout
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """One that every user of the machine gets to, unlike tmp_path."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    folder.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+def give_away(path: Path, mode: int) -> None:
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    path.chmod(mode)
+
+
 # Where only the folder cannot be written to, and the file is open elsewhere, it can be written to.
 @pytest.mark.parametrize(
     ("what", "while_open"), [("folder", False), ("file", False), ("file", True), ("both", False), ("both", True)]
 )
-def test_one_that_can_only_be_read(what: str, while_open: bool) -> None:
+def test_one_that_can_only_be_read(what: str, while_open: bool, folder: Path) -> None:
     """Whoever is in it can be read; everything else is refused. Also while others write."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        path = folder / "keys.db"
-        vault = Vault.open(path, STREAM, ring())
-        vault.of(["alice", "bob"])
-        if not while_open:
-            vault.close()
-        before = sorted(os.listdir(folder))
-        is_root = os.geteuid() == 0
-        for file in folder.iterdir():
-            if is_root:
-                os.chown(file, 65534, 65534)
-            file.chmod(0o600 if what == "folder" else 0o400)
-        if is_root:
-            os.chown(folder, 65534, 65534)
-        folder.chmod(0o700 if what == "file" else 0o500)
-        folders = [str(Path(__file__).parents[1]), str(Path(ucm_middleware.__file__).parents[1])]
-        done = subprocess.run(
-            [sys.executable, "-c", READ_ONLY, str(path), "file" if what == "file" else "folder"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert (done.stderr, done.stdout, done.returncode) == ("", f"{before}\n", 0)
-        folder.chmod(0o700)
+    path = folder / "keys.db"
+    vault = Vault.open(path, STREAM, ring())
+    vault.of(["alice", "bob"])
+    if not while_open:
         vault.close()
-        with closing(Vault.open(path, STREAM, ring())) as again:
-            assert again.find("alice") is not None
-    finally:
-        folder.chmod(0o700)
-        shutil.rmtree(folder)
+    before = sorted(os.listdir(folder))
+    for file in folder.iterdir():
+        give_away(file, 0o600 if what == "folder" else 0o400)
+    give_away(folder, 0o700 if what == "file" else 0o500)
+    assert without_rights(READ_ONLY, str(path), "file" if what == "file" else "folder") == f"{before}\n"
+    folder.chmod(0o700)
+    vault.close()
+    with closing(Vault.open(path, STREAM, ring())) as again:
+        assert again.find("alice") is not None
+
+
+def test_one_that_cannot_be_read(folder: Path) -> None:
+    path = folder / "keys.db"
+    Vault.open(path, STREAM, ring()).close()
+    give_away(path, 0o000)
+    without_rights(NO_ACCESS, str(path), "cannot be opened; see that")
+    give_away(folder, 0o000)
+    without_rights(NO_ACCESS, str(path), "cannot be reached: Permission denied; give this process access to its folder")
