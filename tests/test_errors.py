@@ -8,6 +8,7 @@ import pytest
 
 from ucm_middleware import errors
 from ucm_middleware.errors import (
+    AuditFileError,
     ConfigurationError,
     ContextClosedError,
     ContextExpiredError,
@@ -38,6 +39,7 @@ EACH = [
     IdentityConflictError("two users"),
     UnauthenticatedError("nobody"),
     ManagerDrainingError("closing time"),
+    AuditFileError("ledger.db", "is a directory", "give the file"),
 ]
 
 

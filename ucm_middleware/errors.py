@@ -121,6 +121,16 @@ class ManagerDrainingError(UserContextError):
     """The manager is shutting down and opens no new contexts."""
 
 
+class AuditFileError(UserContextError):
+    """A ledger, a file of checkpoints or a key cannot be used: names the file, what was found, and the remedy."""
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{path}: {problem}; {remedy}")
+        self.path = path
+        self.problem = problem
+        self.remedy = remedy
+
+
 def _restore(kind: type[UserContextError], args: tuple[Any, ...], fields: Mapping[str, Any]) -> UserContextError:
     error = kind.__new__(kind)
     error.args = args

@@ -1,0 +1,90 @@
+"""Walks the records of a ledger in their order, and computes anew what they should hash to."""
+
+import sqlite3
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import islice
+from typing import Any, Final
+
+from ucm_middleware.audit.verification.tree import MerkleTree
+
+HASH_BYTES: Final = 32
+SUBJECT_BYTES: Final = 16
+MAX_RECORD_BYTES: Final = 16 * 1024 * 1024
+"""No row may be longer: only one is held at a time, and this bounds it."""
+
+_STEP: Final = 1024
+_LEAF: Final = b"\x00"
+# By the table alone: the index is checked against it, and not trusted before.
+_ROWS: Final = "SELECT sequence, subject, body, hash FROM records NOT INDEXED ORDER BY sequence"
+
+
+def genesis(stream: str, sealed: int) -> bytes:
+    """The hash that the first record builds on."""
+    return sha256(f"ucm-middleware ledger 1\n{stream}\n{'sealed' if sealed else 'plain'}".encode()).digest()
+
+
+class Chain:
+    """The records verified so far. ``fault`` is what is wrong with the next one, None as long as nothing is."""
+
+    __slots__ = ("_rows", "count", "fault", "head", "tree")
+
+    def __init__(self, connection: sqlite3.Connection, start: bytes) -> None:
+        self._rows: Iterator[tuple[Any, ...]] = connection.execute(_ROWS)
+        self.count = 0
+        self.head = start
+        self.fault: str | None = None
+        self.tree = MerkleTree()
+
+    def walk(self, limit: int) -> bool:
+        """Verify records until ``limit`` of them are, or some have been. False: there are no more, or one is bad."""
+        before = self.count
+        wanted = min(limit - before, _STEP)
+        leaves: list[bytes] = []
+        try:
+            self.fault = self._verify(islice(self._rows, wanted), leaves)
+        except sqlite3.Error as error:
+            self.fault = f"it cannot be read: {error}"
+        self.count += len(leaves)
+        if leaves:
+            self.head = leaves[-1]
+        self.tree.extend(leaves)
+        return self.fault is None and self.count - before == wanted
+
+    def _verify(self, rows: Iterator[tuple[Any, ...]], leaves: list[bytes]) -> str | None:
+        """The hashes of the rows, appended to ``leaves``; and what is wrong with the row after the last of them."""
+        # Once for each record of millions: no call that is not needed, and what is wrong is found out afterwards.
+        head, expected = self.head, self.count
+        row: tuple[Any, ...] = ()
+        join, append = b"".join, leaves.append
+        try:
+            for row in rows:
+                sequence, subject, body, stored = row
+                expected += 1
+                hashed = sha256(join((_LEAF, head, subject, body))).digest()
+                if hashed != stored or sequence != expected or len(subject) != SUBJECT_BYTES:
+                    return _fault_of(row, expected, hashed)
+                head = hashed
+                append(hashed)
+        except TypeError:  # from the join: a column is not a blob
+            return _fault_of(row, expected, b"")
+        return None
+
+
+def _fault_of(row: tuple[Any, ...], expected: int, hashed: bytes) -> str:
+    sequence, subject, body, stored = row
+    if sequence > expected:
+        return f"it is missing, and the next record there is is {sequence}"
+    if sequence < expected:
+        return f"there is a record with the number {sequence}, and numbers begin with 1"
+    for name, value in (("subject", subject), ("body", body), ("hash", stored)):
+        if not isinstance(value, bytes):
+            return f"its {name} is no blob of bytes"
+    if len(subject) != SUBJECT_BYTES:
+        return f"its subject has {len(subject)} bytes, and should have {SUBJECT_BYTES}"
+    if len(stored) != HASH_BYTES:
+        return f"its hash has {len(stored)} bytes, and should have {HASH_BYTES}"
+    return (
+        f"its hash is not that of its content after record {expected - 1} "
+        f"(stored {stored.hex()}, computed {hashed.hex()}): it was changed, moved or put in, or the record before was"
+    )

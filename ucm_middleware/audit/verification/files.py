@@ -1,0 +1,37 @@
+"""Files as they are given by a person: what is not one, or too large to be one, is said in words."""
+
+import os
+import stat
+from pathlib import Path
+
+from ucm_middleware.errors import AuditFileError
+
+
+def check_regular_file(path: Path, remedy: str) -> os.stat_result:
+    """Its status. Raises AuditFileError for a directory, a device, and what does not exist or cannot be read."""
+    try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK):
+            return status
+    except FileNotFoundError:
+        raise AuditFileError(str(path), "does not exist", remedy) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise AuditFileError(str(path), f"cannot be read: {error}", remedy) from None
+    if stat.S_ISDIR(status.st_mode):
+        raise AuditFileError(str(path), "is a directory", remedy)
+    if not stat.S_ISREG(status.st_mode):
+        raise AuditFileError(str(path), "is not a regular file", remedy)
+    raise AuditFileError(str(path), "may not be read by this user", "run as one who may")
+
+
+def read_small_file(path: Path, limit: int, remedy: str) -> bytes:
+    """Its content. Raises AuditFileError where it cannot be had, or is longer than ``limit`` bytes."""
+    check_regular_file(path, remedy)
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise AuditFileError(str(path), f"cannot be read: {error}", remedy) from None
+    if len(content) > limit:
+        raise AuditFileError(str(path), f"has more than {limit:,} bytes", remedy)
+    return content
