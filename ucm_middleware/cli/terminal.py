@@ -4,7 +4,7 @@ The exit status is 0 when all is well, 1 when what was looked at is not, and 2 w
 """
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ucm_middleware.audit.verification import Progress as VerificationProgress
 from ucm_middleware.audit.verification import Stage
 from ucm_middleware.errors import UserContextError
 
@@ -45,7 +46,7 @@ def refusals(*, as_json: bool = False) -> Generator[None]:
 
 
 @contextmanager
-def progress_bar() -> Generator[Callable[[Stage, int, int], None]]:
+def progress_bar() -> Generator[VerificationProgress]:
     """Show how far a verification has come, where somebody is looking; what it gives is told."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -13,10 +13,14 @@ SUBJECT_BYTES: Final = 16
 MAX_RECORD_BYTES: Final = 16 * 1024 * 1024
 """No row may be longer: only one is held at a time, and this bounds it."""
 
+UNREADABLE: Final = (sqlite3.Error, UnicodeDecodeError)
+"""What reading a damaged database raises: the second when SQLite's message names something that is not text."""
+
 _STEP: Final = 1024
 _LEAF: Final = b"\x00"
 # By the table alone: the index is checked against it, and not trusted before.
 _ROWS: Final = "SELECT sequence, subject, body, hash FROM records NOT INDEXED ORDER BY sequence"
+_ROW: Final = "SELECT sequence, subject, body, hash FROM records NOT INDEXED WHERE sequence = ?"
 
 
 def genesis(stream: str, sealed: int) -> bytes:
@@ -27,10 +31,11 @@ def genesis(stream: str, sealed: int) -> bytes:
 class Chain:
     """The records verified so far. ``fault`` is what is wrong with the next one, None as long as nothing is."""
 
-    __slots__ = ("_rows", "count", "fault", "head", "tree")
+    __slots__ = ("_connection", "_rows", "count", "fault", "head", "tree")
 
     def __init__(self, connection: sqlite3.Connection, start: bytes) -> None:
-        self._rows: Iterator[tuple[Any, ...]] = connection.execute(_ROWS)
+        self._connection = connection
+        self._rows: Iterator[tuple[Any, ...]] | None = None
         self.count = 0
         self.head = start
         self.fault: str | None = None
@@ -40,22 +45,19 @@ class Chain:
         """Verify records until ``limit`` of them are, or some have been. False: there are no more, or one is bad."""
         before = self.count
         wanted = min(limit - before, _STEP)
-        leaves: list[bytes] = []
         try:
-            self.fault = self._verify(islice(self._rows, wanted), leaves)
-        except sqlite3.Error as error:
-            self.fault = f"it cannot be read: {error}"
-        self.count += len(leaves)
-        if leaves:
-            self.head = leaves[-1]
-        self.tree.extend(leaves)
+            if self._rows is None:
+                self._rows = self._connection.execute(_ROWS)
+            self._verify(islice(self._rows, wanted))
+        except UNREADABLE as error:
+            self._verify_singly(error)
         return self.fault is None and self.count - before == wanted
 
-    def _verify(self, rows: Iterator[tuple[Any, ...]], leaves: list[bytes]) -> str | None:
-        """The hashes of the rows, appended to ``leaves``; and what is wrong with the row after the last of them."""
+    def _verify(self, rows: Iterator[tuple[Any, ...]]) -> None:
         # Once for each record of millions: no call that is not needed, and what is wrong is found out afterwards.
         head, expected = self.head, self.count
         row: tuple[Any, ...] = ()
+        leaves: list[bytes] = []
         join, append = b"".join, leaves.append
         try:
             for row in rows:
@@ -63,12 +65,28 @@ class Chain:
                 expected += 1
                 hashed = sha256(join((_LEAF, head, subject, body))).digest()
                 if hashed != stored or sequence != expected or len(subject) != SUBJECT_BYTES:
-                    return _fault_of(row, expected, hashed)
+                    self.fault = _fault_of(row, expected, hashed)
+                    break
                 head = hashed
                 append(hashed)
         except TypeError:  # from the join: a column is not a blob
-            return _fault_of(row, expected, b"")
-        return None
+            self.fault = _fault_of(row, expected, b"")
+        finally:
+            self.count += len(leaves)
+            self.head = head
+            self.tree.extend(leaves)
+
+    def _verify_singly(self, error: Exception) -> None:
+        """Find the record that ``error`` is about: sqlite3 reads ahead, and drops the row before the error."""
+        try:
+            while self.fault is None:
+                row = self._connection.execute(_ROW, (self.count + 1,)).fetchone()
+                if row is None:
+                    self.fault = f"it cannot be read: {error}"
+                else:
+                    self._verify(iter((row,)))
+        except UNREADABLE as its_own:
+            self.fault = f"it cannot be read: {its_own}"
 
 
 def _fault_of(row: tuple[Any, ...], expected: int, hashed: bytes) -> str:

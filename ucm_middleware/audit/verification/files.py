@@ -24,14 +24,19 @@ def check_regular_file(path: Path, remedy: str) -> os.stat_result:
     raise AuditFileError(str(path), "may not be read by this user", "run as one who may")
 
 
+def read_start(path: Path, length: int, remedy: str) -> bytes:
+    """Its first bytes. Raises AuditFileError where they cannot be had."""
+    try:
+        with path.open("rb") as file:
+            return file.read(length)
+    except OSError as error:
+        raise AuditFileError(str(path), f"cannot be read: {error}", remedy) from None
+
+
 def read_small_file(path: Path, limit: int, remedy: str) -> bytes:
     """Its content. Raises AuditFileError where it cannot be had, or is longer than ``limit`` bytes."""
     check_regular_file(path, remedy)
-    try:
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise AuditFileError(str(path), f"cannot be read: {error}", remedy) from None
+    content = read_start(path, limit + 1, remedy)
     if len(content) > limit:
         raise AuditFileError(str(path), f"has more than {limit:,} bytes", remedy)
     return content

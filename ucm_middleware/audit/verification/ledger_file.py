@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ucm_middleware.audit.verification.chain import HASH_BYTES, MAX_RECORD_BYTES
-from ucm_middleware.audit.verification.files import check_regular_file
+from ucm_middleware.audit.verification.chain import HASH_BYTES, MAX_RECORD_BYTES, UNREADABLE
+from ucm_middleware.audit.verification.files import check_regular_file, read_start
 from ucm_middleware.errors import AuditFileError
 
 Stage = Literal["records", "database"]
@@ -20,7 +20,17 @@ _APPLICATION_ID: Final = 0x55434D4C
 _FORMAT: Final = 1
 _REMEDY: Final = "give the file of a ledger"
 _CACHE_KIB: Final = 64 * 1024  # the index is looked up in at random
-_INSTRUCTIONS_BETWEEN_TICKS: Final = 1_000_000
+_INSTRUCTIONS_BETWEEN_TICKS: Final = 100_000
+# Nothing that the schema says is run, and a file that shrinks meanwhile is an error and no signal.
+_SETTINGS: Final = (
+    "PRAGMA trusted_schema = OFF",
+    "PRAGMA cell_size_check = ON",
+    "PRAGMA mmap_size = 0",
+    "PRAGMA query_only = ON",
+    "BEGIN",
+)
+_MAGIC: Final = b"SQLite format 3\0"
+_SMALLEST_PAGE: Final = 512
 _SIDECARS: Final = "-wal", "-shm", "-journal"
 _STREAM: Final = re.compile(r"stream_[0-9a-f]{32}")
 
@@ -63,9 +73,8 @@ class LedgerFile:
         try:
             application = self._pragma("application_id")
             version = self._pragma("user_version")
-        except sqlite3.Error as error:
-            problem = "is not an SQLite database" if "not a database" in str(error) else f"cannot be read: {error}"
-            raise AuditFileError(str(self.path), problem, _REMEDY) from None
+        except UNREADABLE as error:
+            raise AuditFileError(str(self.path), f"cannot be read: {error}", _REMEDY) from None
         if application != _APPLICATION_ID:
             raise AuditFileError(
                 str(self.path),
@@ -83,18 +92,16 @@ class LedgerFile:
     def shape_problem(self) -> str | None:
         """What in the schema is not the format's, None when nothing is."""
         try:
-            found = {
-                (kind, name, _normalised(sql))
-                for kind, name, sql in self.connection.execute("SELECT type, name, sql FROM sqlite_schema")
-            }
-        except sqlite3.Error as error:
-            return f"the database is damaged, and its schema cannot be read: {error}"
+            rows = self.connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+        except UNREADABLE as error:
+            return f"the database is damaged, and its schema cannot be read: {_plain(str(error))}"
+        found = frozenset((str(kind), str(name), _normalised(sql)) for kind, name, sql in rows)
         if found == _SCHEMA:
             return None
         extra = [f"the {kind} {name}" for kind, name, _ in found - _SCHEMA]
         missing = [f"the {kind} {name}" for kind, name, _ in _SCHEMA - found]
         what = f"not of the format: {', '.join(sorted(extra)) or 'nothing'}; lacking: {', '.join(sorted(missing))}"
-        return f"the schema was changed ({ascii(what)[1:-1]})"
+        return f"the schema was changed ({_plain(what)})"
 
     def claims(self) -> Claims | str:
         """What the ledger says of itself; or what is wrong with that."""
@@ -102,7 +109,7 @@ class LedgerFile:
             rows = self.connection.execute(
                 "SELECT stream, sealed, size, head, frontier FROM ledger NOT INDEXED LIMIT 2"
             ).fetchall()
-        except sqlite3.Error as error:
+        except UNREADABLE as error:
             return f"the database is damaged, and the table ledger cannot be read: {error}"
         if len(rows) != 1:
             return "the table ledger has no row" if not rows else "the table ledger has more than its one row"
@@ -122,10 +129,12 @@ class LedgerFile:
                 interruption.append(error)
             return bool(interruption)
 
+        tick()
         self.connection.set_progress_handler(on_progress, _INSTRUCTIONS_BETWEEN_TICKS)
         try:
+            self.connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
             findings = self.connection.execute("PRAGMA integrity_check(1)").fetchall()
-        except sqlite3.Error as error:
+        except UNREADABLE as error:
             if interruption:
                 raise interruption[0] from None
             return str(error)
@@ -146,20 +155,13 @@ def open_ledger(path: Path, *, untouched: bool) -> Generator[LedgerFile]:
     uri = f"{path.resolve().as_uri()}?{'immutable=1' if untouched else 'mode=ro'}"
     try:
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10)
-    except sqlite3.Error as error:
+    except UNREADABLE as error:
         raise AuditFileError(str(path), f"cannot be opened: {error}", _REMEDY) from None
     with closing(connection):
         connection.text_factory = _text
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_RECORD_BYTES)
-        for setting in (
-            "trusted_schema = OFF",
-            "cell_size_check = ON",
-            "mmap_size = 0",
-            "query_only = ON",
-            f"cache_size = -{_CACHE_KIB}",
-        ):
-            _execute(connection, f"PRAGMA {setting}", path)
-        _execute(connection, "BEGIN", path)
+        for statement in _SETTINGS:
+            _execute(connection, statement, path)
         ledger = LedgerFile(path, connection)
         ledger.check_identity()
         yield ledger
@@ -187,12 +189,14 @@ def quiet(path: Path) -> Quiet | None:
     is no file.
     """
     status = check_regular_file(path, _REMEDY)
-    file = path.resolve()
-    if not _is_alone(file):
-        return None
-    if status.st_size == 0:
+    if status.st_size == 0:  # and SQLite would delete what it takes for a stale log beside an empty file
         raise AuditFileError(str(path), "is empty, which not even a ledger without records is", _REMEDY)
-    return Quiet(file, status)
+    if read_start(path, len(_MAGIC), _REMEDY) != _MAGIC:
+        raise AuditFileError(str(path), "is not an SQLite database", _REMEDY)
+    if status.st_size < _SMALLEST_PAGE:
+        raise AuditFileError(str(path), f"has only {status.st_size} bytes: it was cut short", "look for a copy")
+    file = path.resolve()
+    return Quiet(file, status) if _is_alone(file) else None
 
 
 def _is_alone(file: Path) -> bool:
@@ -222,9 +226,13 @@ def _normalised(sql: object) -> str:
 def _execute(connection: sqlite3.Connection, statement: str, path: Path) -> None:
     try:
         connection.execute(statement)
-    except sqlite3.Error as error:
-        problem = "is not an SQLite database" if "not a database" in str(error) else f"cannot be read: {error}"
-        raise AuditFileError(str(path), problem, _REMEDY) from None
+    except UNREADABLE as error:
+        raise AuditFileError(str(path), f"cannot be read: {error}", _REMEDY) from None
+
+
+def _plain(text: str) -> str:
+    """With whatever names the schema has, but nothing that would command a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _text(value: bytes) -> str:

@@ -13,6 +13,9 @@ from ucm_middleware.audit.verification.evidence import Checkpoint
 from ucm_middleware.audit.verification.ledger_file import Claims, LedgerFile, Stage, open_ledger, quiet
 from ucm_middleware.audit.verification.tree import MerkleTree
 
+Progress = Callable[[Stage, int, int], None]
+"""Told the stage, how many records are done, and of how many."""
+
 _IN_THE_INDEX: Final = re.compile(r"row (\d+) missing from index")
 
 
@@ -53,17 +56,17 @@ class Verification:
 def verify_ledger(
     path: Path,
     checkpoints: Sequence[Checkpoint] = (),
-    progress: Callable[[Stage, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Verify the ledger in a file, which may be in use: then, what it was at the start.
 
-    ``progress`` is called with the stage, how many records are done, and of how many. Memory is bounded, however many
-    records there are. Nothing is changed; beside a ledger that is in use, SQLite keeps a ``-shm`` file.
+    Memory is bounded, however many records there are. Nothing is changed; beside a ledger that is in use, SQLite keeps
+    its ``-shm`` file. What ``progress`` raises ends it.
 
     Raises AuditFileError when the file is not a ledger, or one of a newer format. Whatever is in it otherwise is a
     result.
     """
-    tell = progress or (lambda _stage, _done, _total: None)
+    tell = progress or _tell_nobody
     state = quiet(path)
     if state is not None:
         with open_ledger(path, untouched=True) as ledger:
@@ -79,9 +82,7 @@ class _Verifier:
 
     __slots__ = ("_checkpoints", "_covered", "_held", "_ledger", "_problems", "_tell")
 
-    def __init__(
-        self, ledger: LedgerFile, checkpoints: Sequence[Checkpoint], tell: Callable[[Stage, int, int], None]
-    ) -> None:
+    def __init__(self, ledger: LedgerFile, checkpoints: Sequence[Checkpoint], tell: Progress) -> None:
         self._ledger = ledger
         self._checkpoints = checkpoints
         self._tell = tell
@@ -167,13 +168,18 @@ class _Verifier:
     def _walk(self, chain: Chain, claims: Claims, limit: int) -> bool:
         """Whether there are so many records, and good ones."""
         while chain.count < limit:
-            if chain.fault is not None or not chain.walk(limit):
-                return False
+            goes_on = chain.fault is None and chain.walk(limit)
             self._tell("records", chain.count, max(chain.count, claims.size))
+            if not goes_on:
+                return False
         return True
 
     def _found(self, record: int | None, message: str) -> None:
         self._problems.append(Problem(record, message))
+
+
+def _tell_nobody(stage: Stage, done: int, total: int) -> None:
+    pass
 
 
 def _difference(claimed: Sequence[bytes], root: bytes) -> str | None:

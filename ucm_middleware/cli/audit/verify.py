@@ -59,10 +59,13 @@ def _evidence(found: Verification) -> str:
     cannot = "that records were cut off at the end, or that the whole was written anew, cannot be seen"
     if not found.checkpoints:
         return f"no checkpoint was given: {cannot} without one"
-    held = f"held against {found.checkpoints} of the checkpoints: the first {found.covered} records"
+    count = f"{found.checkpoints} checkpoint{'' if found.checkpoints == 1 else 's'}"
     if found.covered == found.records:
-        return f"{held}, which is all of them"
-    return f"{held}; the {found.records - found.covered} after them are behind no checkpoint: {cannot} there"
+        return f"as {count} said, up to the last record"
+    return (
+        f"as {count} said, up to record {found.covered}; the {found.records - found.covered} after it are behind no "
+        f"checkpoint: {cannot} there"
+    )
 
 
 def _plain(ledger: Path, found: Verification) -> dict[str, object]:
