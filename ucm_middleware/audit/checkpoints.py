@@ -28,7 +28,7 @@ def sign_checkpoint(stream: str, size: int, root: bytes, key: "Ed25519PrivateKey
 def append_checkpoint(path: Path, note: str) -> None:
     """Put a note at the end of a file, which is made if it is not there, and on the disk. Raises AuditFileError."""
     remedy = "give a file that can be"
-    if path.exists():
+    if os.path.exists(path):
         check_regular_file(path, remedy)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -8,8 +8,9 @@ def main() -> None:
     try:
         from ucm_middleware.cli.app import make_app
     except ModuleNotFoundError as error:
-        if error.name not in {"rich", "typer"}:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in {"rich", "typer"}:
             raise
-        sys.stderr.write(f"ucm needs {error.name}, which is not installed: pip install 'ucm-middleware[audit]'\n")
+        sys.stderr.write(f"ucm needs {missing}, which is not installed: pip install 'ucm-middleware[audit]'\n")
         sys.exit(2)
     make_app()()

@@ -1,5 +1,6 @@
 """``ucm audit checkpoint``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,7 @@ def checkpoint(
     """
     with refusals():
         private_key = read_private_key(key)
-        is_first = not to.exists() or (to.is_file() and to.stat().st_size == 0)
+        is_first = not os.path.exists(to) or os.path.getsize(to) == 0
         earlier = () if is_first else read_checkpoints(to, private_key.public_key())
         with progress_bar() as progress:
             found = verify_ledger(ledger, earlier, progress)
