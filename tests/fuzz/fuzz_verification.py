@@ -32,7 +32,7 @@ def patched(data: bytes) -> bytes:
     """Up to eight stretches of the original replaced; with a first byte of 0xFF, the bytes as they are."""
     give = atheris.FuzzedDataProvider(data)
     if give.ConsumeIntInRange(0, IS_RAW) == IS_RAW:
-        return give.ConsumeBytes(len(data))
+        return bytes(give.ConsumeBytes(len(data)))
     content = bytearray(ORIGINAL)
     for _ in range(give.ConsumeIntInRange(1, 8)):
         at = give.ConsumeIntInRange(0, len(content) - 1)

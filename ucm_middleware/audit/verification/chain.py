@@ -13,8 +13,10 @@ SUBJECT_BYTES: Final = 16
 MAX_RECORD_BYTES: Final = 16 * 1024 * 1024
 """No row may be longer: only one is held at a time, and this bounds it."""
 
-UNREADABLE: Final = (sqlite3.Error, UnicodeDecodeError)
-"""What reading a damaged database raises: the second when SQLite's message names something that is not text."""
+UNREADABLE: Final = (sqlite3.Error, UnicodeDecodeError, MemoryError)
+"""What reading a damaged database raises: the second when SQLite's message has a name in it that is not text, the third
+when a record claims to be longer than there is memory.
+"""
 
 _STEP: Final = 1024
 _LEAF: Final = b"\x00"
@@ -82,11 +84,17 @@ class Chain:
             while self.fault is None:
                 row = self._connection.execute(_ROW, (self.count + 1,)).fetchone()
                 if row is None:
-                    self.fault = f"it cannot be read: {error}"
+                    self.fault = f"it cannot be read: {reason_of(error)}"
                 else:
                     self._verify(iter((row,)))
         except UNREADABLE as its_own:
-            self.fault = f"it cannot be read: {its_own}"
+            self.fault = f"it cannot be read: {reason_of(its_own)}"
+
+
+def reason_of(error: Exception) -> str:
+    """What SQLite said, without whatever in it would command a terminal."""
+    text = str(error) or "it claims to be longer than there is memory"
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _fault_of(row: tuple[Any, ...], expected: int, hashed: bytes) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ucm_middleware.audit.verification.chain import HASH_BYTES, MAX_RECORD_BYTES, UNREADABLE
+from ucm_middleware.audit.verification.chain import HASH_BYTES, MAX_RECORD_BYTES, UNREADABLE, reason_of
 from ucm_middleware.audit.verification.files import check_regular_file, read_start
 from ucm_middleware.errors import AuditFileError
 
@@ -74,7 +74,7 @@ class LedgerFile:
             application = self._pragma("application_id")
             version = self._pragma("user_version")
         except UNREADABLE as error:
-            raise AuditFileError(str(self.path), f"cannot be read: {error}", _REMEDY) from None
+            raise AuditFileError(str(self.path), f"cannot be read: {reason_of(error)}", _REMEDY) from None
         if application != _APPLICATION_ID:
             raise AuditFileError(
                 str(self.path),
@@ -94,14 +94,14 @@ class LedgerFile:
         try:
             rows = self.connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
         except UNREADABLE as error:
-            return f"the database is damaged, and its schema cannot be read: {_plain(str(error))}"
+            return f"the database is damaged, and its schema cannot be read: {reason_of(error)}"
         found = frozenset((str(kind), str(name), _normalised(sql)) for kind, name, sql in rows)
         if found == _SCHEMA:
             return None
         extra = [f"the {kind} {name}" for kind, name, _ in found - _SCHEMA]
         missing = [f"the {kind} {name}" for kind, name, _ in _SCHEMA - found]
         what = f"not of the format: {', '.join(sorted(extra)) or 'nothing'}; lacking: {', '.join(sorted(missing))}"
-        return f"the schema was changed ({_plain(what)})"
+        return f"the schema was changed ({ascii(what)[1:-1]})"
 
     def claims(self) -> Claims | str:
         """What the ledger says of itself; or what is wrong with that."""
@@ -110,7 +110,7 @@ class LedgerFile:
                 "SELECT stream, sealed, size, head, frontier FROM ledger NOT INDEXED LIMIT 2"
             ).fetchall()
         except UNREADABLE as error:
-            return f"the database is damaged, and the table ledger cannot be read: {error}"
+            return f"the database is damaged, and the table ledger cannot be read: {reason_of(error)}"
         if len(rows) != 1:
             return "the table ledger has no row" if not rows else "the table ledger has more than its one row"
         return _checked_claims(*rows[0])
@@ -137,10 +137,10 @@ class LedgerFile:
         except UNREADABLE as error:
             if interruption:
                 raise interruption[0] from None
-            return str(error)
+            return reason_of(error)
         finally:
             self.connection.set_progress_handler(None, 0)
-        return None if findings == [("ok",)] else " ".join(str(finding) for (finding,) in findings)
+        return None if findings == [("ok",)] else " ".join(" ".join(str(finding).split()) for (finding,) in findings)
 
     def _pragma(self, name: str) -> Any:
         return self.connection.execute(f"PRAGMA {name}").fetchone()[0]
@@ -227,12 +227,7 @@ def _execute(connection: sqlite3.Connection, statement: str, path: Path) -> None
     try:
         connection.execute(statement)
     except UNREADABLE as error:
-        raise AuditFileError(str(path), f"cannot be read: {error}", _REMEDY) from None
-
-
-def _plain(text: str) -> str:
-    """With whatever names the schema has, but nothing that would command a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+        raise AuditFileError(str(path), f"cannot be read: {reason_of(error)}", _REMEDY) from None
 
 
 def _text(value: bytes) -> str:
