@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -343,3 +345,17 @@ def test_help_names_the_commands() -> None:
     assert done.returncode == 0
     for name in ("verify", "checkpoint", "keygen"):
         assert name in done.stdout
+
+
+def test_the_guide_is_what_it_says(folder: Path) -> None:
+    guide = Path(__file__).parents[1] / "docs" / "how-to" / "verify-the-audit-trail.md"
+    commands = re.findall(r"```sh\n(.*?)\n```", guide.read_text(), re.DOTALL)
+    assert len(commands) == 3
+    (folder / "checkpoints").unlink()
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        assert name == "ucm"
+        done = installed_ucm(*arguments)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[3] == "  as 1 checkpoint said, up to the last record"
+    assert done.stdout.splitlines()[3] in guide.read_text()

@@ -84,8 +84,8 @@ def test_a_record_that_claims_to_be_endless_is_found(path: Path) -> None:
     subject, body = TWELVE.entries[5]
     cell = content.index(subject + body) - 7  # its length, its number, and a header of five bytes
     path.write_bytes(content[:cell] + b"\xa3\xaf\xb0\xb0" + b"\xff" * 10 + content[cell + 14 :])
-    found = verify_ledger(path).problems[0]
-    assert (found.record, found.message) == (6, "it cannot be read: it claims to be longer than there is memory")
+    problem = verify_ledger(path).problems[0]
+    assert (problem.record, "it cannot be read" in problem.message) == (6, True)
 
 
 Mutation = Callable[[bytearray, random.Random], None]
