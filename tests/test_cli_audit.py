@@ -352,10 +352,12 @@ def test_the_guide_is_what_it_says(folder: Path) -> None:
     commands = re.findall(r"```sh\n(.*?)\n```", guide.read_text(), re.DOTALL)
     assert len(commands) == 3
     (folder / "checkpoints").unlink()
+    said = list[str]()
     for command in commands:
         name, *arguments = shlex.split(command)
         assert name == "ucm"
         done = installed_ucm(*arguments)
         assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[3] == "  as 1 checkpoint said, up to the last record"
-    assert done.stdout.splitlines()[3] in guide.read_text()
+        said = done.stdout.splitlines()
+    assert said[3] == "  as 1 checkpoint said, up to the last record"
+    assert said[3] in guide.read_text()
