@@ -14,15 +14,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import atheris
-
 from support.ledgers import facts, write_ledger
+from ucm_middleware.errors import AuditFileError
 
 atheris: Any = import_module("atheris")  # has no types, and is installed only where this runs
 
 with atheris.instrument_imports(include=["ucm_middleware.audit.verification"]):
     from ucm_middleware.audit.verification import Checkpoint, verify_ledger
-from ucm_middleware.errors import AuditFileError
 
 TWELVE = facts(12)
 WHOLE = Checkpoint(TWELVE.stream, 12, TWELVE.root)

@@ -29,6 +29,7 @@ _SETTINGS: Final = (
     "PRAGMA query_only = ON",
     "BEGIN",
 )
+_LONGEST_MESSAGE: Final = 500
 _MAGIC: Final = b"SQLite format 3\0"
 _SMALLEST_PAGE: Final = 512
 _SIDECARS: Final = "-wal", "-shm", "-journal"
@@ -96,12 +97,12 @@ class LedgerFile:
         except UNREADABLE as error:
             return f"the database is damaged, and its schema cannot be read: {reason_of(error)}"
         found = frozenset((str(kind), str(name), _normalised(sql)) for kind, name, sql in rows)
-        if found == _SCHEMA:
+        if found == _SCHEMA and len(rows) == len(found):
             return None
         extra = [f"the {kind} {name}" for kind, name, _ in found - _SCHEMA]
         missing = [f"the {kind} {name}" for kind, name, _ in _SCHEMA - found]
         what = f"not of the format: {', '.join(sorted(extra)) or 'nothing'}; lacking: {', '.join(sorted(missing))}"
-        return f"the schema was changed ({ascii(what)[1:-1]})"
+        return f"the schema was changed ({ascii(what[:_LONGEST_MESSAGE])[1:-1]})"
 
     def claims(self) -> Claims | str:
         """What the ledger says of itself; or what is wrong with that."""
@@ -156,7 +157,7 @@ def open_ledger(path: Path, *, untouched: bool) -> Generator[LedgerFile]:
     try:
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10)
     except UNREADABLE as error:
-        raise AuditFileError(str(path), f"cannot be opened: {error}", _REMEDY) from None
+        raise AuditFileError(str(path), f"cannot be opened: {reason_of(error)}", _REMEDY) from None
     with closing(connection):
         connection.text_factory = _text
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_RECORD_BYTES)
