@@ -461,6 +461,16 @@ def test_nothing_is_changed(path: Path) -> None:
     assert files_in(path.parent) == tampered != before
 
 
+def test_copies_that_sqlite_makes_are_ledgers(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        ledger = append_entries(writer, TWELVE, some_entries(3))  # which are in the log still
+        writer.execute("VACUUM INTO ?", (str(path.with_name("vacuumed.db")),))
+        with closing(sqlite3.connect(path.with_name("backup.db"))) as backup:
+            writer.backup(backup)
+    for name in ("vacuumed.db", "backup.db"):
+        assert verify_ledger(path.with_name(name), [checkpoint(ledger)]).is_verified
+
+
 def test_a_name_with_what_an_address_would_mean_otherwise(tmp_path: Path) -> None:
     path = write_ledger(tmp_path / "50% of a?mode=rwc&#ledger.db", TWELVE)
     (tmp_path / "link.db").symlink_to(path)
