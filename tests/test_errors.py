@@ -8,6 +8,7 @@ import pytest
 
 from ucm_middleware import errors
 from ucm_middleware.errors import (
+    LedgerFileError,
     ConfigurationError,
     ContextClosedError,
     ContextExpiredError,
