@@ -18,7 +18,13 @@ from ucm_middleware.ambient import leave
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
-from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
+from ucm_middleware.errors import (
+    ConfigurationError,
+    ContextLimitError,
+    ManagerDrainingError,
+    UnauthenticatedError,
+    UserContextError,
+)
 from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
@@ -259,8 +265,8 @@ class UserContextMiddleware:
             refusal = refusal_for_starlette(error)
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
         logger.info("refused with %d: %s", refusal.status, reason)
-        if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
-            self.manager.record_refusal(reason)
+        if not isinstance(error, ContextLimitError | ManagerDrainingError):  # those are on record already
+            self.manager.record_refusal(error, reason)
         await send_refusal(refusal, scope, send, None)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
