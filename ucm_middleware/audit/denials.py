@@ -50,7 +50,8 @@ class Flood:
 class Denials:
     """Counts, and decides which have a record of their own.
 
-    ``write``, a method of the owner, writes the record of those that were counted: their kind, how many, when the first and the last came.
+    ``write``, a method of the owner, writes the record of those that were counted: their kind, how many, when the first
+    and the last came.
     ``clock`` is monotonic; ``plan`` has ``tell_due`` called at that moment.
     """
 

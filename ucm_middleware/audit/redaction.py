@@ -69,7 +69,7 @@ def for_record(data: Mapping[str, object]) -> dict[str, Any]:
     by the name of its type, and what is left out by a note of how much it was.
     """
     shown = _Copy(MOST_BYTES - _RESERVE).value(data, "", 0)
-    return shown if isinstance(shown, dict) else {"data": shown}
+    return cast("dict[str, Any]", shown) if isinstance(shown, dict) else {"unreadable": shown}
 
 
 def text_for_record(text: str) -> str:
@@ -89,26 +89,25 @@ class _Copy:
     def __init__(self, left: int) -> None:
         self.left = left
 
-    def value(self, value: Any, name: str, depth: int, *, is_item: bool = False) -> object:
+    def value(self, value: object, name: str, depth: int, *, is_item: bool = False) -> object:
         """A value that stands under this name, or is an item of a sequence."""
+        kind = type_name(value)
         try:
             if value is None or isinstance(value, bool):
                 return self._taken(value)
-            is_number = isinstance(value, int | float)
-            # How many tokens a model took is what people write down most.
-            if name and is_secret(name) and not (is_number and name.lower().endswith("tokens")):
+            if name and is_secret(name) and not _is_number_of_tokens(name, value):
                 return self._taken(REDACTED)
             if isinstance(value, str):
                 return self._text(value)
-            if is_number:
+            if isinstance(value, int | float):
                 return self._taken(_number(value))
             if isinstance(value, Mapping):
                 return self._mapping(cast("Mapping[object, object]", value), depth)
             if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray | memoryview | range):
                 return self._items(cast("Iterable[object]", value), depth, may_be_pair=is_item)
         except Exception as error:  # noqa: BLE001 - an object of the application's own may raise anything
-            return self._taken(f"<{type_name(value)}, which raised {type_name(error)}>")
-        return self._taken(f"<{type_name(value)}>")
+            return self._taken(f"<{kind}, which raised {type_name(error)}>")
+        return self._taken(f"<{kind}>")
 
     def _text(self, text: str) -> str:
         shown = text_for_record(str.__str__(text))
@@ -152,6 +151,11 @@ class _Copy:
     def _taken(self, value: T) -> T:
         self.left -= _size(value)
         return value
+
+
+def _is_number_of_tokens(name: str, value: object) -> bool:
+    """How many tokens a model took is what people write down most."""
+    return isinstance(value, int | float) and name.lower().endswith("tokens")
 
 
 def _size(value: object) -> int:
