@@ -12,7 +12,10 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 
+from support.asgi import exchange, http_scope, status_of
 from support.contexts import MakeManager, running_as, visitor
 from ucm_middleware import (
     ContextClosedError,
@@ -20,7 +23,9 @@ from ucm_middleware import (
     CrossUserAccessError,
     IdentityConflictError,
     InvalidContextError,
+    UnauthenticatedError,
     UserContextManager,
+    UserContextMiddleware,
     UserExecutionContext,
     agent_run,
     create_isolated_execution_context,
@@ -30,6 +35,7 @@ from ucm_middleware import (
 from ucm_middleware.audit.records import AuditRecord, Event, Row, UserMention
 from ucm_middleware.guard import EVERYONE
 from ucm_middleware.testing import RecordingLedger
+from ucm_middleware.types import Receive, Scope, Send
 
 SECRET = "hunter2"
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "audit-records.md"
@@ -619,7 +625,7 @@ class TestDenialsAndRefusals:
         assert (pair["asked_for"], type(pair["asked_for"])) == ("bob", UserMention)
         assert pair["asked_for_request"] == "r-1"
         assert (everyone["asked_for"], type(everyone["asked_for"])) == ("everyone", str)
-        assert key["asked_for"].startswith("thread ucm1_")
+        assert str(key["asked_for"]).startswith("thread ucm1_")
         assert type(key["asked_for"]) is str
 
     def test_a_limit_is_in_the_trail_of_the_user_and_a_visitors_in_nobodys(
@@ -635,6 +641,45 @@ class TestDenialsAndRefusals:
         record, data = only(ledger, "refused")
         assert (record.outcome, record.reason, data) == ("denied", "limit", {"detail": str(refused.value)})
         assert [one.reason for one in ledger.select("refused", user=None)] == ["limit"]
+
+    @pytest.mark.parametrize(
+        ("found", "status", "reason"),
+        [
+            ("a b\n", 400, "invalid"),
+            (None, 401, "unauthenticated"),
+            (UnauthenticatedError("expired"), 401, "unauthenticated"),
+            (HTTPException(418, SECRET), 418, "resolver"),
+            (CrossUserAccessError("no"), 403, "foreign"),
+            (IdentityConflictError("no"), 409, "conflict"),
+            (ContextClosedError("r-1", "it", "shutdown"), 503, "resolver"),
+        ],
+    )
+    async def test_a_connection_that_is_refused_has_one_record_that_says_why(
+        self, manager: UserContextManager, ledger: RecordingLedger, found: Any, status: int, reason: str
+    ) -> None:
+        def identify(connection: HTTPConnection) -> str | None:
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        app = UserContextMiddleware(unreached, manager=manager, identify=identify, require_identity=True)
+        assert status_of(await exchange(app, http_scope())) == status
+        [record] = ledger.records
+        assert (record.event, record.user_id, record.outcome, record.reason) == ("refused", None, "denied", reason)
+        assert SECRET not in str(tuple(record))
+
+    async def test_who_comes_while_draining_has_one_record_too(
+        self, manager: UserContextManager, ledger: RecordingLedger
+    ) -> None:
+        app = UserContextMiddleware(unreached, manager=manager, identify=lambda connection: "alice")
+        await manager.drain(0)
+        assert status_of(await exchange(app, http_scope())) == 503
+        [record] = ledger.records
+        assert (record.event, record.user_id, record.reason) == ("refused", "alice", "draining")
+
+
+async def unreached(scope: Scope, receive: Receive, send: Send) -> None:
+    raise AssertionError("the app was reached")
 
 
 class TestMetadata:
@@ -670,32 +715,58 @@ ELSEWHERE = {"answered", "erased"}
 
 async def everything(ledger: RecordingLedger) -> None:
     """Each event once, at least."""
-
-    class Finds:
-        def __init__(self) -> None:
-            self.shared: list[int] = []
-
     manager = UserContextManager(max_contexts_per_user=1, ledger=ledger)
     context = visitor(manager)
     context.bind("alice")
+    bob = manager.create_isolated_context("bob")
     with suppress(ExceptionGroup), managed_user_context(context):
+        with pytest.raises(IdentityConflictError):
+            context.bind("bob")
         with pytest.raises(ContextLimitError):
             manager.create_isolated_context("alice")
-        with pytest.raises(CrossUserAccessError):
-            manager.get_context("bob")
-        with manager.privileged(reason="support", users=["bob"]):
-            bob = manager.create_isolated_context("bob")
-        bob.__dict__["shared"] = context.__dict__["shared"] = Finds()
+        bob.__dict__["shared"] = context.__dict__["shared"] = SimpleNamespace(rows=[1])
         with manager.privileged(reason="audit", users=EVERYONE):
             assert not manager.validate_isolation()
+        with manager.privileged(reason="support", users=["bob"]):
+            pass
         async with agent_run(context, "search"):
             context.record("event_sent")
             context.record("transaction")
         context.callback(int)
         context.callback(int, "no number")
-        context.close()
     bob.close("expired")
     manager.create_isolated_context("bob").close("revoked")
+
+
+SEQUENCE: list[tuple[Event, str | None]] = [
+    ("opened", "a visitor"),
+    ("opened", "alice"),
+    ("bound", "alice"),
+    ("bound", "a visitor"),
+    ("opened", "bob"),
+    ("denied", "alice"),
+    ("refused", "alice"),
+    ("privileged", "alice"),
+    ("isolation_violated", None),
+    ("privileged", "alice"),
+    ("privileged", "bob"),
+    ("child_opened", "alice"),
+    ("agent_run", "alice"),
+    ("event_sent", "alice"),
+    ("transaction", "alice"),
+    ("agent_run", "alice"),
+    ("closed", "alice"),
+    ("resource_entered", "alice"),
+    ("resource_entered", "alice"),
+    ("resource_failed", "alice"),
+    ("resource_exited", "alice"),
+    ("closed", "alice"),
+    ("expired", "bob"),
+    ("closed", "bob"),
+    ("opened", "bob"),
+    ("revoked", "bob"),
+    ("closed", "bob"),
+]
 
 
 class TestPage:
@@ -712,6 +783,8 @@ class TestPage:
         self, rows: dict[str, str], ledger: RecordingLedger
     ) -> None:
         await everything(ledger)
+        found = [(record.event, record.user_id) for record in ledger.records]
+        assert [(event, user if user in ("alice", "bob", None) else "a visitor") for event, user in found] == SEQUENCE
         assert {record.event for record in ledger.records} == set(get_args(Event)) - ELSEWHERE
         for record in ledger.records:
             row = rows[record.event]
