@@ -8,7 +8,6 @@ import pytest
 
 from ucm_middleware import errors
 from ucm_middleware.errors import (
-    LedgerFileError,
     ConfigurationError,
     ContextClosedError,
     ContextExpiredError,

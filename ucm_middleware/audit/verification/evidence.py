@@ -48,8 +48,8 @@ def read_public_key(path: Path) -> "Ed25519PublicKey":
 
 
 def read_checkpoints(path: Path, key: "Ed25519PublicKey") -> tuple[Checkpoint, ...]:
-    """All checkpoints of a file, in its order. Raises LedgerFileError unless there is at least one, each is in the exact
-    form of the format, and each was signed with the private half of ``key``.
+    """All checkpoints of a file, in its order. Raises LedgerFileError unless there is at least one, each is in the
+    exact form of the format, and each was signed with the private half of ``key``.
     """
     content = read_small_file(path, _MAX_BYTES, "give the file that `ucm audit checkpoint` writes to")
     if not content:
