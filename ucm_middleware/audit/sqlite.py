@@ -1,5 +1,6 @@
 """SQLiteLedger: the embedded ledger that keeps records for good, in one file for all processes of an application."""
 
+import threading
 import weakref
 from collections.abc import Awaitable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from ucm_middleware.audit.records import Row, UserMention
 from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.audit.writer import Writer
 from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
+from ucm_middleware.forking import quiet_during_fork
 from ucm_middleware.secret import SecretRing
 
 CAPACITY: Final = 65_536
@@ -46,6 +48,20 @@ class SQLiteLedger:
         self.capacity = _checked_capacity(capacity)
         self._secrets: SecretRing | None = None
         self._writer: Writer | None = None
+        self.after_fork()
+        quiet_during_fork(self)
+
+    def before_fork(self) -> None:
+        """Let readers end; the writer sees to itself."""
+        self._reading.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Let others read."""
+        self._reading.release()
+
+    def after_fork(self) -> None:
+        """Nobody reads here."""
+        self._reading = threading.RLock()  # reentrant: a signal handler may read meanwhile
 
     def start(self, secrets: SecretRing) -> None:
         """Open the files once, so that what is wrong with them is told before anything is served.
@@ -56,7 +72,8 @@ class SQLiteLedger:
             raise ConfigurationError("this ledger has a manager already; give each a ledger of its own, on one file")
         self._secrets = secrets
         open_store = partial(_Store, self.path, self.keys, secrets)
-        open_store().close()
+        with self._reading:
+            open_store().close()
         self._writer = writer = Writer(open_store)
         weakref.finalize(self, writer.stop, PATIENCE)
 
@@ -71,13 +88,13 @@ class SQLiteLedger:
     def append(self, row: Row) -> None:
         """As the port says. Raises LedgerUnavailableError when the line is full and cannot be written."""
         writer = self._started()
-        if writer.waiting() >= self.capacity and row[0] != "closed":
+        if writer.lag >= self.capacity and row[0] != "closed":
             writer.wait_passed(PATIENCE)
         writer.append(row)
 
     @property
     def has_room(self) -> bool:
-        return self._writer is None or self._writer.waiting() < self.capacity // 2
+        return self._writer is None or self._writer.lag < self.capacity // 2
 
     def durable(self) -> Awaitable[None]:
         """As the port says."""
@@ -89,10 +106,9 @@ class SQLiteLedger:
 
     def trail(self, user_id: str | None) -> Trail | None:
         """As the port says, read from the file: some milliseconds. Raises LedgerUnavailableError, LedgerFileError."""
-        if self.lag:
-            self.flush()
+        self.flush()
         assert self._secrets is not None
-        with LedgerReader.open(self.path, self.keys, self._secrets) as reader:
+        with self._reading, LedgerReader.open(self.path, self.keys, self._secrets) as reader:
             return reader.trail(user_id)
 
     def close(self) -> None:
