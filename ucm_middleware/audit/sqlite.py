@@ -76,6 +76,10 @@ class SQLiteLedger:
             open_store().close()
         self._writer = writer = Writer(open_store)
         weakref.finalize(self, writer.stop, PATIENCE)
+        # Imported here and below: the package itself needs nothing of it.
+        from multiprocessing.util import register_after_fork
+
+        register_after_fork(writer, _stop_at_exit)
 
     @property
     def lag(self) -> int:
@@ -120,6 +124,13 @@ class SQLiteLedger:
         if self._writer is None:
             raise LedgerUnavailableError("the ledger has no manager yet: UserContextManager(ledger=...)")
         return self._writer
+
+
+def _stop_at_exit(writer: Writer) -> None:
+    """In a forked child of multiprocessing, which ends without the exit handlers of the interpreter."""
+    from multiprocessing.util import Finalize
+
+    Finalize(writer, writer.stop, (PATIENCE,), exitpriority=0)
 
 
 def _checked_capacity(capacity: object) -> int:
