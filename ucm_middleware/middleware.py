@@ -36,7 +36,7 @@ from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
 from ucm_middleware.messages import Messages
 from ucm_middleware.principal import Principal
-from ucm_middleware.refusal import refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
+from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -249,8 +249,11 @@ class UserContextMiddleware:
             interrupted = lifetime.absorb_interrupt()  # first: a cancellation during the teardown is somebody else's
             await self._close(context, "cancelled" if cancelled else "failed", error)
             refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
+            is_known = refusal is not None
+            if self._strict_ledger is not None and (interrupted or not cancelled):
+                refusal = await _unrecorded(self._strict_ledger) or refusal
             answered = refusal is not None and await send_refusal(refusal, scope, send, sent.last_sent)
-            if not answered and not (cancelled and interrupted):
+            if not (is_known and answered) and not (cancelled and interrupted):
                 raise
             if interrupted and not cancelled:
                 logger.warning("a handler that was cut off (%s) ended in an error", lifetime.reason, exc_info=error)
@@ -316,3 +319,12 @@ class UserContextMiddleware:
             return message
 
         await self.app(scope, watched, send)
+
+
+async def _unrecorded(ledger: DurableLedger) -> Refusal | None:
+    """What to answer where the end of a context cannot be made durable, None when it is."""
+    try:
+        await ledger.durable()
+    except LedgerUnavailableError as error:
+        return refusal_for(error)
+    return None
