@@ -288,6 +288,14 @@ def test_what_was_rewritten_behind_no_checkpoint_is_not_found(path: Path) -> Non
     assert (found.is_verified, found.covered, found.records) == (True, 11, 12)
 
 
+def test_a_broken_chain_is_told_as_such_before_a_checkpoint(path: Path) -> None:
+    tamper(path, "UPDATE records SET body = x'00' WHERE sequence = 5")
+    found = verify_ledger(path, [checkpoint(TWELVE.first(3)), checkpoint(TWELVE.first(8)), checkpoint(TWELVE)])
+    record, message = only_problem(found)
+    assert (record, found.covered, found.records) == (5, 3, 4)
+    assert "hash is not that of its content" in message
+
+
 @pytest.mark.parametrize("kept", [0, 1, 7, 11])
 def test_a_truncated_ledger_is_found_behind_a_checkpoint_alone(path: Path, kept: int) -> None:
     write_ledger(path, TWELVE.first(kept))
