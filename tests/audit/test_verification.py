@@ -28,6 +28,7 @@ from support.ledgers import (
     write_ledger,
 )
 from ucm_middleware.audit.verification import Checkpoint, Verification, verify_ledger
+from ucm_middleware.audit.verification.ledger_file import open_ledger
 from ucm_middleware.audit.verification.tree import MerkleTree
 from ucm_middleware.errors import AuditFileError
 
@@ -429,6 +430,17 @@ def test_a_ledger_is_verified_while_it_is_written_to(path: Path) -> None:
         assert (found.problems, found.records, found.covered) == ((), 17, 15)
         assert seen[:2] == [15, 17]
         assert verify_ledger(path).records == len(ledger.entries) == 17 + len(seen)
+
+
+def test_all_that_is_read_is_of_one_moment(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        ledger = append_entries(writer, TWELVE, some_entries(1))
+        with open_ledger(path, untouched=False) as file:
+            before = file.claims()
+            append_entries(writer, ledger, some_entries(1))
+            assert file.claims() == before
+        with open_ledger(path, untouched=False) as file:
+            assert file.claims() != before
 
 
 def test_a_writer_that_comes_in_between_is_waited_for(path: Path) -> None:
