@@ -4,7 +4,7 @@
 # pyright: reportPrivateUsage=false
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import Context
 from types import TracebackType
@@ -70,6 +70,8 @@ async def agent_run(
     _require_entry(context)
     child = context.create_child_context(agent_name)
     child.lifetime.variables = _variables_here(context)
+    if child.host is not None and (spans := child.host.telemetry.spans) is not None:
+        spans.name_agent(child, agent_name)
     async with managed_user_context(child):
         if child.host is not None and child.host.hooks.around_agent_run:
             await child._enter_around(child.host.hooks.around_agent_run(child, agent_name, parameters or {}))
@@ -85,15 +87,19 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     CrossUserAccessError outside of a ``privileged`` block.
     """
 
-    __slots__ = ("_context", "_token")
+    __slots__ = ("_context", "_leave_span", "_token")
 
     def __init__(self, context: UserExecutionContext) -> None:
         self._context = validate_user_context(context)
         self._token: Ambient | None = None
+        self._leave_span: Callable[[], None] | None = None
 
     def __enter__(self) -> UserExecutionContext:
         _require_entry(self._context)
         self._token = enter(self._context)
+        host = self._context.host
+        if host is not None and (spans := host.telemetry.spans) is not None:
+            self._leave_span = spans.enter(self._context)
         return self._context
 
     def __exit__(
@@ -128,6 +134,9 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         token, self._token = self._token, None
         if token is not None:
             leave(token)
+        leave_span, self._leave_span = self._leave_span, None
+        if leave_span is not None:
+            leave_span()
 
     def _raise_failures(self, error: BaseException | None) -> None:
         failures = self._context.lifetime.failures

@@ -10,6 +10,7 @@ from ucm_middleware.keys import OwnerKeys
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.dispatch import Hooks
+    from ucm_middleware.telemetry import Telemetry
 
 
 class ContextHost(Protocol):
@@ -18,6 +19,7 @@ class ContextHost(Protocol):
     ids: UnifiedIDManager
     keys: OwnerKeys
     hooks: "Hooks"
+    telemetry: "Telemetry"
 
     @property
     def guard(self) -> object:

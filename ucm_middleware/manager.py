@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
 from ucm_middleware.ambient import Grant
-from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.ledger import DurableLedger, Ledger
 from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
@@ -45,6 +45,7 @@ from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
+from ucm_middleware.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class UserContextManager:
     outside of any context even when the manager serves a middleware. ``secret`` is what stored hashes are keyed by,
     32 random bytes or more, ``UCM_SECRET`` by default; ``previous_secrets`` are those before it, newest first,
     ``UCM_SECRET_PREVIOUS`` by default. ``clock`` is monotonic, in seconds. ``plugins`` are names of installed entry
-    points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more.
+    points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more. Without ``telemetry`` there
+    are no OpenTelemetry spans and metrics, also where an SDK is set.
 
     Raises PluginError for one that cannot be served.
     """
@@ -95,6 +97,7 @@ class UserContextManager:
         previous_secrets: Sequence[str | bytes] | None = None,
         clock: Callable[[], float] = time.monotonic,
         plugins: Sequence[object] = (),
+        telemetry: bool = True,
     ) -> None:
         limits = Limits(
             _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
@@ -112,13 +115,15 @@ class UserContextManager:
         self.environment = IsolatedEnvironment() if environment is None else environment
         self.ids = UnifiedIDManager()
         self._clock = clock
-        self._trail = AuditTrail(MemoryLedger() if ledger is None else ledger)
+        self._ledger = MemoryLedger() if ledger is None else ledger
+        self._trail = AuditTrail(self._ledger)
         self.hooks = load_hooks(plugins, self.environment)
         self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
         self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)
         self.keys = OwnerKeys(self._secrets, self._guard.denied)
         self._registry = Registry(limits, clock)
         self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
+        self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
         self.after_fork()
         renewed_after_fork(self)
         weakref.finalize(self, self._sweeper.stop).atexit = False
@@ -376,6 +381,7 @@ class UserContextManager:
         """Open contexts, from now on for a middleware: code outside of any context is no longer trusted."""
         self._guard.serve()
         self._draining = False
+        self.telemetry.look()
 
     async def drain(self, timeout: float) -> int:
         """Open no more contexts, give the live ones so many seconds to end, then close them, interrupting their
@@ -417,9 +423,9 @@ class UserContextManager:
                     self._registry.postpone(context)
         return closed
 
-    def record_refusal(self, reason: str) -> None:
-        """Note that a connection was refused before it had a user."""
-        self._trail.refused(None, reason)
+    def record_refusal(self, reason: str, error: str) -> None:
+        """Note that a connection was refused before it had a user, and which kind of error says so."""
+        self._trail.refused(None, reason, error)
 
     # Called by contexts.
 
@@ -429,6 +435,8 @@ class UserContextManager:
             self.hooks.context_opened(child)
 
     def context_closing(self, context: UserExecutionContext) -> None:
+        if self.telemetry.metrics is not None:
+            self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
 
@@ -569,7 +577,7 @@ class UserContextManager:
         if isinstance(error, CrossUserAccessError):
             return self._guard.denied(source, key)
         if isinstance(error, ContextLimitError):
-            self._trail.refused(context.user_id, str(error))
+            self._trail.refused(context.user_id, str(error), type(error).__name__)
         return error
 
     def _bind_session(self, context: UserExecutionContext) -> None:
@@ -609,6 +617,12 @@ class UserContextManager:
                 loop.call_soon_threadsafe(context.close, reason, context=Context())
                 return
         threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
+
+    def _live(self) -> int:
+        return len(self._registry)
+
+    def _lag(self) -> int:
+        return self._ledger.lag if isinstance(self._ledger, DurableLedger) else 0
 
     def _next_wake(self) -> float | None:
         return self._registry.next_wake()

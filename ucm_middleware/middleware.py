@@ -123,6 +123,9 @@ class UserContextMiddleware:
             if sent is None:
                 sent = Watch(send)
                 send = sent.send
+        if (spans := self.manager.telemetry.spans) is not None:
+            outside = scope[BOUNDARY].outside
+            spans.let_in(None if outside is None else outside.run)
         if CONTEXT in scope:
             if scope[CONTEXT].host is self.manager:
                 return self.app(scope, receive, send)
@@ -202,6 +205,8 @@ class UserContextMiddleware:
         lifetime = context._lifetime
         lifetime.run_in_current_task()
         token = ambient.set(context)
+        if (telemetry := self.manager.telemetry).spans is not None:
+            receive, send = telemetry.around(context, scope, receive, send)
         try:
             if self._is_wrapped:
                 receive = await self._wrapped(context, scope, receive)
@@ -260,7 +265,7 @@ class UserContextMiddleware:
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
         logger.info("refused with %d: %s", refusal.status, reason)
         if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
-            self.manager.record_refusal(reason)
+            self.manager.record_refusal(reason, type(error).__name__)
         await send_refusal(refusal, scope, send, None)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -273,4 +278,9 @@ class UserContextMiddleware:
                 await self.manager.drain(self.drain_timeout)
             return message
 
-        await self.app(scope, watched, send)
+        async def noted(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.manager.telemetry.look()  # many applications set up their SDK in the lifespan
+            await send(message)
+
+        await self.app(scope, watched, noted)

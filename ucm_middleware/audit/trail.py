@@ -18,6 +18,7 @@ from ucm_middleware.audit.records import (
     Data,
     Event,
     Outcome,
+    Row,
     UserMention,
     iso,
 )
@@ -44,6 +45,11 @@ class AuditTrail:
     def after_fork(self) -> None:
         """Ids of its own for each process: 64 random bits above a number."""
         self._next_id = count(int.from_bytes(urandom(8)) << 64).__next__
+
+    def carry_with(self, carry: Callable[[Row], Row] | None) -> None:
+        """Pass each record through this on its way to the ledger; None for nothing in between."""
+        append = self._ledger.append
+        self._append = append if carry is None else lambda row: append(carry(row))
 
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
@@ -123,9 +129,11 @@ class AuditTrail:
         else:
             self._about(actor, "denied", "denied", data=data)
 
-    def refused(self, user_id: str | None, reason: str) -> None:
-        """No context was opened: a limit, a bad id, no identity, or the server is draining."""
-        self._about_nobody("refused", "denied", reason, user_id=user_id)
+    def refused(self, user_id: str | None, reason: str, error: str) -> None:
+        """No context was opened: a limit, a bad id, no identity, or the server is draining. ``error`` is which kind of
+        error says so.
+        """
+        self._about_nobody("refused", "denied", reason, user_id=user_id, data=(("error", error),))
 
     def privileged(self, actor: UserExecutionContext | None, reason: str, users: Sequence[str] | None) -> None:
         """Someone was granted access to others' contexts, or to everyone's.
