@@ -49,7 +49,11 @@ class AuditTrail:
     def carry_with(self, carry: Callable[[Row], Row] | None) -> None:
         """Pass each record through this on its way to the ledger; None for nothing in between."""
         append = self._ledger.append
-        self._append = append if carry is None else lambda row: append(carry(row))
+
+        def carried(row: Row) -> None:
+            append(row if carry is None else carry(row))
+
+        self._append = append if carry is None else carried
 
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
