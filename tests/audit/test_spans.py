@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from opentelemetry import baggage, trace
 from opentelemetry.context import attach, get_current
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
@@ -304,8 +305,11 @@ class TestIdentity:
             async with agent_run(current_context(), "planner"):
                 seen.append(dict(baggage.get_all()))
 
-        await exchange(with_current(trace.INVALID_SPAN, serving(manager, handler)), request())
-        assert seen == [{}, {}]
+        app = serving(manager, handler)
+        server = sdk.tracer.start_span("GET", kind=SpanKind.SERVER)
+        await exchange(with_current(server, app), request())
+        await exchange(ContextFirewall(with_current(server, app)), request())
+        assert seen == [{}] * 4
 
     def test_without_a_secret_in_production_it_is_told_and_served(
         self, sdk: Sdk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make_manager: MakeManager
@@ -330,6 +334,13 @@ class TestParent:
         await exchange(ContextFirewall(Server(sdk, serving(manager))), request())
         for context, server in zip(sdk.named("ucm context"), sdk.named("GET"), strict=True):
             assert is_below(context, server)
+
+    async def test_it_is_fastapi_s_own(self, sdk: Sdk, manager: UserContextManager) -> None:
+        app = FastAPI()
+        app.add_middleware(UserContextMiddleware, manager=manager, identify=identify)
+        await exchange(app, request(server=("127.0.0.1", 80), scheme="http", http_version="1.1"))
+        [server] = [span for span in sdk.spans if span.kind is SpanKind.SERVER]
+        assert is_below(sdk.one("ucm context"), server)
 
     async def test_what_the_resolver_does_is_below_it_too(self, sdk: Sdk, manager: UserContextManager) -> None:
         async def resolver(connection: HTTPConnection) -> str:
@@ -620,6 +631,7 @@ print(sorted(name for name in sys.modules if name.startswith("opentelemetry")))
 class TestMetrics:
     async def test_contexts_are_counted(self, sdk: Sdk, make_manager: MakeManager) -> None:
         manager = make_manager(max_contexts_per_user=1, secret=SECRET)
+        manager.create_isolated_context(USER).close()
         context = manager.create_isolated_context(USER)
         manager.set_context(USER, context)
         assert sdk.metric("ucm.context.live") == 1
@@ -628,7 +640,7 @@ class TestMetrics:
         await exchange(serving(manager, require_identity=True), request(None))
         context.close("expired")
         assert sdk.metric("ucm.context.live") == 0
-        assert sdk.metric("ucm.context.opened") == 1
+        assert sdk.metric("ucm.context.opened") == 2
         assert sdk.metric("ucm.context.expired") == 1
         assert sdk.metric("ucm.context.refused") == 2
         assert sdk.metric("ucm.context.refused", error_type="ContextLimitError") == 1
