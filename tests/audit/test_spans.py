@@ -215,6 +215,19 @@ class TestRecords:
         parent.close()
         assert is_below(sdk.one("ucm child"), sdk.one("ucm context"))
 
+    @pytest.mark.security
+    def test_what_happens_in_another_s_context_is_below_that_one(self, sdk: Sdk, manager: UserContextManager) -> None:
+        bobs = manager.create_isolated_context("bob")
+        with (
+            managed_user_context(manager.create_isolated_context(USER)),
+            manager.privileged(reason="support", users=["bob"]),
+        ):
+            bobs.create_child_context("search").close()
+            bobs.close()
+        alices, of_bob = sorted(sdk.named("ucm context"), key=lambda span: span.start_time or 0, reverse=True)
+        assert is_below(sdk.one("ucm child"), of_bob)
+        assert all(is_below(span, alices) for span in sdk.named("ucm privileged"))
+
     async def test_a_failure_is_an_error(self, sdk: Sdk, manager: UserContextManager) -> None:
         async def handler() -> None:
             raise ValueError("the secret of alice")
@@ -255,6 +268,7 @@ class TestIdentity:
         again, alike, bobs, others = (about(span)["enduser.pseudo.id"] for span in sdk.named("ucm context"))
         assert again == alike
         assert len({again, bobs, others}) == 3
+        assert again.rpartition("_")[2] != others.rpartition("_")[2]
         assert again.startswith("ucmp1_")
         assert len(again) == 55
         assert all(USER not in span.to_json() for span in sdk.spans)
