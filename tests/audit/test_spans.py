@@ -451,6 +451,20 @@ class TestWebSockets:
         assert len({about(span)["enduser.pseudo.id"] for span in (connection, first, second, close)}) == 1
         assert "ucm.record.id" not in about(first)
 
+    async def test_who_logs_in_on_a_connection_is_on_its_messages(self, sdk: Sdk, manager: UserContextManager) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            while (await receive())["type"] != "websocket.disconnect":
+                current_context().bind(USER)
+
+        middleware = UserContextMiddleware(app, manager=manager)
+        await exchange(middleware, websocket_scope(), *self.messages("login", "hello"))
+        login, hello = (about(span).get("enduser.pseudo.id") for span in sdk.named("ucm message"))
+        assert login is None
+        assert hello is not None
+        assert hello == about(sdk.one("ucm close"))["enduser.pseudo.id"]
+
     @pytest.mark.parametrize("extensions", [{}, DENIAL], ids=["close", "denial"])
     async def test_a_refused_connection_has_ended(
         self, sdk: Sdk, manager: UserContextManager, ledger: RecordingLedger, extensions: dict[str, Any]

@@ -96,6 +96,8 @@ class Spans:
                     return self._opened(core, record)
             elif record.event == "closed":
                 return self._closed(core, record)
+            elif record.event == "bound" and (pseudonym := self._pseudonym(record.user_id)) is not None:
+                self._open[core].attributes["enduser.pseudo.id"] = pseudonym
         return self._happened(record)
 
     def _opened(self, core: Core, record: AuditRecord) -> Span:
@@ -116,11 +118,13 @@ class Spans:
         if traced.is_connection:
             self._end(traced.span, traced.attributes)
             return self._happened(record, "ucm close", Context(), traced.link)
-        attributes = self._attributes(record)
-        attributes["ucm.record.closed_id"] = attributes.pop("ucm.record.id")
-        del attributes["ucm.event"]
+        attributes = traced.attributes
+        attributes["ucm.record.closed_id"] = core_text(record.record_id)
+        attributes["ucm.outcome"] = record.outcome
+        if record.reason in _OWN_WORDS:
+            attributes["ucm.reason"] = str(record.reason)
         self._note_if_lost(traced.span, record)
-        self._end(traced.span, traced.attributes | attributes, record)
+        self._end(traced.span, attributes, record)
         return traced.span
 
     def _happened(
