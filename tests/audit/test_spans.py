@@ -685,6 +685,7 @@ class TestMetrics:
         class Slow(RecordingLedger):
             lag = 7
             problem = None
+            has_room = True
 
             def start(self, secrets: object) -> None: ...
             async def ready(self) -> None: ...
