@@ -5,7 +5,10 @@ A client that switches the sampling off, forges baggage or sends a giant header 
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -18,9 +21,11 @@ from websockets.sync.client import connect
 from support.fixtures import ServerFactory
 from support.observer import client, token_of
 from support.raw_http import RawConnection, build_request
-from support.servers import Server
+from support.servers import Server, start_server
 from support.tracing import RECORD_KEYS
 from support.waiting import PATIENCE
+
+ROOT = Path(__file__).parents[2]
 
 ALICE = "alice@example.com"
 USERS = ALICE, "bob@example.com", "carol@example.com", "dave@example.com"
@@ -37,7 +42,7 @@ class Receiver:
         self.port = port
         self.spans: list[Span] = []
         self._tap = OtelTapHttpProtobufReceiver(OtelTapHttpProtobufReceiverSettings(http_port=port))
-        self._all_there = asyncio.Event()
+        self._more = asyncio.Condition()
 
     async def collect(self, started: asyncio.Event) -> None:
         stream = self._tap.stream_traces()
@@ -47,15 +52,15 @@ class Receiver:
             started.set()
             while True:
                 span = await following
-                self.spans.append(span)
-                if span.name == "the end":
-                    self._all_there.set()
                 following = asyncio.ensure_future(anext(stream))
+                async with self._more:
+                    self.spans.append(span)
+                    self._more.notify_all()
 
-    async def wait_for_the_end(self) -> None:
-        """Until the last span is there, which the app makes when it is shut down: a batch keeps its order."""
-        async with asyncio.timeout(PATIENCE):
-            await self._all_there.wait()
+    async def wait_for(self, name: str, times: int = 1) -> None:
+        """Until so many spans of this name are there, and so all before: a batch keeps its order."""
+        async with asyncio.timeout(PATIENCE), self._more:
+            await self._more.wait_for(lambda: [span.name for span in self.spans].count(name) >= times)
 
     def records(self) -> list[Line]:
         """What the spans say of records, sorted."""
@@ -134,7 +139,7 @@ async def test_a_receiver_gets_every_record_on_one_span(
     server_factory: ServerFactory, receiver: Receiver, ledger: Path
 ) -> None:
     await serve(server_factory, receiver, ledger, everything)
-    await receiver.wait_for_the_end()
+    await receiver.wait_for("the end")
     assert receiver.records() == records(ledger)
     kinds = {line[0] for line in records(ledger)}
     assert kinds >= {"opened", "closed", "child_opened", "bound", "denied", "refused"}
@@ -147,7 +152,7 @@ async def test_there_is_one_server_span_for_each_request_and_the_context_s_is_be
     server_factory: ServerFactory, receiver: Receiver, ledger: Path
 ) -> None:
     await serve(server_factory, receiver, ledger, everything)
-    await receiver.wait_for_the_end()
+    await receiver.wait_for("the end")
     servers = {span.span_id: span for span in receiver.spans if span.kind == Span.SPAN_KIND_SERVER}
     assert len(servers) == 9
     contexts = [span for span in receiver.spans if attributes(span).get("ucm.event") == "opened"]
@@ -161,7 +166,7 @@ async def test_no_user_is_named_in_what_is_exported(
     server_factory: ServerFactory, receiver: Receiver, ledger: Path
 ) -> None:
     await serve(server_factory, receiver, ledger, everything)
-    await receiver.wait_for_the_end()
+    await receiver.wait_for("the end")
     exported = b"".join(span.SerializeToString() for span in receiver.spans)
     assert b"enduser.pseudo.id" in exported
     for user in USERS:
@@ -183,7 +188,7 @@ async def test_a_client_cannot_switch_its_trail_off(
                 answers.append(http.get("/who", headers=headers).json())
 
     await serve(server_factory, receiver, ledger, drive)
-    await receiver.wait_for_the_end()
+    await receiver.wait_for("the end")
     assert answers == [{"user": ALICE, "baggage": {}, "trace": trace_id}] * 2
     lines = records(ledger)
     assert [line[0] for line in lines] == ["closed", "closed", "opened", "opened"]
@@ -213,3 +218,24 @@ async def test_a_span_left_behind_on_the_connection_is_no_parent(
     assert int(str(bobs["left_behind"]), 16), "nothing was left behind: this proves nothing"
     assert bobs["trace"] != bobs["left_behind"]
     assert (alices["parent"], bobs["parent"]) == (None, None)
+
+
+async def test_the_example_shows_what_its_readme_says(receiver: Receiver) -> None:
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}", "UCM_SECRET": SECRET}
+
+    def run() -> str:
+        with start_server("uvicorn-httptools", "examples.tracing.app:app", app_dir=ROOT, env=env) as server:
+            drive = [sys.executable, "-m", "examples.tracing.drive"]
+            where = {**os.environ, "ASSISTANT": f"127.0.0.1:{server.port}"}
+            return subprocess.run(
+                drive, cwd=ROOT, env=where, capture_output=True, text=True, timeout=60, check=True
+            ).stdout
+
+    said = await asyncio.to_thread(run)
+    assert "bob GET /notes/alice: 403" in said
+    await receiver.wait_for("ucm close", 2)
+    names = [span.name for span in receiver.spans]
+    counts = {name: names.count(name) for name in ("GET /ask", "invoke_agent planner", "ucm denied", "ucm message")}
+    assert counts == {"GET /ask": 2, "invoke_agent planner": 2, "ucm denied": 1, "ucm message": 4}
+    contexts = [attributes(span) for span in receiver.spans if attributes(span).get("ucm.event") == "opened"]
+    assert len({about["enduser.pseudo.id"] for about in contexts}) == 2
