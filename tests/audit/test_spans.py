@@ -33,6 +33,7 @@ from ucm_middleware import (
     current_context,
     managed_user_context,
 )
+from ucm_middleware.audit import AuditRecord
 from ucm_middleware.ids import core_text
 from ucm_middleware.testing import RecordingLedger
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
@@ -184,6 +185,17 @@ class TestRecords:
         assert denied.start_time == denied.end_time
         assert about(denied)["ucm.outcome"] == "denied"
         assert "bob" not in str(dict(about(denied)))
+
+    def test_what_took_a_while_is_a_span_as_long(self, sdk: Sdk, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context(USER)
+        spans = manager.telemetry.spans
+        assert spans is not None
+        spans.carry(AuditRecord("transaction", 1000.0, USER, context=context._core, seconds=0.5))
+        context.close()
+        span = sdk.one("ucm transaction")
+        assert (span.start_time, span.end_time) == (999_500_000_000, 1_000_000_000_000)
+        assert is_below(span, sdk.one("ucm context"))
+        assert sdk.one("ucm context").start_time != sdk.one("ucm context").end_time
 
     async def test_an_agent_run_and_a_child_are_spans_below_their_context(
         self, sdk: Sdk, manager: UserContextManager

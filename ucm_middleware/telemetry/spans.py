@@ -1,8 +1,8 @@
 """Spans that carry the records of the ledger. Each record is on one span, which has its id, and whose ids it has.
 
 The span of a context carries the record of its opening and that of its end; of a WebSocket connection, the span ends
-when it is accepted, since a span does not exist for a backend before it has ended. Every other record is a span of no
-length. There are no span events, which are no part of a span's identity and are dropped first.
+when it is accepted, since a span does not exist for a backend before it has ended. Every other record is a span as long
+as what it tells of took, most often of no length. None is a span event.
 """
 
 from collections.abc import Callable, Mapping
@@ -130,7 +130,7 @@ class Spans:
     def _happened(
         self, record: AuditRecord, name: str | None = None, where: Context | None = None, link: Link | None = None
     ) -> Span:
-        """A span for one record: it begins and ends when that was written."""
+        """A span for one record, as long as what it says took."""
         if where is None and record.context is not None:
             where = self._below(self._open.get(record.context))
         attributes = self._attributes(record)
@@ -263,7 +263,7 @@ class Spans:
             kind=kind,
             attributes=attributes,
             links=None if link is None else [link],
-            start_time=None if record is None else _nanoseconds(record.at),
+            start_time=None if record is None else _nanoseconds(record.at - _took(record)),
         )
         span = INVALID_SPAN if span is None else span
         if record is not None:
@@ -317,6 +317,11 @@ def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) 
     if record.outcome == "failed":
         span.set_status(Status(StatusCode.ERROR))
     span.end(_nanoseconds(record.at))
+
+
+def _took(record: AuditRecord) -> float:
+    """Seconds before the record was written. The life of a context has a span of its own."""
+    return 0.0 if record.seconds is None or record.event == "closed" else record.seconds
 
 
 def _nanoseconds(at: float) -> int:
