@@ -15,6 +15,7 @@ from ucm_middleware.errors import (
     ContextLimitError,
     ContextNotFoundError,
     CrossUserAccessError,
+    ErasureIncompleteError,
     HandleRevokedError,
     IdentityConflictError,
     InvalidContextError,
@@ -42,6 +43,7 @@ EACH = [
     ManagerDrainingError("closing time"),
     LedgerUnavailableError("the disk is full"),
     LedgerFileError("audit.db", "is a directory", "name a file"),
+    ErasureIncompleteError("keys.db", "is being read", "erase again", [bytes(16)]),
 ]
 
 

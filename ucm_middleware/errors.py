@@ -135,6 +135,17 @@ class LedgerFileError(UserContextError):
         self.remedy = remedy
 
 
+class ErasureIncompleteError(LedgerFileError):
+    """A user's keys are deleted, and what they were stored in could not be cleaned of the last bytes yet.
+
+    ``subjects`` are the deleted ones, 16 bytes each.
+    """
+
+    def __init__(self, path: str, problem: str, remedy: str, subjects: Sequence[bytes]) -> None:
+        super().__init__(path, problem, remedy)
+        self.subjects = tuple(subjects)
+
+
 def _restore(kind: type[UserContextError], args: tuple[Any, ...], fields: Mapping[str, Any]) -> UserContextError:
     error = kind.__new__(kind)
     error.args = args

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeGuard, cast
 
 from ucm_middleware.ambient import Grant
-from ucm_middleware.audit.ledger import DurableLedger, Ledger
+from ucm_middleware.audit.ledger import DurableLedger, Ledger, NoLedger
 from ucm_middleware.audit.memory import MemoryLedger
-from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.audit.records import UserMention, mention
+from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
@@ -30,6 +31,7 @@ from ucm_middleware.errors import (
     CrossUserAccessError,
     IdentityConflictError,
     InvalidContextError,
+    LedgerUnavailableError,
     ManagerDrainingError,
     UserContextError,
 )
@@ -39,7 +41,7 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.keys import OwnerKeys
-from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Lifetime, loop_is_live, running_loop
+from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Journal, Lifetime, loop_is_live, running_loop
 from ucm_middleware.plugins import load_hooks
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
@@ -75,7 +77,12 @@ class UserContextManager:
     points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more. Without ``telemetry`` there
     are no OpenTelemetry spans and metrics, also where an SDK is set.
 
-    Raises PluginError for one that cannot be served.
+    ``ledger`` is where records go, the process's memory by default. With ``audit`` "async" they are written as soon as
+    may be, and what a durable ledger cannot keep up with waits. With "strict", a request's opening is durable before
+    its handler runs, its outcome before the last of its answer leaves, and 503 answers what cannot be recorded. "off"
+    keeps none.
+
+    Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
 
     MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
@@ -92,6 +99,7 @@ class UserContextManager:
         ttl: float | None = None,
         environment: IsolatedEnvironment | None = None,
         ledger: Ledger | None = None,
+        audit: Literal["strict", "async", "off"] = "async",
         guard: Literal["closed", "open"] = "closed",
         secret: str | bytes | None = None,
         previous_secrets: Sequence[str | bytes] | None = None,
@@ -104,6 +112,7 @@ class UserContextManager:
             _checked_limit("max_contexts", max_contexts, self.MAX_CONTEXTS),
             _checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
         )
+        _check_audit(audit, ledger)
         if guard not in ("closed", "open"):
             raise ConfigurationError(f"guard must be 'closed' or 'open', not {guard!r}")
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
@@ -115,18 +124,24 @@ class UserContextManager:
         self.environment = IsolatedEnvironment() if environment is None else environment
         self.ids = UnifiedIDManager()
         self._clock = clock
-        self._ledger = MemoryLedger() if ledger is None else ledger
-        self._trail = AuditTrail(self._ledger)
+        self.audit = audit
+        if ledger is None:
+            ledger = NoLedger() if audit == "off" else MemoryLedger()
+        self._durable_ledger = ledger if isinstance(ledger, DurableLedger) else None
+        self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
+        self._trail = AuditTrail(ledger, clock, self._sweeper.plan, is_strict=audit == "strict")
         self.hooks = load_hooks(plugins, self.environment)
         self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
         self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)
         self.keys = OwnerKeys(self._secrets, self._guard.denied)
+        if self._durable_ledger is not None:
+            self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
-        self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
         self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
         self.after_fork()
         renewed_after_fork(self)
         weakref.finalize(self, self._sweeper.stop).atexit = False
+        weakref.finalize(self, self._trail.tell_counted)  # also when the interpreter ends
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: what is under way in the parent ends there."""
@@ -241,7 +256,7 @@ class UserContextManager:
         try:
             context.verify_isolation()
             if self._draining:
-                self._refuse_while_draining()
+                self._refuse_while_draining(user_id)
             context._host = self
             self._bind_session(context)
             self._admit(context, self.ttl if ttl is None else ttl, "create_context")
@@ -288,7 +303,7 @@ class UserContextManager:
         the id.
         """
         if self._draining:
-            self._refuse_while_draining()
+            self._refuse_while_draining(user_id)
         core = self.ids.generate_core()
         where = "a WebSocket connection" if websocket else "an HTTP request"
         context = object.__new__(UserExecutionContext)
@@ -356,8 +371,8 @@ class UserContextManager:
         return self._trail.of_system()
 
     def is_healthy(self) -> bool:
-        """True while new contexts are opened."""
-        return not self._draining
+        """True while new contexts are opened, and their records can be kept."""
+        return not self._draining and (self._durable_ledger is None or self._durable_ledger.problem is None)
 
     def privileged(
         self, *, reason: str, users: Collection[str] | Literal[Everyone.EVERYONE]
@@ -404,11 +419,20 @@ class UserContextManager:
             )
         contexts = [context for _, context in self._registry.live()]
         await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
+        self._trail.tell_counted()
+        if self._durable_ledger is not None:
+            try:
+                await self._durable_ledger.durable()
+            except LedgerUnavailableError as error:
+                logger.critical("%d audit records are not written: %s", self._durable_ledger.lag, error)
         return len(contexts)
 
     def sweep(self) -> int:
-        """Close the contexts whose deadline has come. Returns how many. Called by the manager's own thread."""
+        """Close the contexts whose deadline has come, and record the denials that were counted. Returns how many were
+        closed. Called by the manager's own thread.
+        """
         closed = 0
+        self._trail.tell_due()
         while due := self._registry.take_due():
             for context in due:
                 closed += 1
@@ -423,9 +447,9 @@ class UserContextManager:
                     self._registry.postpone(context)
         return closed
 
-    def record_refusal(self, reason: str, error: str) -> None:
-        """Note that a connection was refused before it had a user, and which kind of error says so."""
-        self._trail.refused(None, reason, error)
+    def record_refusal(self, error: Exception, detail: str) -> None:
+        """Note that a connection was refused before it had a user, and why."""
+        self._trail.refused(None, error, detail)
 
     # Called by contexts.
 
@@ -434,11 +458,33 @@ class UserContextManager:
         if self.hooks.context_opened:
             self.hooks.context_opened(child)
 
+    def journal_of(self, context: UserExecutionContext) -> Journal:
+        return self._trail.journal_of(context)
+
+    def report(
+        self,
+        context: UserExecutionContext,
+        event: str,
+        outcome: str,
+        reason: str | None,
+        seconds: float | None,
+        data: Mapping[str, object],
+    ) -> None:
+        self._trail.reported(context, event, outcome, reason, seconds, data)
+
+    def bind_refused(self, context: UserExecutionContext, user_id: str) -> None:
+        self._trail.denied(context, "bind", UserMention(user_id))
+
     def context_closing(self, context: UserExecutionContext) -> None:
         if self.telemetry.metrics is not None:
             self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
+        if context._lifetime.reason in CUT_OFF and (context._parent is None or context._parent.is_open):
+            try:
+                self._trail.cut_off(context)
+            except Exception:
+                logger.exception("why %r is closed could not be recorded", context)
 
     def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._registry.remove(context)
@@ -494,10 +540,9 @@ class UserContextManager:
             if missing_is_fine:
                 return None
             raise ContextExpiredError("the context under this key reached its deadline")
-        owner = key if isinstance(key, str) else key[0]
         if asked != key:  # a key in the asker's own name that is not there: it could have been meant for anybody
-            raise self._guard.denied(action, str(asked))
-        self._guard.require(owner, action)
+            raise self._guard.denied(action, mention(asked))
+        self._guard.require(key if isinstance(key, str) else key[0], action, mention(asked))
         return None
 
     def _own(self, key: Key) -> Key:
@@ -513,7 +558,7 @@ class UserContextManager:
     def _register(self, context: UserExecutionContext, key: Key, ttl: float | None) -> None:
         """Let a context live here under a key."""
         if self._draining:
-            self._refuse_while_draining()
+            self._refuse_while_draining(context.user_id)
         was_here = context._host is self
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
@@ -533,7 +578,7 @@ class UserContextManager:
             self._close_displaced(displaced)
             if not was_here:
                 context._detach()
-            raise self._recorded(error, context, "set_context", str(key)) from None
+            raise self._recorded(error, context, "set_context", key) from None
         self._close_displaced(displaced, context)
         self._record_opening(context, "set_context", is_new=not was_here)
 
@@ -548,7 +593,7 @@ class UserContextManager:
 
     def _not_admitted(self, error: UserContextError, context: UserExecutionContext, source: str) -> UserContextError:
         context._detach()
-        return self._recorded(error, context, source, context.request_id)
+        return self._recorded(error, context, source, (context.user_id, context.request_id))
 
     def _make_way(self, displaced: Displaced, context: UserExecutionContext, source: str) -> None:
         """Close what a new context took the place of."""
@@ -559,9 +604,11 @@ class UserContextManager:
             raise self._not_admitted(error, context, source) from None
         self._close_displaced(displaced, context)
 
-    def _refuse_while_draining(self) -> None:
+    def _refuse_while_draining(self, user_id: str | None) -> None:
         if self._guard.acting_user() is None:  # what runs already may still finish
-            raise ManagerDrainingError("the server is shutting down")
+            error = ManagerDrainingError("the server is shutting down")
+            self._trail.refused(user_id, error, str(error))
+            raise error
 
     def _require_still_open(self, context: UserExecutionContext) -> None:
         """Refuse what was closed in the middle of it, by a thread, a finalizer or a signal handler."""
@@ -571,13 +618,13 @@ class UserContextManager:
             raise context._closed_error()
 
     def _recorded(
-        self, error: UserContextError, context: UserExecutionContext, source: str, key: str
+        self, error: UserContextError, context: UserExecutionContext, source: str, key: Key
     ) -> UserContextError:
         """The error to raise for a context that could not live here, once it is on record."""
         if isinstance(error, CrossUserAccessError):
-            return self._guard.denied(source, key)
-        if isinstance(error, ContextLimitError):
-            self._trail.refused(context.user_id, str(error), type(error).__name__)
+            return self._guard.denied(source, mention(key))
+        if isinstance(error, ContextLimitError):  # nobody would ever look for the id of a visitor that was refused
+            self._trail.refused(None if context.is_anonymous else context.user_id, error, str(error))
         return error
 
     def _bind_session(self, context: UserExecutionContext) -> None:
@@ -622,10 +669,11 @@ class UserContextManager:
         return len(self._registry)
 
     def _lag(self) -> int:
-        return self._ledger.lag if isinstance(self._ledger, DurableLedger) else 0
+        return 0 if self._durable_ledger is None else self._durable_ledger.lag
 
     def _next_wake(self) -> float | None:
-        return self._registry.next_wake()
+        wakes = self._registry.next_wake(), self._trail.next_wake()
+        return min((wake for wake in wakes if wake is not None), default=None)
 
     def _plan(self, deadline: float | None) -> None:
         if deadline is not None:
@@ -674,6 +722,18 @@ def _is_anonymous(value: object) -> TypeGuard[str]:
     return (
         isinstance(value, str) and value.startswith(RESERVED_PREFIX) and UnifiedIDManager().validate(value, "anonymous")
     )
+
+
+def _check_audit(audit: object, ledger: Ledger | None) -> None:
+    if audit not in ("strict", "async", "off"):
+        raise ConfigurationError(f"audit must be 'strict', 'async' or 'off', not {audit!r}")
+    if audit == "off" and ledger is not None:
+        raise ConfigurationError("audit is 'off', and a ledger is given; leave one of the two out")
+    if audit == "strict" and not isinstance(ledger, DurableLedger):
+        raise ConfigurationError(
+            "audit is 'strict', which needs a ledger that keeps records for good: "
+            "ledger=SQLiteLedger('audit.db', keys='audit-keys.db')"
+        )
 
 
 def _checked_limit(name: str, limit: object, default: int) -> int:

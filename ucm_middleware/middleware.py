@@ -15,10 +15,19 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 
 from ucm_middleware.ambient import leave
+from ucm_middleware.answers import RecordedAnswer
+from ucm_middleware.audit.ledger import DurableLedger
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
-from ucm_middleware.errors import ConfigurationError, ContextLimitError, UnauthenticatedError, UserContextError
+from ucm_middleware.errors import (
+    ConfigurationError,
+    ContextLimitError,
+    LedgerUnavailableError,
+    ManagerDrainingError,
+    UnauthenticatedError,
+    UserContextError,
+)
 from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
@@ -27,7 +36,7 @@ from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
 from ucm_middleware.messages import Messages
 from ucm_middleware.principal import Principal
-from ucm_middleware.refusal import refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
+from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -92,6 +101,9 @@ class UserContextMiddleware:
         self.drain_timeout = checked_drain_timeout(drain_timeout)
         hooks = self.manager.hooks
         self._is_wrapped = bool(hooks.around_context or hooks.around_message)
+        self._ledger = self.manager._durable_ledger
+        self._strict_ledger = self._ledger if self.manager.audit == "strict" else None
+        self._begin = self._serve if self._ledger is None else self._serve_when_room
         self._validated = lru_cache(KNOWN_IDS)(partial(validate_id, field="user_id"))
         self.manager.serve()
 
@@ -101,15 +113,33 @@ class UserContextMiddleware:
             await (self._lifespan(scope, receive, send) if kind == "lifespan" else self.app(scope, receive, send))
         elif BOUNDARY in scope and is_enclosed(scope):
             watch = Watch(send)
-            await self._serve(scope, receive, watch.send, watch)
+            await self._begin(scope, receive, watch.send, watch)
         else:
             boundary = Boundary()
             try:
-                rest = boundary.start(self._serve, scope, receive, send, self.keep)
+                rest = boundary.start(self._begin, scope, receive, send, self.keep)
                 if rest is not None:
                     await rest
             finally:
                 boundary.context = boundary.outside = None
+
+    def _serve_when_room(
+        self, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch | None = None
+    ) -> Awaitable[None]:
+        """The same with a durable ledger: what it cannot keep up with does not begin."""
+        if self._ledger is None or self._ledger.has_room:
+            return self._serve(scope, receive, send, sent)
+        return self._wait_for_room(self._ledger, scope, receive, send, sent)
+
+    async def _wait_for_room(
+        self, ledger: DurableLedger, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch | None
+    ) -> None:
+        try:
+            await ledger.durable()
+        except LedgerUnavailableError as error:
+            await self._refuse(error, scope, send)
+        else:
+            await self._serve(scope, receive, send, sent)
 
     def _serve(
         self, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch | None = None
@@ -208,17 +238,27 @@ class UserContextMiddleware:
         if (telemetry := self.manager.telemetry).spans is not None:
             receive, send = telemetry.around(context, scope, receive, send)
         try:
+            if self._strict_ledger is not None:
+                await self._strict_ledger.durable()
             if self._is_wrapped:
                 receive = await self._wrapped(context, scope, receive)
-            await self.app(scope, receive, send)
+            if self._strict_ledger is None:
+                await self.app(scope, receive, send)
+            else:
+                answer = RecordedAnswer(context, self.manager._trail, self._strict_ledger, scope, send)
+                await self.app(scope, receive, answer.send)
+                await answer.finish()
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None
             cancelled = isinstance(error, asyncio.CancelledError)
             interrupted = lifetime.absorb_interrupt()  # first: a cancellation during the teardown is somebody else's
             await self._close(context, "cancelled" if cancelled else "failed", error)
             refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
+            is_known = refusal is not None
+            if self._strict_ledger is not None and (interrupted or not cancelled):
+                refusal = await _unrecorded(self._strict_ledger) or refusal
             answered = refusal is not None and await send_refusal(refusal, scope, send, sent.last_sent)
-            if not answered and not (cancelled and interrupted):
+            if not (is_known and answered) and not (cancelled and interrupted):
                 raise
             if interrupted and not cancelled:
                 logger.warning("a handler that was cut off (%s) ended in an error", lifetime.reason, exc_info=error)
@@ -264,8 +304,13 @@ class UserContextMiddleware:
             refusal = refusal_for_starlette(error)
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
         logger.info("refused with %d: %s", refusal.status, reason)
-        if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
-            self.manager.record_refusal(reason, type(error).__name__)
+        try:
+            if not isinstance(error, ContextLimitError | ManagerDrainingError):  # those are on record already
+                self.manager.record_refusal(error, reason)
+            if self._strict_ledger is not None:
+                await self._strict_ledger.durable()
+        except LedgerUnavailableError as unavailable:
+            refusal = refusal_for(unavailable) or refusal
         await send_refusal(refusal, scope, send, None)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -284,3 +329,12 @@ class UserContextMiddleware:
             await send(message)
 
         await self.app(scope, watched, noted)
+
+
+async def _unrecorded(ledger: DurableLedger) -> Refusal | None:
+    """What to answer where the end of a context cannot be made durable, None when it is."""
+    try:
+        await ledger.durable()
+    except LedgerUnavailableError as error:
+        return refusal_for(error)
+    return None

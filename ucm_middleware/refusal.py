@@ -13,6 +13,7 @@ from ucm_middleware.errors import (
     CrossUserAccessError,
     IdentityConflictError,
     InvalidContextError,
+    LedgerUnavailableError,
     ManagerDrainingError,
     UnauthenticatedError,
     UserContextError,
@@ -40,6 +41,7 @@ _RETRY: Final = ((b"retry-after", b"1"),)
 _CHALLENGE: Final = ((b"www-authenticate", b"Bearer"),)
 
 _DRAINING: Final = Refusal(503, TRY_AGAIN_LATER, "The server is shutting down.", _RETRY)
+_UNRECORDED: Final = Refusal(503, TRY_AGAIN_LATER, "The server cannot do this at the moment.", _RETRY)
 _UNAUTHENTICATED: Final = Refusal(401, POLICY_VIOLATION, "Valid credentials are required.", _CHALLENGE)
 
 _ID_FIELDS: Final = frozenset(
@@ -52,6 +54,7 @@ _BY_ERROR: Final[tuple[tuple[type[UserContextError], Refusal], ...]] = (
     (CrossUserAccessError, Refusal(403, POLICY_VIOLATION, "Not allowed.")),
     (ContextLimitError, Refusal(429, TRY_AGAIN_LATER, "Too many open requests and connections.", _RETRY)),
     (ManagerDrainingError, _DRAINING),
+    (LedgerUnavailableError, _UNRECORDED),
 )
 
 _BY_REASON: Final = {

@@ -1,5 +1,6 @@
 """Where records go: the port, and what more a ledger can do that keeps them for good."""
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +29,19 @@ class Ledger(Protocol):
         ...
 
 
+class NoLedger:
+    """Keeps nothing: the trail is switched off."""
+
+    __slots__ = ()
+
+    def append(self, row: Row) -> None:
+        """Forget it."""
+
+    def trail(self, user_id: str | None) -> Trail | None:
+        """Nobody was ever seen."""
+        return None
+
+
 @runtime_checkable
 class DurableLedger(Ledger, Protocol):
     """Keeps records where they survive a crash, some moments after they were appended.
@@ -53,12 +67,13 @@ class DurableLedger(Ledger, Protocol):
         """
         ...
 
-    async def ready(self) -> None:
-        """Wait until the line has room for what a new context will append. Raises LedgerUnavailableError."""
+    @property
+    def has_room(self) -> bool:
+        """Whether the line has room for what a new context will append; if not, ``durable`` makes some."""
         ...
 
-    async def durable(self) -> None:
-        """Wait until all that was appended before is durable. Raises LedgerUnavailableError."""
+    def durable(self) -> Awaitable[None]:
+        """What to await until all that was appended before the call is durable. Raises LedgerUnavailableError."""
         ...
 
     def flush(self, timeout: float) -> None:

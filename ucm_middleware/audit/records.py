@@ -40,6 +40,9 @@ TRUSTED_CODE: Final = ""
 Data = tuple[tuple[str, object], ...]
 """Names, each with a plain value."""
 
+FOR_A_CONNECTION: Final[Data] = (("source", "connection"), ("isolation_verified", True))
+"""The data of the opening of a connection's context, which begins without any of the application's."""
+
 Row = tuple[
     Event,
     float,
@@ -64,6 +67,15 @@ class UserMention(str):
     """A user id in the data of a record: a durable ledger does not write it down as text, so that it can be erased."""
 
     __slots__ = ()
+
+
+AskedFor = str | tuple[UserMention, str]
+"""What was denied: a user, something else in words, or a user's request."""
+
+
+def mention(key: str | tuple[str, str]) -> AskedFor:
+    """What a key of the manager asks for. One that is text may be a user's id."""
+    return UserMention(key) if isinstance(key, str) else (UserMention(key[0]), key[1])
 
 
 class AuditRecord(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from time import perf_counter
-from typing import Final
+from typing import Final, cast
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter_provider
 
@@ -36,7 +36,7 @@ class Metrics:
     def __init__(self, meter: Meter, live: Callable[[], int], lag: Callable[[], int]) -> None:
         self._quiet = Quiet()
         self._opened = meter.create_counter("ucm.context.opened", "{context}", "Contexts opened")
-        self._refused = meter.create_counter("ucm.context.refused", "{refusal}", "Contexts refused, by kind of error")
+        self._refused = meter.create_counter("ucm.context.refused", "{refusal}", "Contexts refused, by reason")
         self._expired = meter.create_counter("ucm.context.expired", "{context}", "Contexts that reached their deadline")
         self._teardown = meter.create_histogram(
             "ucm.context.teardown.duration", "s", "How long contexts took to release what they held"
@@ -65,7 +65,8 @@ class Metrics:
             self._open.add(core)
             self._quiet.call(self._opened.add, 1)
         elif event == "refused":
-            self._quiet.call(self._refused.add, 1, {"error.type": error_type(row)})
+            number = dict(row[11]).get("count", 1)  # of a flood, one record says how many more there were
+            self._quiet.call(self._refused.add, cast("int", number), {"ucm.reason": str(row[9])})
         elif event == "closed" and core is not None:
             if row[9] == "expired" and core in self._open:
                 self._quiet.call(self._expired.add, 1)
@@ -90,11 +91,6 @@ def find_metrics(live: Callable[[], int], lag: Callable[[], int]) -> Metrics | N
         return None
     meter = provider.get_meter(SCOPE)
     return None if _stands_in(meter) else Metrics(meter, live, lag)
-
-
-def error_type(row: Row) -> str:
-    """Which kind of error a refusal was, as a word."""
-    return str(dict(row[11]).get("error", "_OTHER"))
 
 
 def _stands_in(found: object) -> bool:

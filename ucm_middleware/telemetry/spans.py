@@ -1,8 +1,8 @@
 """Spans that carry the records of the ledger. Each record is on one span, which has its id, and whose ids it has.
 
 The span of a context carries the record of its opening and that of its end; of a WebSocket connection, the span ends
-when it is accepted, since a span does not exist for a backend before it has ended. Every other record is a span as long
-as what it tells of took, most often of no length. None is a span event.
+when it is accepted, since a span does not exist for a backend before it has ended. Every other record is a span of no
+length; a transaction's, as long as that took. None is a span event.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,14 +31,14 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX, Core, core_text, is_own_request_id
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.secret import SecretRing
-from ucm_middleware.telemetry.metrics import SCOPE, error_type
+from ucm_middleware.telemetry.metrics import SCOPE
 from ucm_middleware.telemetry.pseudonyms import Pseudonyms
 from ucm_middleware.telemetry.quiet import Quiet
 
 Attributes = dict[str, str]
 
 _OWN_WORDS: Final = frozenset(get_args(CloseReason))
-"""The reasons that are shown. Others are texts of the application's, and may name a person."""
+"""The reasons that are shown, besides those of refusals. Others are the application's texts, and may name a person."""
 
 
 @dataclass(slots=True)
@@ -130,7 +130,7 @@ class Spans:
     def _happened(
         self, record: AuditRecord, name: str | None = None, where: Context | None = None, link: Link | None = None
     ) -> Span:
-        """A span for one record, as long as what it says took."""
+        """A span for one record."""
         if where is None and record.context is not None:
             where = self._below(self._open.get(record.context))
         attributes = self._attributes(record)
@@ -157,12 +157,11 @@ class Spans:
             "ucm.event": record.event,
             "ucm.record.id": core_text(record.record_id),
             "ucm.outcome": record.outcome,
-            "ucm.reason": record.reason if record.reason in _OWN_WORDS else None,
+            "ucm.reason": record.reason if record.event == "refused" or record.reason in _OWN_WORDS else None,
             "ucm.context.id": record.context_id,
             "ucm.request.id": record.request_id,
             "ucm.thread.id": record.thread_id,
             "ucm.run.id": record.run_id,
-            "error.type": error_type(record) if record.event == "refused" else None,
             "enduser.pseudo.id": self._pseudonym(record.user_id if record.actor_id is None else record.actor_id),
             "ucm.subject.pseudo.id": None if record.actor_id is None else self._pseudonym(record.user_id),
         }
@@ -320,8 +319,8 @@ def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) 
 
 
 def _took(record: AuditRecord) -> float:
-    """Seconds before the record was written. The life of a context has a span of its own."""
-    return 0.0 if record.seconds is None or record.event == "closed" else record.seconds
+    """Seconds before the record was written. A context, and so a run of an agent, has a span of its own."""
+    return record.seconds or 0.0 if record.event == "transaction" else 0.0
 
 
 def _nanoseconds(at: float) -> int:

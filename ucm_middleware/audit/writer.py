@@ -1,0 +1,261 @@
+"""The thread that makes records durable: whatever waits in line is written in one transaction, then told so."""
+
+import asyncio
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Final, Protocol
+
+from ucm_middleware.audit.records import Row
+from ucm_middleware.errors import LedgerUnavailableError
+from ucm_middleware.forking import quiet_during_fork
+
+logger = logging.getLogger(__name__)
+
+THREAD_NAME: Final = "ucm-middleware ledger"
+MAX_BATCH: Final = 4096
+"""The most records in one transaction."""
+
+FIRST_PAUSE: Final = 0.05
+LONGEST_PAUSE: Final = 2.0
+"""Seconds between attempts to write, while that fails."""
+
+
+class Store(Protocol):
+    """Where a batch of records is made durable."""
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Keep the records, all or none; durable when it returns."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what was opened."""
+        ...
+
+
+class TaskBarrier:
+    """Stands in line behind what a task waits for."""
+
+    __slots__ = ("future", "loop")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[None] = self.loop.create_future()
+
+
+class ThreadBarrier:
+    """Stands in line behind what a thread waits for. After the last one, the writer ends."""
+
+    __slots__ = ("error", "is_last", "passed")
+
+    def __init__(self, *, is_last: bool = False) -> None:
+        self.is_last = is_last
+        self.passed = threading.Event()
+        self.error: LedgerUnavailableError | None = None
+
+
+Barrier = TaskBarrier | ThreadBarrier
+
+
+class Writer:
+    """Takes rows and barriers from any thread, in order. ``open_store`` is called in the writer's own thread, and what
+    it opens is used there. It is closed there too, or before the process forks: SQLite does not know of forks. A child
+    of a process that has a file open believes that it holds locks which it does not.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_in_hand",
+        "_line",
+        "_lock",
+        "_open_store",
+        "_put",
+        "_stopped",
+        "_store",
+        "_thread",
+        "_writing",
+        "problem",
+        "waiting",
+    )
+
+    _put: Callable[[Row | Barrier], None]
+    waiting: Callable[[], int]
+    """How many rows and barriers are in line, but for those that are just being written."""
+
+    def __init__(self, open_store: Callable[[], Store]) -> None:
+        self._open_store = open_store
+        self.after_fork()
+        quiet_during_fork(self)
+
+    def before_fork(self) -> None:
+        """End the transaction that is under way, and let go of the file."""
+        self._writing.acquire()
+        self._let_go()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on writing."""
+        self._writing.release()
+
+    def after_fork(self) -> None:
+        """Begin anew: what was in line, and the thread, are the parent's."""
+        self._lock = threading.RLock()  # reentrant: a finalizer or a signal handler may close a context meanwhile
+        self._writing = threading.Lock()  # held while the store is in use
+        self._store: Store | None = None
+        self._thread: threading.Thread | None = None
+        self._stopped: threading.Thread | None = None
+        self._in_hand = 0
+        self.problem: str | None = None
+        self._line: SimpleQueue[Row | Barrier] = SimpleQueue()  # its put is reentrant too
+        self._put, self.waiting = self._line.put, self._line.qsize
+
+    def append(self, row: Row | Barrier) -> None:
+        """Put something in line."""
+        if self._thread is None:
+            self._start()
+        self._put(row)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, args=(self._stopped,), name=THREAD_NAME, daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def stop(self, timeout: float) -> None:
+        """Write what is in line, for so many seconds at most, and end the thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._stopped = thread or self._stopped
+        if thread is not None:
+            self._put(ThreadBarrier(is_last=True))
+            thread.join(timeout)
+            if thread.is_alive():
+                logger.critical("%d audit records are not written yet, and nobody waits for them any more", self.lag)
+
+    @property
+    def lag(self) -> int:
+        """How many rows and barriers are not through yet."""
+        return self.waiting() + self._in_hand
+
+    def passed(self) -> "asyncio.Future[None]":
+        """What to await until what is in line now is durable. Raises LedgerUnavailableError."""
+        if self.problem is not None:
+            raise LedgerUnavailableError(self.problem)
+        barrier = TaskBarrier()
+        self.append(barrier)
+        return barrier.future
+
+    def wait_passed(self, timeout: float) -> None:
+        """The same in a thread, for so many seconds at most."""
+        if self.problem is not None:
+            raise LedgerUnavailableError(self.problem)
+        barrier = ThreadBarrier()
+        self.append(barrier)
+        if not barrier.passed.wait(timeout):
+            raise LedgerUnavailableError(
+                f"the audit ledger took more than {timeout:g} seconds to write what was in line"
+            )
+        if barrier.error is not None:
+            raise barrier.error
+
+    # In the thread.
+
+    def _run(self, predecessor: threading.Thread | None) -> None:
+        if predecessor is not None:
+            predecessor.join()  # what it has in hand comes before whatever is in line
+        rows: list[Row] = []
+        is_last = False
+        pause = FIRST_PAUSE
+        while not is_last or self.waiting():  # what came behind the last barrier is written too
+            # While writing fails, all that waits: whoever stands behind a barrier is told at once.
+            barriers = _take(self._line, rows, MAX_BATCH if self.problem is None else sys.maxsize)
+            self._in_hand = len(rows)
+            is_last = is_last or any(isinstance(barrier, ThreadBarrier) and barrier.is_last for barrier in barriers)
+            try:
+                if rows:
+                    self._write(rows)
+            except Exception as error:  # noqa: BLE001 - whatever it is: the records stay, and are tried again
+                self._report(error, len(rows))
+                _release(barriers, self.problem)
+                if is_last:
+                    break
+                threading.Event().wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            if self.problem is not None:
+                logger.warning("the audit ledger can be written again")
+                self.problem, pause = None, FIRST_PAUSE
+            rows.clear()
+            self._in_hand = 0
+            _release(barriers, None)
+        if rows:
+            logger.critical("%d audit records were never written: %s", len(rows), self.problem)
+        with self._writing:
+            self._let_go()
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        with self._writing:
+            try:
+                if self._store is None:
+                    self._store = self._open_store()
+                self._store.write(rows)
+            except BaseException:
+                self._let_go()
+                raise
+
+    def _let_go(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            with suppress(Exception):  # where it has failed, that was reported
+                store.close()
+
+    def _report(self, error: Exception, number: int) -> None:
+        if self.problem is None:  # once for each time that it begins
+            logger.error("the audit ledger cannot be written, %d records wait: %s", number, error, exc_info=error)
+        self.problem = f"the audit ledger cannot be written: {error}"
+
+
+def _take(line: SimpleQueue[Row | Barrier], rows: list[Row], most: int) -> list[Barrier]:
+    """Move what waits in line to the end of ``rows``. Returns the barriers that stood among it.
+
+    Waits until there is something, unless there are rows already.
+    """
+    barriers: list[Barrier] = []
+    with suppress(Empty):
+        item = line.get(block=not rows)
+        while True:
+            if isinstance(item, tuple):
+                rows.append(item)
+                if len(rows) >= most:
+                    break
+            else:
+                barriers.append(item)
+            item = line.get_nowait()
+    return barriers
+
+
+def _release(barriers: Iterable[Barrier], problem: str | None) -> None:
+    """Tell all who wait, with one call for each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for barrier in barriers:
+        if isinstance(barrier, TaskBarrier):
+            by_loop.setdefault(barrier.loop, []).append(barrier.future)
+        else:
+            barrier.error = None if problem is None else LedgerUnavailableError(problem)
+            barrier.passed.set()
+    for loop, futures in by_loop.items():
+        with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone
+            loop.call_soon_threadsafe(_settle, futures, problem)
+
+
+def _settle(futures: Iterable[asyncio.Future[None]], problem: str | None) -> None:
+    for future in futures:
+        if future.done():  # whoever waited was cancelled
+            continue
+        if problem is None:
+            future.set_result(None)
+        else:
+            future.set_exception(LedgerUnavailableError(problem))
