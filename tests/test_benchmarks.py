@@ -205,6 +205,11 @@ class TestTimes:
             assert (done.returncode, done.stdout) == (2, "")
             assert "no owned handles" in done.stderr
 
+    def test_the_spans(self, tmp_path: Path) -> None:
+        found = figures("tracing", "--rounds", "1", folder=tmp_path)
+        assert found["traced_ratio"] > 1
+        assert found["request_us"] > 0
+
 
 class TestWire:
     def test_servers_are_visited_in_turn(self, tmp_path: Path) -> None:

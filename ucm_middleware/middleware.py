@@ -153,6 +153,9 @@ class UserContextMiddleware:
             if sent is None:
                 sent = Watch(send)
                 send = sent.send
+        if (spans := self.manager.telemetry.spans) is not None:
+            outside = scope[BOUNDARY].outside
+            spans.let_in(None if outside is None else outside.run)
         if CONTEXT in scope:
             if scope[CONTEXT].host is self.manager:
                 return self.app(scope, receive, send)
@@ -232,6 +235,8 @@ class UserContextMiddleware:
         lifetime = context._lifetime
         lifetime.run_in_current_task()
         token = ambient.set(context)
+        if (telemetry := self.manager.telemetry).spans is not None:
+            receive, send = telemetry.around(context, scope, receive, send)
         try:
             if self._strict_ledger is not None:
                 await self._strict_ledger.durable()
@@ -318,7 +323,12 @@ class UserContextMiddleware:
                 await self.manager.drain(self.drain_timeout)
             return message
 
-        await self.app(scope, watched, send)
+        async def noted(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.manager.telemetry.look()  # many applications set up their SDK in the lifespan
+            await send(message)
+
+        await self.app(scope, watched, noted)
 
 
 async def _unrecorded(ledger: DurableLedger) -> Refusal | None:

@@ -22,6 +22,7 @@ from ucm_middleware.audit.records import (
     Data,
     Event,
     Outcome,
+    Row,
     UserMention,
     iso,
 )
@@ -82,6 +83,15 @@ class AuditTrail:
     def after_fork(self) -> None:
         """Ids of its own for each process: 64 random bits above a number."""
         self._next_id = count(int.from_bytes(urandom(8)) << 64).__next__
+
+    def carry_with(self, carry: Callable[[Row], Row] | None) -> None:
+        """Pass each record through this on its way to the ledger; None for nothing in between."""
+        append = self._ledger.append
+
+        def carried(row: Row) -> None:
+            append(row if carry is None else carry(row))
+
+        self._append = append if carry is None else carried
 
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
