@@ -24,6 +24,7 @@ from ucm_middleware.errors import (
     ConfigurationError,
     ContextLimitError,
     LedgerUnavailableError,
+    ManagerDrainingError,
     UnauthenticatedError,
     UserContextError,
 )
@@ -296,8 +297,8 @@ class UserContextMiddleware:
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
         logger.info("refused with %d: %s", refusal.status, reason)
         try:
-            if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
-                self.manager.record_refusal(reason)
+            if not isinstance(error, ContextLimitError | ManagerDrainingError):  # those are on record already
+                self.manager.record_refusal(error, reason)
             if self._strict_ledger is not None:
                 await self._strict_ledger.durable()
         except LedgerUnavailableError as unavailable:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 SUBJECT_LENGTH: Final = 16
 NOBODY: Final = bytes(SUBJECT_LENGTH)
 
-MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "erased", "user_id", "users"})
+MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "user_id", "users"})
 """The members of ``data`` in which users are named. Elsewhere what looks like a subject is the application's."""
 
 _quoted: Final = encode_basestring_ascii
@@ -46,30 +46,19 @@ def plain_token(user_id: str) -> bytes:
 
 
 def encode_plain(row: Row) -> tuple[bytes, bytes]:
-    """Subject and body of a record, with users by their ids."""
-    user_id, actor_id = row[2], row[3]
-    text = _opening(row) if actor_id is None else f'{_opening(row)},"actor":{_quoted(actor_id)}'
-    if user_id is None:
-        return NOBODY, f"{text},{_members(row, str)}}}".encode("ascii")
-    return plain_token(user_id), f'{text},"user":{_quoted(user_id)},{_members(row, str)}}}'.encode("ascii")
+    """Subject and body of a record, with users by their ids. It never fails: see ``_reduced``."""
+    try:
+        return _plain(row)
+    except Exception as error:  # noqa: BLE001 - whatever is in it: the others must not wait for it for ever
+        return _plain(_reduced(row, error))
 
 
 def encode_sealed(row: Row, subjects: Mapping[str, Subject]) -> tuple[bytes, bytes]:
     """Subject and body of a record, with users by their subjects, and what is personal under the subject's key."""
-    user_id, actor_id = row[2], row[3]
-
-    def mention(user_id: str) -> dict[str, str]:
-        return {"subject": subjects[user_id].token.hex()}
-
-    text = _opening(row)
-    if actor_id is not None:
-        text = f'{text},"actor":{_to_json(mention(actor_id)) if actor_id else _quoted(actor_id)}'
-    members = _members(row, mention)
-    if user_id is None:
-        return NOBODY, f"{text},{members}}}".encode("ascii")
-    subject = subjects[user_id]
-    sealed = b64encode(subject.seal(f"{{{members}}}".encode("ascii"))).decode("ascii")
-    return subject.token, f'{text},"sealed":"{sealed}"}}'.encode("ascii")
+    try:
+        return _sealed(row, subjects)
+    except Exception as error:  # noqa: BLE001 - likewise
+        return _sealed(_reduced(row, error), subjects)
 
 
 def users_in(row: Row) -> set[str]:
@@ -115,6 +104,31 @@ def decode(
     )
 
 
+def _plain(row: Row) -> tuple[bytes, bytes]:
+    user_id, actor_id = row[2], row[3]
+    text = _opening(row) if actor_id is None else f'{_opening(row)},"actor":{_quoted(actor_id)}'
+    if user_id is None:
+        return NOBODY, f"{text},{_members(row, str)}}}".encode("ascii")
+    return plain_token(user_id), f'{text},"user":{_quoted(user_id)},{_members(row, str)}}}'.encode("ascii")
+
+
+def _sealed(row: Row, subjects: Mapping[str, Subject]) -> tuple[bytes, bytes]:
+    user_id, actor_id = row[2], row[3]
+
+    def mention(user_id: str) -> dict[str, str]:
+        return {"subject": subjects[user_id].token.hex()}
+
+    text = _opening(row)
+    if actor_id is not None:
+        text = f'{text},"actor":{_to_json(mention(actor_id)) if actor_id else _quoted(actor_id)}'
+    members = _members(row, mention)
+    if user_id is None:
+        return NOBODY, f"{text},{members}}}".encode("ascii")
+    subject = subjects[user_id]
+    sealed = b64encode(subject.seal(f"{{{members}}}".encode("ascii"))).decode("ascii")
+    return subject.token, f'{text},"sealed":"{sealed}"}}'.encode("ascii")
+
+
 def _opening(row: Row) -> str:
     return f'{{"event":"{row[0]}","at":{row[1]!r},"outcome":"{row[8]}"'
 
@@ -142,6 +156,12 @@ def _members(row: Row, mention: Callable[[str], object]) -> str:
     elif data:
         text += f',"data":{_data(data, mention)}'
     return text
+
+
+def _reduced(row: Row, error: Exception) -> Row:
+    """What can be said of a record with something in it that no record has."""
+    logger.error("a record of %s cannot be written as it is (%s), and is reduced", row[0], type(error).__name__)
+    return AuditRecord(row[0], row[1], row[2], outcome=row[8], reason="reduced: not a record", record_id=row[12])
 
 
 def _data(data: Data, mention: Callable[[str], object]) -> str:

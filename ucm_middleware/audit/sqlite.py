@@ -1,19 +1,23 @@
 """SQLiteLedger: the embedded ledger that keeps records for good, in one file for all processes of an application."""
 
+import secrets
+import time
 import weakref
 from collections.abc import Awaitable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from ucm_middleware.audit.encoding import encode_plain, encode_sealed, users_in
-from ucm_middleware.audit.file import LedgerFile
+from ucm_middleware.audit.file import LedgerFile, is_sealed
 from ucm_middleware.audit.ledger import Trail
 from ucm_middleware.audit.reader import LedgerReader
-from ucm_middleware.audit.records import Row, UserMention
+from ucm_middleware.audit.records import TRUSTED_CODE, AuditRecord, Row, UserMention
 from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.audit.writer import Writer
 from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
+from ucm_middleware.ids import validate_id
 from ucm_middleware.secret import SecretRing
 
 CAPACITY: Final = 65_536
@@ -55,9 +59,10 @@ class SQLiteLedger:
         if self._writer is not None:
             raise ConfigurationError("this ledger has a manager already; give each a ledger of its own, on one file")
         self._secrets = secrets
-        open_store = partial(_Store, self.path, self.keys, secrets)
-        open_store().close()
-        self._writer = writer = Writer(open_store)
+        store = _Store(self.path, self.keys, secrets)
+        store.close()
+        # From now on it must be this one: a ledger that disappears is not silently followed by an empty one.
+        self._writer = writer = Writer(partial(_Store, self.path, self.keys, secrets, store.stream))
         weakref.finalize(self, writer.stop, PATIENCE)
 
     @property
@@ -95,6 +100,24 @@ class SQLiteLedger:
         with LedgerReader.open(self.path, self.keys, self._secrets) as reader:
             return reader.trail(user_id)
 
+    def erase(self, user_id: str, *, reason: str) -> int:
+        """Make all that is on record of a user unreadable for good, by destroying their keys; see the docs on erasure.
+
+        Returns how many subjects were erased: the user, and the anonymous ones that became this user. Blocks. Raises
+        ConfigurationError without keys, InvalidContextError, LedgerUnavailableError, LedgerFileError.
+        """
+        user_id = validate_id(user_id, "user_id")
+        if self.keys is None or self._secrets is None:
+            raise ConfigurationError("nobody can be erased from a ledger without keys: begin one with keys=...")
+        self.flush()
+        stream, _ = is_sealed(self.path)
+        with closing(Vault.open(self.keys, stream, self._secrets, must_exist=True)) as vault:
+            tokens = vault.erase(user_id)
+        if tokens:
+            self.append(erasure(tokens, reason))
+            self.flush()
+        return len(tokens)
+
     def close(self) -> None:
         """Write what is in line, and let go of the file. It is opened again for the next record."""
         if self._writer is not None:
@@ -106,6 +129,14 @@ class SQLiteLedger:
         return self._writer
 
 
+def erasure(tokens: Sequence[bytes], reason: str) -> Row:
+    """The record of an erasure. It stands in nobody's trail."""
+    data = (("subjects", [token.hex() for token in tokens]),)
+    return AuditRecord(
+        "erased", time.time(), None, TRUSTED_CODE, reason=reason, data=data, record_id=secrets.randbits(128)
+    )
+
+
 def _checked_capacity(capacity: object) -> int:
     if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 2:
         raise ConfigurationError(f"capacity must be a whole number of at least 2, not {capacity!r}")
@@ -115,10 +146,11 @@ def _checked_capacity(capacity: object) -> int:
 class _Store:
     """The files, open: what the writer's thread writes to."""
 
-    __slots__ = ("_file", "_vault")
+    __slots__ = ("_file", "_vault", "stream")
 
-    def __init__(self, path: Path, keys: Path | None, secrets: SecretRing) -> None:
-        self._file = file = LedgerFile.open(path, sealed=keys is not None)
+    def __init__(self, path: Path, keys: Path | None, secrets: SecretRing, stream: str | None = None) -> None:
+        self._file = file = LedgerFile.open(path, sealed=keys is not None, stream=stream)
+        self.stream = file.stream
         try:
             self._vault = None if keys is None else Vault.open(keys, file.stream, secrets, must_exist=file.size > 0)
         except BaseException:
