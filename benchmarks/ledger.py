@@ -1,4 +1,4 @@
-"""The audit ledger: many writers at once beside spans and beside other ledgers, one alone, and one user's trail.
+"""The audit ledger: many writers at once beside spans and beside other ledgers, one alone, and reading.
 
 What is compared runs in turn, round by round, each time into a new file. A record is written when it is durable.
 """
@@ -21,6 +21,8 @@ from benchmarks.spans import Spans, receiver
 from benchmarks.timing import percentile
 from ucm_middleware.audit.records import FOR_A_CONNECTION, Row
 from ucm_middleware.audit.sqlite import SQLiteLedger
+from ucm_middleware.audit.verification import verify_ledger
+from ucm_middleware.audit.writer import MAX_BATCH
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.secret import Secret, SecretRing
 
@@ -35,10 +37,14 @@ LATENCY_MS: Final = 5.0
 ALONE_MS: Final = 0.8
 """The median of a single writer's plain records."""
 TRAIL_MS: Final = 10.0
-"""The median of reading one user's trail."""
+"""The median of reading one user's trail out of a million records."""
+VERIFY_US: Final = 4.0
+"""The CPU of verifying a record."""
 
 WRITERS: Final = 64
-USERS: Final = 10_000
+USERS: Final = 1000
+TRAIL_USERS: Final = 10_000
+"""How many users' the records are, of those that are written and of those that a trail is looked for among."""
 ASKED: Final = 200
 """Of how many users the trail is read."""
 
@@ -62,6 +68,14 @@ class Figures:
     p99_ms: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Milliseconds of one user's trail, the median, and microseconds of CPU to verify a record."""
+
+    trail_ms: float
+    verify_us: float
+
+
 class Contender(Protocol):
     """Something that records are written to."""
 
@@ -80,19 +94,14 @@ Make = Callable[[Path, int], Contender]
 """Makes one in a folder, for so many records."""
 
 
-def user_at(at: int) -> str:
-    """Whose record has that place."""
-    return f"user-{at * 7919 % USERS:06}"
-
-
-def new_rows(number: int) -> list[Row]:
+def new_rows(number: int, users: int = USERS) -> list[Row]:
     """The openings of so many contexts, each in a span of its own."""
     new_core = UnifiedIDManager().generate_core
     chance = random.Random(3)
     rows: list[Row] = []
     for at in range(number):
         core, trace_id, span_id = new_core(), chance.getrandbits(128), chance.getrandbits(64)
-        user, ids = user_at(at), (new_core(), trace_id, span_id)
+        user, ids = _user(at % users), (new_core(), trace_id, span_id)
         rows.append(("opened", time(), user, None, core, core, None, None, "ok", None, None, FOR_A_CONNECTION, *ids))
     return rows
 
@@ -168,33 +177,42 @@ def span_ratios(found: Mapping[str, Sequence[Figures]]) -> list[float]:
     return [plain.cpu_us / span.cpu_us for plain, span in zip(found[PLAIN], found[SPANS], strict=True)]
 
 
-def measure_trail(records: int, *, sealed: bool, folder: Path | None) -> float:
-    """Milliseconds of the trail of one user among so many records of many, the median."""
+def measure_reading(records: int, *, sealed: bool, folder: Path | None) -> Reading:
+    """Read trails of random users out of so many records, and verify them all."""
     with TemporaryDirectory(dir=folder) as own:
         ledger = open_ledger(Path(own), sealed=sealed)
-        for at, row in enumerate(new_rows(records)):
-            if at % 8192 == 0:
+        for at, row in enumerate(new_rows(records, TRAIL_USERS)):
+            if at % MAX_BATCH == 0:
                 ledger.flush()
             ledger.append(row)
         ledger.flush()
-        took: list[float] = []
-        for at in random.Random(3).sample(range(records), min(ASKED, records)):
+        trails: list[float] = []
+        for number in random.Random(3).sample(range(min(records, TRAIL_USERS)), min(records, ASKED)):
             begun = perf_counter()
-            trail = ledger.trail(user_at(at))
-            took.append(perf_counter() - begun)
+            trail = ledger.trail(_user(number))
+            trails.append(perf_counter() - begun)
             assert trail is not None
         ledger.close()
-    return statistics.median(took) * 1e3
+        begun = process_time()
+        verification = verify_ledger(ledger.path)
+        took = process_time() - begun
+        assert not verification.problems
+    return Reading(statistics.median(trails) * 1e3, took / records * 1e6)
 
 
-def missed_limits(found: Mapping[str, Sequence[Figures]], trails: Mapping[str, float]) -> list[str]:
+def _user(number: int) -> str:
+    return f"user-{number:06}"
+
+
+def missed_limits(found: Mapping[str, Sequence[Figures]], readings: Mapping[str, Reading]) -> list[str]:
     """Which limits are missed, in words."""
     plain, sealed, alone = (median(found[name]) for name in (PLAIN, SEALED, ALONE))
     most = [
         ("CPU of a plain record", statistics.median(span_ratios(found)), SPAN_RATIO, "x a span"),
         ("p99 of a plain record", plain.p99_ms, LATENCY_MS, " ms"),
         ("a plain record alone", alone.p50_ms, ALONE_MS, " ms"),
-        *((f"the trail of a user, {name}", took, TRAIL_MS, " ms") for name, took in trails.items()),
+        *((f"the trail of a user, {name}", own.trail_ms, TRAIL_MS, " ms") for name, own in readings.items()),
+        *((f"verifying a record, {name}", own.verify_us, VERIFY_US, " us") for name, own in readings.items()),
     ]
     least = [("plain records", plain.rate, PLAIN_RATE), ("sealed records", sealed.rate, SEALED_RATE)]
     return [
@@ -207,7 +225,7 @@ def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--rounds", type=int, default=7)
     options_parser.add_argument("--records", type=int, default=30_000, help="plain ones in a round; default 30000")
-    options_parser.add_argument("--trail", type=int, default=1_000_000, help="records that a trail is looked for among")
+    options_parser.add_argument("--kept", type=int, default=1_000_000, help="in a ledger that is read and verified")
     options_parser.add_argument("--folder", type=Path, help="for the files, on a real disk; default: a temporary one")
     options = options_parser.parse_args()
     number: int = options.records
@@ -226,8 +244,8 @@ def main() -> None:
             contenders[RUST_PY_AUDIT] = (lambda folder, _: RustPyAudit(folder), few, WRITERS)
         found = take_turns(contenders, options.rounds, options.folder)
     ratios = span_ratios(found)
-    trails = {
-        name: measure_trail(options.trail, sealed=sealed, folder=options.folder)
+    readings = {
+        name: measure_reading(options.kept, sealed=sealed, folder=options.folder)
         for name, sealed in (("plain", False), ("sealed", True))
     }
     medians = {name: median(runs) for name, runs in found.items()}
@@ -250,17 +268,17 @@ def main() -> None:
     )
     print(f"A plain record takes {statistics.median(ratios):.3f} of the CPU of a span ({_range(ratios, '.3f')}).")
     show(
-        f"The trail of one user of {USERS:,} among {options.trail:,} records",
-        ["", "ms"],
-        [[name, f"{took:.2f}"] for name, took in trails.items()],
+        f"Reading a ledger of {options.kept:,} records of {TRAIL_USERS:,} users",
+        ["", "the trail of one user, ms", "verifying a record, us"],
+        [[name, f"{own.trail_ms:.2f}", f"{own.verify_us:.2f}"] for name, own in readings.items()],
     )
     figures = {
         "rows": {name: asdict(own) for name, own in medians.items()},
         "rounds": {name: [asdict(run) for run in runs] for name, runs in found.items()},
         "span_ratios": ratios,
-        "trail_ms": trails,
+        "reading": {name: asdict(own) for name, own in readings.items()},
     }
-    finish(options, figures, missed_limits(found, trails))
+    finish(options, figures, missed_limits(found, readings))
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -139,8 +139,8 @@ def _members(row: Row, mention: Callable[[str], object]) -> str:
     text = f'"id":"{record_id.to_bytes(16).hex()}"'  # in half the time of :032x
     if context is not None:
         text += f',"context":"context_{context.to_bytes(16).hex()}"'
-    if request is not None and request != context:
-        text += f',"request":{_quoted(request if isinstance(request, str) else f"request_{core_text(request)}")}'
+    if request != context:  # most requests have the core of their context
+        text += f',"request":{_to_json(f"request_{core_text(request)}" if isinstance(request, int) else request)}'
     if thread_id is not None:
         text += f',"thread":{_quoted(thread_id)}'
     if run_id is not None:
