@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, process_time, time
+from time import perf_counter, process_time, thread_time, time
 from typing import Final, Protocol
 
 from benchmarks.other_ledgers import AuditChain, RustPyAudit
 from benchmarks.report import finish, parser, show
 from benchmarks.spans import Spans, receiver
 from benchmarks.timing import percentile
+from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.records import FOR_A_CONNECTION, Row
 from ucm_middleware.audit.sqlite import SQLiteLedger
 from ucm_middleware.audit.verification import verify_ledger
@@ -200,6 +202,28 @@ def measure_reading(records: int, *, sealed: bool, folder: Path | None) -> Readi
     return Reading(statistics.median(trails) * 1e3, took / records * 1e6)
 
 
+def measure_appends(rounds: int, folder: Path | None) -> dict[str, float]:
+    """Microseconds of its own CPU that a thread spends on a record it appends and does not wait for, the medians."""
+    rows = new_rows(MAX_BATCH)
+
+    def append(ledger: Ledger) -> float:
+        begun = thread_time()
+        for row in rows:
+            ledger.append(row)
+        return (thread_time() - begun) / len(rows) * 1e6
+
+    memory = MemoryLedger()
+    with TemporaryDirectory(dir=folder) as own:
+        durable = open_ledger(Path(own), sealed=False)
+        took: dict[str, list[float]] = {"MemoryLedger": [], "SQLiteLedger": []}
+        for _ in range(rounds):
+            took["MemoryLedger"].append(append(memory))
+            took["SQLiteLedger"].append(append(durable))
+            durable.flush()
+        durable.close()
+    return {name: statistics.median(values) for name, values in took.items()}
+
+
 def _user(number: int) -> str:
     return f"user-{number:06}"
 
@@ -244,6 +268,7 @@ def main() -> None:
             contenders[RUST_PY_AUDIT] = (lambda folder, _: RustPyAudit(folder), few, WRITERS)
         found = take_turns(contenders, options.rounds, options.folder)
     ratios = span_ratios(found)
+    appends = measure_appends(4 * options.rounds, options.folder)
     readings = {
         name: measure_reading(options.kept, sealed=sealed, folder=options.folder)
         for name, sealed in (("plain", False), ("sealed", True))
@@ -268,6 +293,11 @@ def main() -> None:
     )
     print(f"A plain record takes {statistics.median(ratios):.3f} of the CPU of a span ({_range(ratios, '.3f')}).")
     show(
+        "What the appending thread spends on a record",
+        ["", "CPU, us"],
+        [[name, f"{took:.2f}"] for name, took in appends.items()],
+    )
+    show(
         f"Reading a ledger of {options.kept:,} records of {TRAIL_USERS:,} users",
         ["", "the trail of one user, ms", "verifying a record, us"],
         [[name, f"{own.trail_ms:.2f}", f"{own.verify_us:.2f}"] for name, own in readings.items()],
@@ -276,6 +306,7 @@ def main() -> None:
         "rows": {name: asdict(own) for name, own in medians.items()},
         "rounds": {name: [asdict(run) for run in runs] for name, runs in found.items()},
         "span_ratios": ratios,
+        "append_us": appends,
         "reading": {name: asdict(own) for name, own in readings.items()},
     }
     finish(options, figures, missed_limits(found, readings))

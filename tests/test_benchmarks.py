@@ -226,6 +226,7 @@ class TestLedger:
         assert ledgers | {"OpenTelemetry spans"} <= set(found["rows"])
         assert all(min(row.values()) > 0 for row in found["rows"].values())
         assert [len(rounds) for rounds in found["rounds"].values()] == [2] * len(found["rows"])
+        assert set(found["append_us"]) == {"MemoryLedger", "SQLiteLedger"}
         assert set(found["reading"]) == {"plain", "sealed"}
         assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
 
