@@ -1,4 +1,4 @@
-"""One ledger file and several processes: workers, forked children of a parent that writes too, and ends of all kinds."""
+"""One ledger file and several processes: workers, forked children of a parent that writes too, all kinds of ends."""
 
 import os
 import secrets
