@@ -79,7 +79,9 @@ class LedgerFile:
             with errors_of(path):
                 connection.execute(f"PRAGMA cache_size = -{CACHE}")
                 connection.execute(f"PRAGMA wal_autocheckpoint = {LOG}")
-                with transaction(connection):  # nobody appends meanwhile, and it can be written to
+                with transaction(connection):  # nobody appends meanwhile
+                    # To begin a transaction works on a file that may only be read, too.
+                    connection.execute("UPDATE ledger SET size = size")
                     stream = _stream(path, connection, sealed=sealed)
                     chain = _checked_tail(path, connection, genesis(stream, sealed=sealed))
             return cls(path, connection, stream, chain)
