@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -172,32 +171,3 @@ def test_a_folder_that_becomes_read_only_between_two_openings(tmp_path: Path) ->
             assert "can only be read" in refusal_of(ledger, 2)
             folder.chmod(0o700)
             goes_on(ledger, 1, 2)
-
-
-def test_nothing_is_acknowledged_before_it_is_written_when_it_is_closed_meanwhile(ledger: SQLiteLedger) -> None:
-    """Closing starts another writer for what comes after; it must not overtake the one that still writes."""
-    acknowledged: list[int] = []
-    ends = threading.Event()
-
-    def write(first: int) -> None:
-        for number in range(first, first + 150):
-            append(ledger, number)
-            ledger.flush()
-            with closing(sqlite3.connect(ledger.path)) as other:
-                assert other.execute("SELECT size FROM ledger").fetchone()[0] > len(acknowledged)
-            acknowledged.append(number)
-
-    def close_again_and_again() -> None:
-        while not ends.is_set():
-            ledger.close()
-
-    closer = threading.Thread(target=close_again_and_again)
-    closer.start()
-    threads = [threading.Thread(target=write, args=(first,)) for first in (1000, 2000)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    ends.set()
-    closer.join()
-    goes_on(ledger, *range(1000, 1150), *range(2000, 2150))
