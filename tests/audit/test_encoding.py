@@ -34,7 +34,8 @@ MENTIONS = st.builds(UserMention, IDS)
 @st.composite
 def records(draw: st.DrawFn, user_ids: st.SearchStrategy[str | None]) -> AuditRecord:
     core = st.integers(0, 2**128 - 1)
-    request = draw(st.none() | IDS)
+    context = draw(st.none() | core)
+    request = draw(st.none() | IDS | st.just(context))
     data = draw(st.dictionaries(st.text(max_size=8).filter(lambda name: name not in MENTIONING), PLAIN, max_size=3))
     mentions = draw(st.dictionaries(st.sampled_from(sorted(MENTIONING)), MENTIONS | st.lists(MENTIONS), max_size=2))
     return AuditRecord(
@@ -42,7 +43,7 @@ def records(draw: st.DrawFn, user_ids: st.SearchStrategy[str | None]) -> AuditRe
         draw(st.floats(0, 4e9)),
         draw(user_ids),
         draw(st.none() | st.just(TRUSTED_CODE) | IDS),
-        draw(st.none() | core),
+        context,
         request,
         draw(st.none() | st.text()),
         draw(st.none() | st.text()),
@@ -102,8 +103,16 @@ def test_in_a_sealed_record_only_this_stands_in_the_clear() -> None:
         "outcome": "ok",
         "actor": {"subject": subjects["bob"].token.hex()},
     }
-    assert hidden.keys() == {"id", "context", "request", "thread", "trace", "span", "reason", "seconds", "data"}
+    assert hidden.keys() == {"id", "context", "thread", "trace", "span", "reason", "seconds", "data"}
     assert hidden["data"]["asked_for"] == {"subject": subjects["carol"].token.hex()}
+
+
+def test_a_request_id_is_written_where_it_does_not_follow_from_the_context() -> None:
+    own = row("alice")._replace(context=7, request=7)
+    assert json.loads(encode_plain(own)[1]).keys() == {"event", "at", "outcome", "user", "id", "context"}
+    for request in (8, "given", f"request_{8:032x}", None):
+        record = own._replace(request=request)
+        assert decode("alice", None, encode_plain(record)[1]).request_id == record.request_id
 
 
 def test_a_name_that_is_erased_says_so() -> None:

@@ -43,7 +43,7 @@ def reads_identical(path: Path, ledger: Facts) -> bool:
         trails = {
             subject: connection.execute(
                 "SELECT sequence, subject, body, hash FROM records INDEXED BY records_by_subject "
-                "WHERE sequence >> 12 = 0 AND subject = ? ORDER BY sequence",
+                "WHERE sequence >> 10 = 0 AND subject = ? ORDER BY sequence",
                 (subject,),
             ).fetchall()
             for subject in (ALICE, BOB, CAROL)

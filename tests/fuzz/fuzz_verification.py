@@ -60,7 +60,7 @@ def check(data: bytes) -> None:
         for subject in SUBJECTS:
             query = (
                 "SELECT * FROM records INDEXED BY records_by_subject "
-                "WHERE sequence >> 12 = 0 AND subject = ? ORDER BY sequence"
+                "WHERE sequence >> 10 = 0 AND subject = ? ORDER BY sequence"
             )
             if connection.execute(query, (subject,)).fetchall() != [row for row in rows if row[1] == subject]:
                 raise AssertionError("accepted, though a trail reads differently")

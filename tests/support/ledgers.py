@@ -28,7 +28,7 @@ RECORDS_TABLE = """CREATE TABLE records (
     body BLOB NOT NULL,             -- the record, JSON
     hash BLOB NOT NULL              -- 32 bytes
 ) STRICT"""
-SUBJECT_INDEX = "CREATE INDEX records_by_subject ON records (sequence >> 12, subject)"
+SUBJECT_INDEX = "CREATE INDEX records_by_subject ON records (sequence >> 10, subject)"
 
 Entry = tuple[bytes, bytes]
 """Subject and body of a record."""

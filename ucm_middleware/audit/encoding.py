@@ -9,6 +9,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any, Final, Protocol, cast
 
 from ucm_middleware.audit.records import FOR_A_CONNECTION, AuditRecord, Data, Row, UserMention, without_mentions
+from ucm_middleware.ids import core_text
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def decode(
     members: dict[str, Any] = json.loads(body)
     if (sealed := members.pop("sealed", None)) is not None and subject is not None:
         members.update(json.loads(subject.unseal(b64decode(sealed))))
+    context = _number(members, "context", "context_")
     data: dict[str, object] = members.get("data", {})
     for name in data.keys() & MENTIONING:
         data[name] = _with_names(data[name], name_of)
@@ -88,8 +90,8 @@ def decode(
         at=members["at"],
         user_id=members.get("user", user_id),
         actor_id=cast("str | None", _with_names(members.get("actor"), name_of)),
-        context=_number(members, "context", "context_"),
-        request=members.get("request"),
+        context=context,
+        request=members.get("request", context),
         given_thread_id=members.get("thread"),
         given_run_id=members.get("run"),
         outcome=members["outcome"],
@@ -134,17 +136,17 @@ def _opening(row: Row) -> str:
 def _members(row: Row, mention: Callable[[str], object]) -> str:
     """What is sealed in a sealed ledger, as the inside of a JSON object. It is never empty: each has an id."""
     _, _, _, _, context, request, thread_id, run_id, _, reason, seconds, data, record_id, trace_id, span_id = row
-    text = f'"id":"{record_id:032x}"'
+    text = f'"id":"{record_id.to_bytes(16).hex()}"'  # in half the time of :032x
     if context is not None:
-        text += f',"context":"context_{context:032x}"'
-    if request is not None:
-        text += f',"request":{_quoted(request)}' if isinstance(request, str) else f',"request":"request_{request:032x}"'
+        text += f',"context":"context_{context.to_bytes(16).hex()}"'
+    if request != context:  # most requests have the core of their context
+        text += f',"request":{_to_json(f"request_{core_text(request)}" if isinstance(request, int) else request)}'
     if thread_id is not None:
         text += f',"thread":{_quoted(thread_id)}'
     if run_id is not None:
         text += f',"run":{_quoted(run_id)}'
     if trace_id:
-        text += f',"trace":"{trace_id:032x}","span":"{span_id:016x}"'
+        text += f',"trace":"{trace_id.to_bytes(16).hex()}","span":"{span_id.to_bytes(8).hex()}"'
     if reason is not None:
         text += f',"reason":{_quoted(reason)}'
     if seconds is not None:

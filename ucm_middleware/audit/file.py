@@ -22,7 +22,7 @@ LOG: Final = 16_384
 waits for it, and what was written often meanwhile, as pages of the index are, goes into the file once.
 """
 
-PART_BITS: Final = 12
+PART_BITS: Final = 10
 """The index goes by parts of so many records, as a power of two. One over all would have a page of its own to write for
 nearly each record of a batch, which costs more than the record; to ask each part costs about a microsecond.
 """

@@ -221,8 +221,8 @@ class AuditTrail:
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: AskedFor) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
-        if actor is not None:
-            self.journal_of(actor).denied()
+        if actor is not None and (host := actor._host) is not None:  # perhaps another manager
+            host.journal_of(actor).denied()
         action = text_for_record(action)
         if not self._denials.has_record((None if actor is None else actor._user_id, "denied", action)):
             return

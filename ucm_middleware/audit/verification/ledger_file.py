@@ -43,7 +43,7 @@ _RECORDS: Final = (
     "CREATE TABLE records(sequence INTEGER PRIMARY KEY,subject BLOB NOT NULL,"
     "body BLOB NOT NULL,hash BLOB NOT NULL)STRICT"
 )
-_BY_SUBJECT: Final = "CREATE INDEX records_by_subject ON records(sequence >> 12,subject)"
+_BY_SUBJECT: Final = "CREATE INDEX records_by_subject ON records(sequence >> 10,subject)"
 _SCHEMA: Final = frozenset(
     {("table", "ledger", _LEDGER), ("table", "records", _RECORDS), ("index", "records_by_subject", _BY_SUBJECT)}
 )
