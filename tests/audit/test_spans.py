@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from ucm_middleware import (
     current_context,
     managed_user_context,
 )
-from ucm_middleware.audit import AuditRecord
+from ucm_middleware.audit import AuditRecord, SQLiteLedger
 from ucm_middleware.ids import core_text
 from ucm_middleware.testing import RecordingLedger
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
@@ -172,6 +173,17 @@ class TestRecords:
         assert all("ucm.record.id" in about(span) for span in of_ours)
         assert {span.kind for span in of_ours} == {SpanKind.INTERNAL}
 
+    async def test_the_records_of_a_file_have_the_ids_of_their_spans(
+        self, sdk: Sdk, make_manager: MakeManager, tmp_path: Path
+    ) -> None:
+        ledger = SQLiteLedger(tmp_path / "audit.db", keys=tmp_path / "keys.db")
+        manager = make_manager(ledger=ledger, secret=SECRET, audit="strict")
+        await exchange(serving(manager), request())
+        trail = ledger.trail(USER)
+        assert trail is not None
+        assert [record.event for record in trail.records] == ["opened", "answered", "closed"]
+        assert written(trail.records) == carried(sdk.spans)
+
     async def test_what_happens_in_a_context_is_a_span_of_no_length_below_its_own(
         self, sdk: Sdk, manager: UserContextManager, ledger: RecordingLedger
     ) -> None:
@@ -191,11 +203,12 @@ class TestRecords:
         spans = manager.telemetry.spans
         assert spans is not None
         spans.carry(AuditRecord("transaction", 1000.0, USER, context=context._core, seconds=0.5))
+        spans.carry(AuditRecord("expired", 1000.0, USER, context=context._core, seconds=0.5))
         context.close()
         span = sdk.one("ucm transaction")
         assert (span.start_time, span.end_time) == (999_500_000_000, 1_000_000_000_000)
         assert is_below(span, sdk.one("ucm context"))
-        assert sdk.one("ucm context").start_time != sdk.one("ucm context").end_time
+        assert sdk.one("ucm expired").start_time == sdk.one("ucm expired").end_time  # the context's life has its own
 
     async def test_an_agent_run_and_a_child_are_spans_below_their_context(
         self, sdk: Sdk, manager: UserContextManager
@@ -685,6 +698,17 @@ class TestMetrics:
         assert sdk.metric("ucm.context.refused") == 2
         assert sdk.metric("ucm.context.refused", ucm_reason="limit") == 1
         assert sdk.metric("ucm.context.refused", ucm_reason="unauthenticated") == 1
+
+    def test_each_refusal_of_a_flood_is_counted(self, sdk: Sdk, make_manager: MakeManager) -> None:
+        ledger = RecordingLedger()
+        manager = make_manager(max_contexts_per_user=1, ledger=ledger)
+        manager.create_isolated_context(USER)
+        for _ in range(200):
+            with pytest.raises(ContextLimitError):
+                manager.create_isolated_context(USER)
+        manager._trail.tell_counted()
+        assert len(ledger.select("refused")) < 200
+        assert sdk.metric("ucm.context.refused") == 200
 
     def test_teardowns_are_timed(self, sdk: Sdk, manager: UserContextManager) -> None:
         class Session:
