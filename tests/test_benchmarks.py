@@ -205,6 +205,11 @@ class TestTimes:
             assert (done.returncode, done.stdout) == (2, "")
             assert "no owned handles" in done.stderr
 
+    def test_the_spans(self, tmp_path: Path) -> None:
+        found = figures("tracing", "--rounds", "1", folder=tmp_path)
+        assert found["traced_ratio"] > 1
+        assert found["request_us"] > 0
+
 
 MISSING_LIMITS = """
 import json

@@ -6,7 +6,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import Context
 from types import TracebackType
@@ -75,6 +75,8 @@ async def agent_run(
     _require_entry(context)
     child = context.create_child_context(agent_name)
     child.lifetime.variables = _variables_here(context)
+    if child.host is not None and (spans := child.host.telemetry.spans) is not None:
+        spans.name_agent(child, agent_name)
     async with managed_user_context(child):
         host = child.host
         if host is None:
@@ -127,15 +129,19 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     CrossUserAccessError outside of a ``privileged`` block.
     """
 
-    __slots__ = ("_context", "_token")
+    __slots__ = ("_context", "_leave_span", "_token")
 
     def __init__(self, context: UserExecutionContext) -> None:
         self._context = validate_user_context(context)
         self._token: Ambient | None = None
+        self._leave_span: Callable[[], None] | None = None
 
     def __enter__(self) -> UserExecutionContext:
         _require_entry(self._context)
         self._token = enter(self._context)
+        host = self._context.host
+        if host is not None and (spans := host.telemetry.spans) is not None:
+            self._leave_span = spans.enter(self._context)
         return self._context
 
     def __exit__(
@@ -170,6 +176,9 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         token, self._token = self._token, None
         if token is not None:
             leave(token)
+        leave_span, self._leave_span = self._leave_span, None
+        if leave_span is not None:
+            leave_span()
 
     def _raise_failures(self, error: BaseException | None) -> None:
         failures = self._context.lifetime.failures

@@ -11,6 +11,7 @@ from ucm_middleware.lifetime import Journal
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.dispatch import Hooks
+    from ucm_middleware.telemetry import Telemetry
 
 
 class ContextHost(Protocol):
@@ -19,6 +20,7 @@ class ContextHost(Protocol):
     ids: UnifiedIDManager
     keys: OwnerKeys
     hooks: "Hooks"
+    telemetry: "Telemetry"
 
     @property
     def guard(self) -> object:

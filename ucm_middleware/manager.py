@@ -47,6 +47,7 @@ from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
+from ucm_middleware.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class UserContextManager:
     outside of any context even when the manager serves a middleware. ``secret`` is what stored hashes are keyed by,
     32 random bytes or more, ``UCM_SECRET`` by default; ``previous_secrets`` are those before it, newest first,
     ``UCM_SECRET_PREVIOUS`` by default. ``clock`` is monotonic, in seconds. ``plugins`` are names of installed entry
-    points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more.
+    points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more. Without ``telemetry`` there
+    are no OpenTelemetry spans and metrics, also where an SDK is set.
 
     ``ledger`` is where records go, the process's memory by default. With ``audit`` "async" they are written as soon as
     may be, and what a durable ledger cannot keep up with waits. With "strict", a request's opening is durable before
@@ -103,6 +105,7 @@ class UserContextManager:
         previous_secrets: Sequence[str | bytes] | None = None,
         clock: Callable[[], float] = time.monotonic,
         plugins: Sequence[object] = (),
+        telemetry: bool = True,
     ) -> None:
         limits = Limits(
             _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
@@ -134,6 +137,7 @@ class UserContextManager:
         if self._durable_ledger is not None:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
+        self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
         self.after_fork()
         renewed_after_fork(self)
         weakref.finalize(self, self._sweeper.stop).atexit = False
@@ -392,6 +396,7 @@ class UserContextManager:
         """Open contexts, from now on for a middleware: code outside of any context is no longer trusted."""
         self._guard.serve()
         self._draining = False
+        self.telemetry.look()
 
     async def drain(self, timeout: float) -> int:
         """Open no more contexts, give the live ones so many seconds to end, then close them, interrupting their
@@ -471,6 +476,8 @@ class UserContextManager:
         self._trail.denied(context, "bind", UserMention(user_id))
 
     def context_closing(self, context: UserExecutionContext) -> None:
+        if self.telemetry.metrics is not None:
+            self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
         if context._lifetime.reason in CUT_OFF and (context._parent is None or context._parent.is_open):
@@ -657,6 +664,12 @@ class UserContextManager:
                 loop.call_soon_threadsafe(context.close, reason, context=Context())
                 return
         threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
+
+    def _live(self) -> int:
+        return len(self._registry)
+
+    def _lag(self) -> int:
+        return 0 if self._durable_ledger is None else self._durable_ledger.lag
 
     def _next_wake(self) -> float | None:
         wakes = self._registry.next_wake(), self._trail.next_wake()

@@ -36,7 +36,7 @@ from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
 from ucm_middleware.messages import Messages
 from ucm_middleware.principal import Principal
-from ucm_middleware.refusal import refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
+from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,9 @@ class UserContextMiddleware:
             if sent is None:
                 sent = Watch(send)
                 send = sent.send
+        if (spans := self.manager.telemetry.spans) is not None:
+            outside = scope[BOUNDARY].outside
+            spans.let_in(None if outside is None else outside.run)
         if CONTEXT in scope:
             if scope[CONTEXT].host is self.manager:
                 return self.app(scope, receive, send)
@@ -232,6 +235,8 @@ class UserContextMiddleware:
         lifetime = context._lifetime
         lifetime.run_in_current_task()
         token = ambient.set(context)
+        if (telemetry := self.manager.telemetry).spans is not None:
+            receive, send = telemetry.around(context, scope, receive, send)
         try:
             if self._strict_ledger is not None:
                 await self._strict_ledger.durable()
@@ -249,8 +254,11 @@ class UserContextMiddleware:
             interrupted = lifetime.absorb_interrupt()  # first: a cancellation during the teardown is somebody else's
             await self._close(context, "cancelled" if cancelled else "failed", error)
             refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
+            is_known = refusal is not None
+            if self._strict_ledger is not None and (interrupted or not cancelled):
+                refusal = await _unrecorded(self._strict_ledger) or refusal
             answered = refusal is not None and await send_refusal(refusal, scope, send, sent.last_sent)
-            if not answered and not (cancelled and interrupted):
+            if not (is_known and answered) and not (cancelled and interrupted):
                 raise
             if interrupted and not cancelled:
                 logger.warning("a handler that was cut off (%s) ended in an error", lifetime.reason, exc_info=error)
@@ -315,4 +323,18 @@ class UserContextMiddleware:
                 await self.manager.drain(self.drain_timeout)
             return message
 
-        await self.app(scope, watched, send)
+        async def noted(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.manager.telemetry.look()  # many applications set up their SDK in the lifespan
+            await send(message)
+
+        await self.app(scope, watched, noted)
+
+
+async def _unrecorded(ledger: DurableLedger) -> Refusal | None:
+    """What to answer where the end of a context cannot be made durable, None when it is."""
+    try:
+        await ledger.durable()
+    except LedgerUnavailableError as error:
+        return refusal_for(error)
+    return None

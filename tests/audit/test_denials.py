@@ -268,7 +268,7 @@ def interrupted(moment: int, work: Callable[[], object], come: Callable[[], obje
     return left <= 0
 
 
-WATCHED = {"ucm_middleware.audit.denials", "ucm_middleware.expiry"}
+WATCHED = {"ucm_middleware.audit.denials", "ucm_middleware.expiry", "weakref"}
 
 
 @pytest.fixture

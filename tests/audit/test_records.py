@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 from starlette.exceptions import HTTPException
@@ -217,6 +217,26 @@ class TestResources:
         await context.aclose()
         assert brief(ledger) == [("opened", None), ("closed", "closed")]
 
+    async def test_an_entering_that_was_cancelled_has_none_either(
+        self, manager: UserContextManager, ledger: RecordingLedger
+    ) -> None:
+        begun = asyncio.Event()
+
+        @asynccontextmanager
+        async def stuck() -> AsyncGenerator[None]:
+            begun.set()
+            await asyncio.Event().wait()
+            yield
+
+        context = manager.create_isolated_context("alice")
+        entering = asyncio.ensure_future(context.enter_async_context(stuck(), owner_task=True))
+        await begun.wait()
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        await context.aclose()
+        assert brief(ledger) == [("opened", None), ("closed", "closed")]
+
     @pytest.mark.parametrize("owner_task", [False, True])
     async def test_what_is_entered_too_late_has_both_after_the_end(
         self, manager: UserContextManager, ledger: RecordingLedger, owner_task: bool
@@ -377,6 +397,22 @@ class TestStatistics:
         closed = ledger.select("closed")[-1]
         assert within(context, closed)
         assert dict(closed.data) == {"resources": 1, "children": 2, "denials": 3}
+
+    def test_who_asks_another_manager_keeps_the_own_journal(
+        self, manager: UserContextManager, make_manager: MakeManager, ledger: RecordingLedger
+    ) -> None:
+        others = RecordingLedger()
+        other = make_manager(ledger=others)
+        by_hand = create_isolated_execution_context("alice")
+        with running_as(manager, "alice") as context:
+            with pytest.raises(CrossUserAccessError):
+                other.get_context("bob")
+            context.callback(int)
+        with managed_user_context(by_hand), pytest.raises(CrossUserAccessError):
+            other.get_context("bob")
+        assert [event for event, _ in brief(others)] == ["denied", "denied"]
+        assert by_hand.lifetime.journal is None
+        assert dict(ledger.select("closed")[-1].data) == {"resources": 1, "denials": 1}
 
 
 class TestEnds:

@@ -28,6 +28,7 @@ from support.ledgers import (
     write_ledger,
 )
 from ucm_middleware.audit.verification import Checkpoint, Verification, verify_ledger
+from ucm_middleware.audit.verification.ledger_file import open_ledger
 from ucm_middleware.audit.verification.tree import MerkleTree
 from ucm_middleware.errors import LedgerFileError
 
@@ -288,6 +289,14 @@ def test_what_was_rewritten_behind_no_checkpoint_is_not_found(path: Path) -> Non
     assert (found.is_verified, found.covered, found.records) == (True, 11, 12)
 
 
+def test_a_broken_chain_is_told_as_such_before_a_checkpoint(path: Path) -> None:
+    tamper(path, "UPDATE records SET body = x'00' WHERE sequence = 5")
+    found = verify_ledger(path, [checkpoint(TWELVE.first(3)), checkpoint(TWELVE.first(8)), checkpoint(TWELVE)])
+    record, message = only_problem(found)
+    assert (record, found.covered, found.records) == (5, 3, 4)
+    assert "hash is not that of its content" in message
+
+
 @pytest.mark.parametrize("kept", [0, 1, 7, 11])
 def test_a_truncated_ledger_is_found_behind_a_checkpoint_alone(path: Path, kept: int) -> None:
     write_ledger(path, TWELVE.first(kept))
@@ -423,6 +432,17 @@ def test_a_ledger_is_verified_while_it_is_written_to(path: Path) -> None:
         assert verify_ledger(path).records == len(ledger.entries) == 17 + len(seen)
 
 
+def test_all_that_is_read_is_of_one_moment(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+        ledger = append_entries(writer, TWELVE, some_entries(1))
+        with open_ledger(path, untouched=False) as file:
+            before = file.claims()
+            append_entries(writer, ledger, some_entries(1))
+            assert file.claims() == before
+        with open_ledger(path, untouched=False) as file:
+            assert file.claims() != before
+
+
 def test_a_writer_that_comes_in_between_is_waited_for(path: Path) -> None:
     ledger = TWELVE
 
@@ -491,19 +511,25 @@ def test_memory_is_bounded_by_a_record_and_not_by_how_many_there_are(tmp_path: P
     assert peak < 10 * len(body)
 
 
-def test_progress_is_told_and_may_end_it(tmp_path: Path) -> None:
-    path = write_ledger(tmp_path / "ledger.db", facts(20_000))
+def test_progress_is_told(path: Path) -> None:
     told = list[tuple[str, int, int]]()
+    verify_ledger(path, (), lambda *step: told.append(step))
+    assert told == [("records", 12, 12), ("database", 12, 12)]
 
-    def tell(stage: str, done: int, total: int) -> None:
-        told.append((stage, done, total))
-        if stage == "database":
+
+@pytest.mark.parametrize("steps", [1, 5, 21, 22, 23])
+def test_what_progress_raises_ends_it(tmp_path: Path, steps: int) -> None:
+    path = write_ledger(tmp_path / "ledger.db", facts(20_000))
+    told = list[str]()
+
+    def tell(stage: str, _done: int, _total: int) -> None:
+        told.append(stage)
+        if len(told) == steps:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         verify_ledger(path, (), tell)
-    assert told[0] == ("records", 1024, 20_000)
-    assert told[-1] == ("database", 20_000, 20_000)
+    assert told == (["records"] * 20 + ["database"] * 3)[:steps]  # the last two from within SQLite
 
 
 # What is no ledger

@@ -37,5 +37,6 @@ def bodies(path: Path) -> list[str]:
 
 
 def bytes_of(folder: Path) -> bytes:
-    """All that is in the files of a folder."""
-    return b"".join(file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file())
+    """All that is in the files of a folder, but for the -shm files, in which SQLite notes who reads."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.endswith("-shm"))
+    return b"".join(file.read_bytes() for file in files)

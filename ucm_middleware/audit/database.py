@@ -149,6 +149,9 @@ def _recognise(path: Path, form: Form) -> None:
     # Immutable: nothing is locked, and no file is made beside it. SQLite reads it, and not open(), since closing any
     # file takes away the locks that this process has on it.
     with errors_of(path), closing(_connect(path, "immutable=1")) as connection:
+        # So that SQLite takes the header as it is: in the middle of a checkpoint, of another process or one that a
+        # crash has ended, it says more pages than there are yet. The log has them.
+        connection.execute("PRAGMA writable_schema = ON")
         [(found,)] = connection.execute("PRAGMA application_id")
         [(version,)] = connection.execute("PRAGMA user_version")
     if found != form.application_id:

@@ -84,15 +84,19 @@ class Denials:
             flood.seen += 1
             if flood.seen <= EACH:
                 return True
-            if flood.count == 0:
-                flood.first = at
+            is_first = flood.count == 0
             flood.count += 1
-            flood.last = at
+            if is_first:
+                flood.first = flood.last = at
+            elif at > flood.last:  # threads may overtake each other
+                flood.last = at
+            elif at < flood.first:
+                flood.first = at
             break
-        if flood.count == 1:
+        if is_first:
             try:
                 self._plan(flood.ends)
-            except RuntimeError:  # no thread can be started now: the next one, or whoever reads, finds the count
+            except RuntimeError:  # whoever comes in the next window, or reads the trail, finds the count
                 logger.warning("denials are counted, and no thread can be started to record them in time")
         return False
 

@@ -66,13 +66,14 @@ class LedgerFile:
         self._identity = _identity(path)
 
     @classmethod
-    def open(cls, path: Path, *, sealed: bool, stream: str | None = None) -> "LedgerFile":
-        """The ledger at ``path``, with its tail verified. Made when there is none, unless it must be a certain stream.
+    def open(cls, path: Path, *, sealed: bool, stream: str | None = None, must_exist: bool = False) -> "LedgerFile":
+        """The ledger at ``path``, with its tail verified. Made when there is none, unless it must exist, as one of a
+        certain ``stream`` must.
 
         Raises LedgerFileError for what ``open_database`` refuses, for a ledger that was begun with keys and is opened
         without or the other way round, for another stream, and when its end is not as it was written.
         """
-        if stream is None and not path.exists():
+        if stream is None and not must_exist and not path.exists():
             create_database(path, LEDGER, lambda connection: _fill(connection, sealed=sealed))
         connection = open_database(path, LEDGER)
         try:

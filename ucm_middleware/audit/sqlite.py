@@ -1,6 +1,7 @@
 """SQLiteLedger: the embedded ledger that keeps records for good, in one file for all processes of an application."""
 
 import secrets
+import threading
 import time
 import weakref
 from collections.abc import Awaitable, Sequence
@@ -16,7 +17,8 @@ from ucm_middleware.audit.reader import LedgerReader
 from ucm_middleware.audit.records import TRUSTED_CODE, AuditRecord, Row, UserMention
 from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.audit.writer import Writer
-from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
+from ucm_middleware.errors import ConfigurationError, ErasureIncompleteError, LedgerUnavailableError
+from ucm_middleware.forking import quiet_during_fork
 from ucm_middleware.ids import validate_id
 from ucm_middleware.secret import SecretRing
 
@@ -50,6 +52,20 @@ class SQLiteLedger:
         self.capacity = _checked_capacity(capacity)
         self._secrets: SecretRing | None = None
         self._writer: Writer | None = None
+        self.after_fork()
+        quiet_during_fork(self)
+
+    def before_fork(self) -> None:
+        """Let readers end; the writer sees to itself."""
+        self._reading.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Let others read."""
+        self._reading.release()
+
+    def after_fork(self) -> None:
+        """Nobody reads here."""
+        self._reading = threading.RLock()  # reentrant: a signal handler may read meanwhile
 
     def start(self, secrets: SecretRing) -> None:
         """Open the files once, so that what is wrong with them is told before anything is served.
@@ -59,11 +75,16 @@ class SQLiteLedger:
         if self._writer is not None:
             raise ConfigurationError("this ledger has a manager already; give each a ledger of its own, on one file")
         self._secrets = secrets
-        store = _Store(self.path, self.keys, secrets)
-        store.close()
+        with self._reading:
+            store = _Store(self.path, self.keys, secrets)
+            store.close()
         # From now on it must be this one: a ledger that disappears is not silently followed by an empty one.
         self._writer = writer = Writer(partial(_Store, self.path, self.keys, secrets, store.stream))
         weakref.finalize(self, writer.stop, PATIENCE)
+        # Imported here and below: the package itself needs nothing of it.
+        from multiprocessing.util import register_after_fork
+
+        register_after_fork(writer, _stop_at_exit)
 
     @property
     def lag(self) -> int:
@@ -76,13 +97,13 @@ class SQLiteLedger:
     def append(self, row: Row) -> None:
         """As the port says. Raises LedgerUnavailableError when the line is full and cannot be written."""
         writer = self._started()
-        if writer.waiting() >= self.capacity and row[0] != "closed":
+        if writer.lag >= self.capacity and row[0] != "closed":
             writer.wait_passed(PATIENCE)
         writer.append(row)
 
     @property
     def has_room(self) -> bool:
-        return self._writer is None or self._writer.waiting() < self.capacity // 2
+        return self._writer is None or self._writer.lag < self.capacity // 2
 
     def durable(self) -> Awaitable[None]:
         """As the port says."""
@@ -94,29 +115,37 @@ class SQLiteLedger:
 
     def trail(self, user_id: str | None) -> Trail | None:
         """As the port says, read from the file: some milliseconds. Raises LedgerUnavailableError, LedgerFileError."""
-        if self.lag:
-            self.flush()
+        self.flush()
         assert self._secrets is not None
-        with LedgerReader.open(self.path, self.keys, self._secrets) as reader:
+        with self._reading, LedgerReader.open(self.path, self.keys, self._secrets) as reader:
             return reader.trail(user_id)
 
     def erase(self, user_id: str, *, reason: str) -> int:
         """Make all that is on record of a user unreadable for good, by destroying their keys; see the docs on erasure.
 
         Returns how many subjects were erased: the user, and the anonymous ones that became this user. Blocks. Raises
-        ConfigurationError without keys, InvalidContextError, LedgerUnavailableError, LedgerFileError.
+        ConfigurationError without keys, InvalidContextError, LedgerUnavailableError, LedgerFileError, and
+        ErasureIncompleteError when the keys are deleted and traces of them are left.
         """
         user_id = validate_id(user_id, "user_id")
         if self.keys is None or self._secrets is None:
             raise ConfigurationError("nobody can be erased from a ledger without keys: begin one with keys=...")
         self.flush()
-        stream, _ = is_sealed(self.path)
-        with closing(Vault.open(self.keys, stream, self._secrets, must_exist=True)) as vault:
-            tokens = vault.erase(user_id)
+        with self._reading:
+            vault = Vault.open(self.keys, is_sealed(self.path)[0], self._secrets, must_exist=True)
+            with closing(vault):
+                try:
+                    tokens = vault.erase(user_id)
+                except ErasureIncompleteError as error:
+                    self._record_erasure(error.subjects, reason)
+                    raise
+        self._record_erasure(tokens, reason)
+        return len(tokens)
+
+    def _record_erasure(self, tokens: Sequence[bytes], reason: str) -> None:
         if tokens:
             self.append(erasure(tokens, reason))
             self.flush()
-        return len(tokens)
 
     def close(self) -> None:
         """Write what is in line, and let go of the file. It is opened again for the next record."""
@@ -135,6 +164,13 @@ def erasure(tokens: Sequence[bytes], reason: str) -> Row:
     return AuditRecord(
         "erased", time.time(), None, TRUSTED_CODE, reason=reason, data=data, record_id=secrets.randbits(128)
     )
+
+
+def _stop_at_exit(writer: Writer) -> None:
+    """In a forked child of multiprocessing, which ends without the exit handlers of the interpreter."""
+    from multiprocessing.util import Finalize
+
+    Finalize(writer, writer.stop, (PATIENCE,), exitpriority=0)
 
 
 def _checked_capacity(capacity: object) -> int:

@@ -22,6 +22,7 @@ from ucm_middleware.audit.records import (
     Data,
     Event,
     Outcome,
+    Row,
     UserMention,
     iso,
 )
@@ -82,6 +83,15 @@ class AuditTrail:
     def after_fork(self) -> None:
         """Ids of its own for each process: 64 random bits above a number."""
         self._next_id = count(int.from_bytes(urandom(8)) << 64).__next__
+
+    def carry_with(self, carry: Callable[[Row], Row] | None) -> None:
+        """Pass each record through this on its way to the ledger; None for nothing in between."""
+        append = self._ledger.append
+
+        def carried(row: Row) -> None:
+            append(row if carry is None else carry(row))
+
+        self._append = append if carry is None else carried
 
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
@@ -211,8 +221,8 @@ class AuditTrail:
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: AskedFor) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
-        if actor is not None:
-            self.journal_of(actor).denied()
+        if actor is not None and (host := actor._host) is not None:  # perhaps another manager
+            host.journal_of(actor).denied()
         action = text_for_record(action)
         if not self._denials.has_record((None if actor is None else actor._user_id, "denied", action)):
             return

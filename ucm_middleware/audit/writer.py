@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from ucm_middleware.audit.records import Row
 from ucm_middleware.errors import LedgerUnavailableError
-from ucm_middleware.forking import renewed_after_fork
+from ucm_middleware.forking import quiet_during_fork
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,24 @@ Barrier = asyncio.Future[None] | ThreadBarrier
 
 class Writer:
     """Takes rows and barriers from any thread, in order. ``open_store`` is called in the writer's own thread, and what
-    it opens is used and closed there.
+    it opens is used there. It is closed there too, or before the process forks: SQLite does not know of forks. A child
+    of a process that has a file open believes that it holds locks which it does not.
     """
 
-    __slots__ = ("__weakref__", "_in_hand", "_line", "_lock", "_open_store", "_put", "_thread", "problem", "waiting")
+    __slots__ = (
+        "__weakref__",
+        "_in_hand",
+        "_line",
+        "_lock",
+        "_open_store",
+        "_put",
+        "_stopped",
+        "_store",
+        "_thread",
+        "_writing",
+        "problem",
+        "waiting",
+    )
 
     _put: Callable[[Row | Barrier], None]
     waiting: Callable[[], int]
@@ -65,12 +79,24 @@ class Writer:
     def __init__(self, open_store: Callable[[], Store]) -> None:
         self._open_store = open_store
         self.after_fork()
-        renewed_after_fork(self)
+        quiet_during_fork(self)
+
+    def before_fork(self) -> None:
+        """End the transaction that is under way, and let go of the file."""
+        self._writing.acquire()
+        self._let_go()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on writing."""
+        self._writing.release()
 
     def after_fork(self) -> None:
         """Begin anew: what was in line, and the thread, are the parent's."""
         self._lock = threading.RLock()  # reentrant: a finalizer or a signal handler may close a context meanwhile
+        self._writing = threading.Lock()  # held while the store is in use
+        self._store: Store | None = None
         self._thread: threading.Thread | None = None
+        self._stopped: threading.Thread | None = None
         self._in_hand = 0
         self.problem: str | None = None
         self._line: SimpleQueue[Row | Barrier] = SimpleQueue()  # its put is reentrant too
@@ -85,7 +111,7 @@ class Writer:
     def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+                thread = threading.Thread(target=self._run, args=(self._stopped,), name=THREAD_NAME, daemon=True)
                 thread.start()
                 self._thread = thread
 
@@ -93,6 +119,7 @@ class Writer:
         """Write what is in line, for so many seconds at most, and end the thread."""
         with self._lock:
             thread, self._thread = self._thread, None
+            self._stopped = thread or self._stopped
         if thread is not None:
             self._put(ThreadBarrier(is_last=True))
             thread.join(timeout)
@@ -127,29 +154,27 @@ class Writer:
 
     # In the thread.
 
-    def _run(self) -> None:
-        store: Store | None = None
+    def _run(self, predecessor: threading.Thread | None) -> None:
+        if predecessor is not None:
+            predecessor.join()  # what it has in hand comes before whatever is in line
         rows: list[Row] = []
         is_last = False
         pause = FIRST_PAUSE
-        while not is_last:
+        while not is_last or self.waiting():  # what came behind the last barrier is written too
             # While writing fails, all that waits: whoever stands behind a barrier is told at once.
             barriers = _take(self._line, rows, MAX_BATCH if self.problem is None else sys.maxsize)
             self._in_hand = len(rows)
-            is_last = any(isinstance(barrier, ThreadBarrier) and barrier.is_last for barrier in barriers)
+            is_last = is_last or any(isinstance(barrier, ThreadBarrier) and barrier.is_last for barrier in barriers)
             try:
                 if rows:
-                    if store is None:
-                        store = self._open_store()
-                    store.write(rows)
+                    self._write(rows)
             except Exception as error:  # noqa: BLE001 - whatever it is: the records stay, and are tried again
-                _close(store)
-                store = None
                 self._report(error, len(rows))
                 _release(barriers, self.problem)
-                if not is_last:
-                    threading.Event().wait(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE)
+                if is_last:
+                    break
+                threading.Event().wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
                 continue
             if self.problem is not None:
                 logger.warning("the audit ledger can be written again")
@@ -157,10 +182,26 @@ class Writer:
             rows.clear()
             self._in_hand = 0
             _release(barriers, None)
-            is_last = is_last and not self.waiting()  # what came behind the last barrier is written too
         if rows:
             logger.critical("%d audit records were never written: %s", len(rows), self.problem)
-        _close(store)
+        with self._writing:
+            self._let_go()
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        with self._writing:
+            try:
+                if self._store is None:
+                    self._store = self._open_store()
+                self._store.write(rows)
+            except BaseException:
+                self._let_go()
+                raise
+
+    def _let_go(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            with suppress(Exception):  # where it has failed, that was reported
+                store.close()
 
     def _report(self, error: Exception, number: int) -> None:
         if self.problem is None:  # once for each time that it begins
@@ -209,9 +250,3 @@ def _settle(futures: Iterable[asyncio.Future[None]], problem: str | None) -> Non
             future.set_result(None)
         else:
             future.set_exception(LedgerUnavailableError(problem))
-
-
-def _close(store: Store | None) -> None:
-    if store is not None:
-        with suppress(Exception):  # it has failed already, and that was reported
-            store.close()

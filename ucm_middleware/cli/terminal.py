@@ -4,7 +4,7 @@ The exit status is 0 when all is well, 1 when what was looked at is not, and 2 w
 """
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -46,11 +46,23 @@ def refusals(*, as_json: bool = False) -> Generator[None]:
 
 
 @contextmanager
-def progress_bar() -> Generator[VerificationProgress]:
-    """Show how far a verification has come, where somebody is looking; what it gives is told."""
+def counting_bar(what: str, total: int) -> Generator[Callable[[], None]]:
+    """Show how many of something are done, where somebody is looking; what it gives is called for each."""
+    with _bar() as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _bar() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def progress_bar() -> Generator[VerificationProgress]:
+    """Show how far a verification has come, where somebody is looking; what it gives is told."""
+    with _bar() as progress:
         task = progress.add_task("opening", total=None)
 
         def tell(stage: Stage, done: int, total: int) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from ucm_middleware.audit.verification import Verification, read_checkpoints, read_public_key, verify_ledger
 from ucm_middleware.cli.terminal import BAD, progress_bar, refusals, say, say_json
+from ucm_middleware.errors import LedgerFileError
 
 
 def verify(
@@ -33,6 +34,8 @@ def verify(
             else read_checkpoints(checkpoints, read_public_key(public_key))
         )
         found = verify_ledger(ledger, known, progress)
+        if found.is_verified and not found.records:
+            raise LedgerFileError(str(ledger), "has no records yet", "verify it when an application has written to it")
     if as_json:
         say_json(_plain(ledger, found))
     else:
