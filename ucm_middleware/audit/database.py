@@ -106,6 +106,15 @@ def errors_of(path: Path) -> Generator[None]:
         raise LedgerFileError(str(path), problem, remedy) from error
 
 
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Which file is there, whatever is written to it; None for no file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def is_read_only(error: sqlite3.Error) -> bool:
     """Whether what failed is that something was to be written to a file that may only be read."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY

@@ -80,13 +80,15 @@ class LedgerFile:
             with errors_of(path):
                 connection.execute(f"PRAGMA cache_size = -{CACHE}")
                 connection.execute(f"PRAGMA wal_autocheckpoint = {LOG}")
-                with transaction(connection):  # nobody appends meanwhile, and it can be written to
+                with transaction(connection):  # nobody appends meanwhile
                     found = _stream(path, connection, sealed=sealed)
                     if stream not in (None, found):
                         raise LedgerFileError(
                             str(path), f"is the ledger {found}, and {stream} was here before", "put that one back"
                         )
                     chain = _checked_tail(path, connection, genesis(found, sealed=sealed))
+                    # To begin a transaction works on a file that may only be read, too.
+                    connection.execute("UPDATE ledger SET size = size")
             return cls(path, connection, found, chain)
         except BaseException:
             connection.close()

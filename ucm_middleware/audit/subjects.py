@@ -74,6 +74,7 @@ class Vault:
 
     def __init__(self, path: Path, connection: sqlite3.Connection, master: Secret) -> None:
         self._path = path
+        self._identity = database.identity_of(path)
         self._connection: sqlite3.Connection | None = connection
         self._lookup_key = master.subkey("lookup")
         self._cipher = cipher_of(master.subkey("subjects"))
@@ -181,6 +182,12 @@ class Vault:
     def _database(self) -> Generator[sqlite3.Connection]:
         if self._connection is None:
             raise LedgerFileError(str(self._path), "is closed, or open in the parent process alone", "open it anew")
+        if database.identity_of(self._path) != self._identity:  # a key written to it now would be lost
+            raise LedgerFileError(
+                str(self._path),
+                "was moved or deleted while it was in use",
+                "put it back, together with the file beside it that ends in -wal; writing goes on by itself",
+            )
         with errors_of(self._path):
             yield self._connection
             self._connection.execute("PRAGMA shrink_memory")  # its pages are full of sealed keys

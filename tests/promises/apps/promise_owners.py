@@ -29,7 +29,7 @@ from ucm_middleware import (
 from ucm_middleware.audit import denials
 from ucm_middleware.fastapi import CurrentContext
 
-denials.EACH = 10_000  # the tests share one server, and each looks at the records of its own denials
+vars(denials)["EACH"] = 10_000  # the tests share one server, and each looks at the records of its own denials
 
 journal = Journal()
 manager = UserContextManager()

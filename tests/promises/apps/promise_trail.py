@@ -47,9 +47,11 @@ async def hold(request: Request) -> JSONResponse:
 
 
 async def hold_half(request: Request) -> StreamingResponse:
+    user = current_context().user_id
+
     async def halves() -> AsyncIterator[str]:
         yield "half "
-        journal.note("held", user=current_context().user_id)
+        journal.note("held", user=user)
         await journal.gate("let go").passed()
         yield "whole"
 
