@@ -11,7 +11,8 @@ from ucm_middleware.audit.records import Row
 class AuditChain:
     """auditchain on SQLite, whose commits are durable by SQLite's defaults, one for each record.
 
-    Two tasks that append at once write the same sequence number, and one fails; so there is a lock around it.
+    Of tasks that append at once all but one fail, since they take the same sequence number, also with its own lock; so
+    there is one around it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -15,6 +15,7 @@ from support.ledger import SECRET, bodies, bytes_of, query, ring, row
 from support.waiting import wait_until
 from ucm_middleware import ConfigurationError, CrossUserAccessError, LedgerFileError, LedgerUnavailableError
 from ucm_middleware.audit import DurableLedger, SQLiteLedger, UserMention
+from ucm_middleware.audit.file import PART_BITS
 from ucm_middleware.audit.reader import SHOWN
 from ucm_middleware.audit.records import Event
 from ucm_middleware.audit.writer import THREAD_NAME
@@ -118,6 +119,23 @@ def test_a_trail_is_as_long_as_it_says_and_tells_what_it_left_out(make: MakeLedg
     assert trail.dropped == 11
     assert trail.opening is not None
     assert (trail.opening.event, trail.opening.record_id) == ("opened", 0)
+
+
+def test_it_tells_what_it_left_out_of_parts_that_it_did_not_read(make: MakeLedger) -> None:
+    ledger = make()
+    older, part = 100, 1 << PART_BITS
+    for number in range(1, part):
+        ledger.append(row("alice" if number <= older else "bob", number, "denied"))
+    ledger.append(row("alice", part, "opened"))
+    for number in range(part + 1, part + SHOWN):
+        ledger.append(row("alice", number, "denied"))
+    trail = ledger.trail("alice")
+    assert trail is not None
+    assert [record.record_id for record in trail.records] == list(range(part, part + SHOWN))
+    assert trail.dropped == older
+    bobs = ledger.trail("bob")
+    assert bobs is not None
+    assert bobs.dropped == 0
 
 
 @pytest.mark.parametrize("gap", [4095, 4096, 8200])

@@ -125,17 +125,19 @@ class LedgerReader:
             token = subject.token
         records: list[AuditRecord] = []
         opening: AuditRecord | None = None
+        number = 0
         for bodies in self._parts(token):  # the newest first
+            number += len(bodies)
             if len(records) < shown:
                 records[:0] = [self._decoded(user_id, subject, body) for body in bodies]
             opened = [body for body in bodies if body.startswith(_OPENED)]
             if opened and opening is None and user_id is not None:
                 opening = self._decoded(user_id, subject, opened[-1])
             if len(records) >= shown and (opening is not None or user_id is None):
+                [number] = self._connection.execute(_COUNT, (token,)).fetchone()
                 break
         if not records and user_id is not None:
             return None
-        [number] = self._connection.execute(_COUNT, (token,)).fetchone()
         return Trail(opening, tuple(records[-shown:]), number - len(records[-shown:]))
 
     @property
