@@ -237,7 +237,7 @@ def _take(line: SimpleQueue[Row | Barrier], rows: list[Row], most: int) -> list[
     return barriers
 
 
-def _release(barriers: Iterable[Barrier], problem: str | None) -> None:
+def _release(barriers: list[Barrier], problem: str | None) -> None:
     """Tell all who wait, with one call for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for barrier in barriers:
@@ -246,6 +246,7 @@ def _release(barriers: Iterable[Barrier], problem: str | None) -> None:
         else:
             barrier.error = None if problem is None else LedgerUnavailableError(problem)
             barrier.passed.set()
+    barriers.clear()  # with an error, each holds the frames of who waited, and this thread may rest for long
     for loop, futures in by_loop.items():
         with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone
             loop.call_soon_threadsafe(_settle, futures, problem)
