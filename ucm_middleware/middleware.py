@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 CONTEXT: Final = "ucm_middleware.context"
 """The scope key of the context."""
 
+_SHUT_DOWN: Final = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+
 KNOWN_IDS: Final = 4096
 """How many user ids are remembered as valid, so that the rules are gone through once for each of them."""
 
@@ -317,7 +319,12 @@ class UserContextMiddleware:
                 await self.manager.drain(self.drain_timeout)
             return message
 
-        await self.app(scope, watched, send)
+        async def last(message: Message) -> None:
+            if message["type"] in _SHUT_DOWN:  # the server may end itself by a signal then, and asks nobody
+                await self.manager.all_written()
+            await send(message)
+
+        await self.app(scope, watched, last)
 
 
 async def _unrecorded(ledger: DurableLedger) -> Refusal | None:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,13 +57,18 @@ def start(script: str, folder: Path, kind: str, *arguments: object) -> subproces
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
 def run(script: str, folder: Path, kind: str, *, status: int = 0) -> str:
     """Run it to its end, which must have this status. Returns what it wrote."""
-    with start(script, folder, kind) as process:
+    process = start(script, folder, kind)
+    try:
         output, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its children too
+        raise
     assert process.returncode == status, output
     return output
 
@@ -221,6 +227,6 @@ assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("script", ENDS.values(), ids=ENDS)
-def test_a_process_that_ends_without_closing_writes_what_is_in_line(tmp_path: Path, kind: str, script: str) -> None:
-    run("def append_all():\n    for number in range(3000):\n        append(number)\n\n" + script, tmp_path, kind)
-    assert numbers(tmp_path, kind) == set(range(3000))
+def test_a_process_that_ends_without_closing_writes_what_is_in_line(tmp_path: Path, script: str) -> None:
+    run("def append_all():\n    for number in range(3000):\n        append(number)\n\n" + script, tmp_path, "sealed")
+    assert numbers(tmp_path, "sealed") == set(range(3000))
