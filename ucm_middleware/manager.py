@@ -420,11 +420,7 @@ class UserContextManager:
         contexts = [context for _, context in self._registry.live()]
         await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
         self._trail.tell_counted()
-        if self._durable_ledger is not None:
-            try:
-                await self._durable_ledger.durable()
-            except LedgerUnavailableError as error:
-                logger.critical("%d audit records are not written: %s", self._durable_ledger.lag, error)
+        await self.all_written()
         return len(contexts)
 
     def sweep(self) -> int:
@@ -450,6 +446,14 @@ class UserContextManager:
     def record_refusal(self, error: Exception, detail: str) -> None:
         """Note that a connection was refused before it had a user, and why."""
         self._trail.refused(None, error, detail)
+
+    async def all_written(self) -> None:
+        """Wait until what is on record so far is durable. Where that cannot be, the log says how much is not."""
+        if self._durable_ledger is not None:
+            try:
+                await self._durable_ledger.durable()
+            except LedgerUnavailableError as error:
+                logger.critical("%d audit records are not written: %s", self._durable_ledger.lag, error)
 
     # Called by contexts.
 

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 CONTEXT: Final = "ucm_middleware.context"
 """The scope key of the context."""
 
+_SHUT_DOWN: Final = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+
 KNOWN_IDS: Final = 4096
 """How many user ids are remembered as valid, so that the rules are gone through once for each of them."""
 
@@ -324,8 +326,11 @@ class UserContextMiddleware:
             return message
 
         async def noted(message: Message) -> None:
-            if message["type"] == "lifespan.startup.complete":
+            kind = message["type"]
+            if kind == "lifespan.startup.complete":
                 self.manager.telemetry.look()  # many applications set up their SDK in the lifespan
+            elif kind in _SHUT_DOWN:  # the server may end itself by a signal then, and asks nobody
+                await self.manager.all_written()
             await send(message)
 
         await self.app(scope, watched, noted)

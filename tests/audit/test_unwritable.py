@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -117,15 +118,19 @@ def test_a_key_file_that_is_deleted_is_not_written_to(ledger: SQLiteLedger, tmp_
     assert not (tmp_path / "keys.db").exists()
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not below pytest's own, which is closed to others."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @contextmanager
 def as_nobody_in_particular(folder: Path) -> Iterator[None]:
     """Without the rights of root, to whom no file is read-only."""
     if os.geteuid():
         yield
         return
-    for parent in (folder, *folder.parents):
-        if parent.owner() == "root" and not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o011)
     for found in (folder, *folder.iterdir()):
         os.chown(found, NOBODY_IN_PARTICULAR, NOBODY_IN_PARTICULAR)
     os.setresuid(NOBODY_IN_PARTICULAR, NOBODY_IN_PARTICULAR, 0)
@@ -144,9 +149,7 @@ def make_folder_read_only(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make_read_only", [make_file_read_only, make_folder_read_only])
-def test_files_that_may_only_be_read_at_the_start(tmp_path: Path, make_read_only: Callable[[Path], None]) -> None:
-    folder = tmp_path / "audit"
-    folder.mkdir()
+def test_files_that_may_only_be_read_at_the_start(folder: Path, make_read_only: Callable[[Path], None]) -> None:
     with closing(started(folder)) as ledger:
         append(ledger, 1)
     with as_nobody_in_particular(folder):
@@ -160,9 +163,7 @@ def test_files_that_may_only_be_read_at_the_start(tmp_path: Path, make_read_only
         goes_on(ledger, 1, 2)
 
 
-def test_a_folder_that_becomes_read_only_between_two_openings(tmp_path: Path) -> None:
-    folder = tmp_path / "audit"
-    folder.mkdir()
+def test_a_folder_that_becomes_read_only_between_two_openings(folder: Path) -> None:
     with closing(started(folder)) as ledger:
         append(ledger, 1)
         ledger.close()

@@ -44,11 +44,6 @@ class Trail:
         return LedgerCheck(self.folder / "audit.db", self.folder / "keys.db" if self.is_sealed else None, self.secret)
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "sealed"])
-def trail(tmp_path: Path, request: pytest.FixtureRequest) -> Trail:
-    return Trail(tmp_path, request.param)
-
-
 @pytest.fixture
 def sealed(tmp_path: Path) -> Trail:
     return Trail(tmp_path, is_sealed=True)
@@ -156,9 +151,25 @@ def test_whatever_a_killed_server_had_acknowledged_is_in_the_ledger(sealed: Trai
 
 
 @pytest.mark.timeout(60 + 20 * KILLS)
-def test_whatever_killed_workers_had_acknowledged_is_in_the_one_ledger(trail: Trail) -> None:
-    crashes = Crashes(trail, "uvicorn-httptools", "--workers", "4")
+def test_whatever_killed_workers_had_acknowledged_is_in_the_one_ledger(sealed: Trail) -> None:
+    crashes = Crashes(sealed, "uvicorn-httptools", "--workers", "4")
     for _ in range(KILLS):
         crashes.kill_once()
     crashes.go_on()
     print(f"four workers: {KILLS} kills, {crashes.acknowledged} acknowledged, none missing")
+
+
+def test_a_server_that_is_stopped_has_written_everything(sealed: Trail, server_kind: str) -> None:
+    """Also what the app's own shutdown does, after the last request, right before the server ends itself."""
+    with (
+        start_server(server_kind, APP, app_dir=APPS, env={**sealed.env, "AUDIT": "async"}) as server,
+        RawConnection(server) as connection,
+    ):
+        mine = [connection.request("/work", headers=token_of("alice")).json() for _ in range(50)]
+        connection.close()
+        server.stop()
+    records = sealed.check().read()
+    each_once(records)
+    assert of_requests(records, "opened") == of_requests(records, "closed") == set(mine)
+    reasons = {record["reason"] for record in records if record["event"] == "privileged"}
+    assert {f"shutdown {number}" for number in range(500)} <= reasons

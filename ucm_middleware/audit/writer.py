@@ -228,7 +228,7 @@ def _take(line: SimpleQueue[Row | Barrier], rows: list[Row], most: int) -> list[
     return barriers
 
 
-def _release(barriers: Iterable[Barrier], problem: str | None) -> None:
+def _release(barriers: list[Barrier], problem: str | None) -> None:
     """Tell all who wait, with one call for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for barrier in barriers:
@@ -237,6 +237,7 @@ def _release(barriers: Iterable[Barrier], problem: str | None) -> None:
             barrier.passed.set()
         else:
             by_loop.setdefault(barrier.get_loop(), []).append(barrier)
+    barriers.clear()  # with an error, each holds the frames of who waited, and this thread may rest for long
     for loop, futures in by_loop.items():
         with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone
             loop.call_soon_threadsafe(_settle, futures, problem)

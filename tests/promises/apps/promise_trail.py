@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal, cast
 
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from ucm_middleware import UserContextManager, UserContextMiddleware, bearer_token, current_context
+from ucm_middleware import EVERYONE, UserContextManager, UserContextMiddleware, bearer_token, current_context
 from ucm_middleware.audit import SQLiteLedger
 
 ledger = SQLiteLedger(
@@ -67,6 +68,14 @@ async def echo(websocket: WebSocket) -> None:
             break
 
 
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    yield
+    for number in range(500):  # more than is written by the time that the server ends
+        with manager.privileged(reason=f"shutdown {number}", users=EVERYONE):
+            pass
+
+
 async def state(request: Request) -> JSONResponse:
     return JSONResponse({"healthy": manager.is_healthy(), "lag": ledger.lag, "problem": ledger.problem})
 
@@ -77,6 +86,7 @@ app = Door(
             *(Route(f"/{handler.__name__}", handler) for handler in (work, stream, fail, hold, hold_half)),
             WebSocketRoute("/echo", echo),
         ],
+        lifespan=lifespan,
         middleware=[
             Middleware(
                 UserContextMiddleware,
