@@ -132,7 +132,7 @@ _EXPLAINED: Final = {
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(
-        f"{path.absolute().as_uri()}?{mode}", PATIENCE, isolation_level=None, check_same_thread=False, uri=True
+        f"{path.absolute().as_uri()}?{mode}", timeout=PATIENCE, isolation_level=None, check_same_thread=False, uri=True
     )
 
 
