@@ -354,7 +354,7 @@ class UserContextManager:
         contexts = [context for _, context in self._registry.live()]
         findings = tuple(find_shared(root for context in contexts for root in context.isolation_roots()))
         if findings:
-            self._trail.isolation_violated([str(finding) for finding in findings])
+            self._trail.isolation_violated(findings)
         return IsolationReport(len(contexts), findings)
 
     def get_audit_trail(self, user_id: str) -> dict[str, Any] | None:

@@ -784,6 +784,8 @@ SEQUENCE: list[tuple[Event, str | None]] = [
     ("refused", "alice"),
     ("privileged", "alice"),
     ("isolation_violated", None),
+    ("isolation_violated", "alice"),
+    ("isolation_violated", "bob"),
     ("privileged", "alice"),
     ("privileged", "bob"),
     ("child_opened", "alice"),

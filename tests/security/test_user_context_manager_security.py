@@ -1092,7 +1092,12 @@ class TestAudit:
         assert manager.validate_isolation() is False
         [record] = manager.get_system_trail()
         assert record["event"] == "isolation_violated"
-        assert record["findings"] == [str(finding) for finding in manager.isolation_report().findings]
+        assert record["findings"] == [{"users": ["alice", "bob"], "type": "list"}]
+        for user in ("alice", "bob"):
+            trail = manager.get_audit_trail(user)
+            assert trail is not None
+            assert trail["events"][-1]["path"] == f"{user}.agent_context['list']"
+            assert ("alice" in str(trail)) == (user == "alice")  # neither is told of the other
 
 
 BAD_IDS: dict[str, Any] = {

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 SUBJECT_LENGTH: Final = 16
 NOBODY: Final = bytes(SUBJECT_LENGTH)
 
-MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "user_id", "users"})
+MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "findings", "user_id", "users"})
 """The members of ``data`` in which users are named. Elsewhere what looks like a subject is the application's."""
 
 _quoted: Final = encode_basestring_ascii

@@ -42,6 +42,7 @@ from ucm_middleware.errors import (
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.lifetime import Journal as JournalPort
 from ucm_middleware.lifetime import Lifetime
+from ucm_middleware.sharing import Finding
 
 CUT_OFF: Final = frozenset({"expired", "revoked"})
 """The reasons to close a context that have a record of their own."""
@@ -56,6 +57,9 @@ _REFUSALS: Final[tuple[tuple[type[UserContextError], str], ...]] = (
     (CrossUserAccessError, "foreign"),
 )
 _BY_RESOLVER: Final = "resolver"
+
+SHOWN_FINDINGS: Final = 100
+"""How many breaches of isolation one look puts on record."""
 
 SETTLE_TIMEOUT: Final = 10.0
 """Seconds that synchronous code waits in strict mode for a record to be durable."""
@@ -284,9 +288,27 @@ class AuditTrail:
         if self._strict is not None:
             self._strict.flush(SETTLE_TIMEOUT)
 
-    def isolation_violated(self, findings: Sequence[str]) -> None:
-        """Two users' contexts were found to share something."""
-        self._about_nobody("isolation_violated", "failed", data=(("findings", for_record({"all": findings})["all"]),))
+    def isolation_violated(self, findings: Sequence[Finding]) -> None:
+        """Two users' contexts were found to share something.
+
+        What is nobody's says which users and what kind of thing. The paths, in which there are ids and keys of theirs,
+        stand in their own trails, each in its own.
+        """
+        shared = [
+            {
+                "users": [UserMention(finding.first_owner), UserMention(finding.second_owner)],
+                "type": text_for_record(finding.type_name),
+            }
+            for finding in findings
+        ]
+        self._about_nobody("isolation_violated", "failed", data=(("findings", shared[:SHOWN_FINDINGS]),))
+        for finding in findings[:SHOWN_FINDINGS]:
+            for user_id, path in (
+                (finding.first_owner, finding.first_path),
+                (finding.second_owner, finding.second_path),
+            ):
+                data = ("path", text_for_record(path)), ("type", text_for_record(finding.type_name))
+                self._about_nobody("isolation_violated", "failed", user_id=user_id, data=data)
 
     def of(self, user_id: str) -> dict[str, Any] | None:
         """One user's trail, a copy; None for a user never seen. Fixed fields win over metadata of the same name."""

@@ -30,7 +30,9 @@ from ucm_middleware import (
 from ucm_middleware.audit import denials
 from ucm_middleware.fastapi import CurrentContext
 
-patch.object(denials, "EACH", 10_000).start()  # the tests share one server, and each looks at the records of its own denials
+patch.object(
+    denials, "EACH", 10_000
+).start()  # the tests share one server, and each looks at the records of its own denials
 
 journal = Journal()
 manager = UserContextManager()
