@@ -205,6 +205,51 @@ class TestTimes:
             assert (done.returncode, done.stdout) == (2, "")
             assert "no owned handles" in done.stderr
 
+    def test_the_spans(self, tmp_path: Path) -> None:
+        found = figures("tracing", "--rounds", "1", folder=tmp_path)
+        assert found["traced_ratio"] > 1
+        assert found["request_us"] > 0
+
+
+MISSING_LIMITS = """
+import json
+from benchmarks.ledger import ALONE, Figures, PLAIN, Reading, SEALED, SPANS, missed_limits
+
+span = [Figures(30, 10, 1, 1)]
+good = {PLAIN: [Figures(7.5, 30_000, 1, 5)], SEALED: [Figures(9, 12_000, 9, 9)], ALONE: [Figures(9, 1, 0.8, 9)]}
+bad = {PLAIN: [Figures(9, 10, 1, 6)], SEALED: [Figures(9, 11, 9, 9)], ALONE: [Figures(9, 1, 1, 9)]}
+print(json.dumps(missed_limits({SPANS: span, **good}, {"plain": Reading(10, 4), "sealed": Reading(10, 4)})))
+print(json.dumps(missed_limits({SPANS: span, **bad}, {"plain": Reading(11, 1), "sealed": Reading(1, 5)})))
+"""
+
+
+class TestLedger:
+    def test_records_are_written_beside_spans_read_and_verified(self, tmp_path: Path) -> None:
+        options = ("--rounds", "2", "--records", "192", "--kept", "300", "--folder", str(tmp_path))
+        found = figures("ledger", *options, folder=tmp_path)
+        ledgers = {"ledger, plain", "ledger, sealed", "ledger, plain, 1 writer"}
+        assert ledgers | {"OpenTelemetry spans"} <= set(found["rows"])
+        assert all(min(row.values()) > 0 for row in found["rows"].values())
+        assert [len(rounds) for rounds in found["rounds"].values()] == [2] * len(found["rows"])
+        assert set(found["append_us"]) == {"MemoryLedger", "SQLiteLedger"}
+        assert set(found["reading"]) == {"plain", "sealed"}
+        assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
+
+    def test_it_names_each_limit_that_is_missed(self) -> None:
+        done = run("-c", MISSING_LIMITS)
+        assert done.returncode == 0, done.stderr
+        good, bad = map(json.loads, done.stdout.splitlines())
+        assert good == []
+        assert bad == [
+            "CPU of a plain record: 0.30x a span, at most 0.25",
+            "p99 of a plain record: 6.00 ms, at most 5",
+            "a plain record alone: 1.00 ms, at most 0.8",
+            "the trail of a user, plain: 11.00 ms, at most 10",
+            "verifying a record, sealed: 5.00 us, at most 4",
+            "plain records: 10 a second, at least 30,000",
+            "sealed records: 11 a second, at least 12,000",
+        ]
+
 
 class TestWire:
     def test_servers_are_visited_in_turn(self, tmp_path: Path) -> None:

@@ -838,7 +838,7 @@ class ContextMachine(RuleBasedStateMachine):
                 said = {
                     name: value
                     for name, value in event.items()
-                    if name not in ("request_id", "parent_request_id", "asked_for")
+                    if name not in ("request_id", "parent_request_id", "asked_for", "asked_for_request")
                 }
                 others = [other for other in USERS if other != user]
                 assert not any(other in repr(said) for other in others)

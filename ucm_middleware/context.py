@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn, Protocol, Self, TypeVar
+from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeVar
 
 from ucm_middleware.callsite import caller
 from ucm_middleware.current import Release
@@ -396,6 +396,14 @@ class UserExecutionContext(ResourceHolder):
         """
         self.require_usable()
         principal = user if isinstance(user, Principal) else Principal(user)
+        try:
+            self._bind(principal)
+        except IdentityConflictError:
+            if self._host is not None:
+                self._host.bind_refused(self, principal.user_id)
+            raise
+
+    def _bind(self, principal: Principal) -> None:
         seconds_left = principal.seconds_left()
         if self._lifetime.state is not UNBOUND:
             if self.is_anonymous:
@@ -419,6 +427,31 @@ class UserExecutionContext(ResourceHolder):
         elif not self._become(principal.user_id):
             raise IdentityConflictError("the context closed, or was bound or used, at the same moment; open a new one")
         self._end_within(seconds_left)
+
+    def record(
+        self,
+        event: Literal["event_sent", "agent_run", "transaction"],
+        *,
+        outcome: Literal["ok", "denied", "failed"] = "ok",
+        reason: str | None = None,
+        seconds: float | None = None,
+        data: Mapping[str, object] | None = None,
+    ) -> None:
+        """Put on record what an adapter did for this user: an event sent, a run of an agent, a transaction.
+
+        ``reason`` says in a word why it did not end well, ``seconds`` how long it took. ``data`` is copied as plain
+        values, bounded, and without what its names say is secret; never give what a user wrote. Under no manager there
+        is no trail, and nothing is recorded.
+
+        Raises CrossUserAccessError for code of another user, ContextClosedError after teardown except in the context's
+        own releases, InvalidContextError for another event or outcome, and for a name in ``data`` that a record has
+        itself.
+        """
+        self.require_usable()
+        host = self._host
+        if host is not None:
+            host.require_owner(self._user_id, "record")
+            host.report(self, event, outcome, reason, seconds, {} if data is None else data)
 
     def create_child_context(
         self,
@@ -625,7 +658,7 @@ class UserExecutionContext(ResourceHolder):
 
     def _detach(self) -> None:
         """Undo ``_attach``: the manager refused the context."""
-        self._host = None
+        self._host = self._lifetime.journal = None
 
     def _give_back(self) -> None:
         """Close without releasing: the context was refused, and its session is still the caller's."""
@@ -642,7 +675,9 @@ class UserExecutionContext(ResourceHolder):
             self._user_id = user_id
             self._anonymous = False
             lifetime.state = OPEN
-            return True
+        if lifetime.journal is not None:  # what plugins wrap the context with is no use of it
+            lifetime.journal.bound(user_id)
+        return True
 
     @property
     def _is_used(self) -> bool:
@@ -670,6 +705,10 @@ class UserExecutionContext(ResourceHolder):
         self._db_session = session
         if session is not None and (hasattr(session, "aclose") or hasattr(session, "close")):
             self._lifetime.add(closing_resource(session, "db_session", DEFAULT_RELEASE_TIMEOUT))
+
+    def _begin_journal(self) -> None:
+        if self._lifetime.journal is None and self._host is not None:
+            self._host.journal_of(self)
 
     def _around_resource(self, cm: object, name: str | None) -> Sequence[Wrapping]:
         host = self._host

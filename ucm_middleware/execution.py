@@ -4,7 +4,9 @@
 # pyright: reportPrivateUsage=false
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import Context
 from types import TracebackType
@@ -14,8 +16,11 @@ from ucm_middleware.ambient import Ambient, ambient_grant, enter, leave
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, InvalidContextError
+from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.lifetime import CloseReason
+
+logger = logging.getLogger(__name__)
 
 
 def create_isolated_execution_context(
@@ -70,10 +75,49 @@ async def agent_run(
     _require_entry(context)
     child = context.create_child_context(agent_name)
     child.lifetime.variables = _variables_here(context)
+    if child.host is not None and (spans := child.host.telemetry.spans) is not None:
+        spans.name_agent(child, agent_name)
     async with managed_user_context(child):
-        if child.host is not None and child.host.hooks.around_agent_run:
-            await child._enter_around(child.host.hooks.around_agent_run(child, agent_name, parameters or {}))
-        yield child
+        host = child.host
+        if host is None:
+            yield child
+            return
+        with _recorded_run(child, host, agent_name, parameters or {}):
+            if host.hooks.around_agent_run:
+                await child._enter_around(host.hooks.around_agent_run(child, agent_name, parameters or {}))
+            yield child
+
+
+class _recorded_run:  # noqa: N801 - used like the functions of contextlib
+    """Puts the beginning of a run on record, or does not let it begin, and its end."""
+
+    __slots__ = ("_about", "_begun", "_host", "_run")
+
+    def __init__(
+        self, run: UserExecutionContext, host: ContextHost, agent_name: str, parameters: Mapping[str, Any]
+    ) -> None:
+        self._run = run
+        self._host = host  # which the context lets go of when it closes
+        self._about = {"agent": agent_name, "parameters": list(parameters)}
+
+    def __enter__(self) -> None:
+        self._host.report(self._run, "agent_run", "ok", None, None, {"phase": "started", **self._about})
+        self._begun = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        seconds = time.monotonic() - self._begun
+        about: dict[str, object] = {"phase": "ended", **self._about}
+        reason: str | None = None
+        if error is not None:
+            reason = self._run.lifetime.reason or _reason(error)
+            about["error"] = type(error).__name__
+        try:
+            self._host.report(self._run, "agent_run", "ok" if error is None else "failed", reason, seconds, about)
+        except Exception:
+            # Whatever a ledger raises: the run has ended, and its error is not to be hidden by another.
+            logger.exception("the end of a run of %s could not be recorded", self._about["agent"])
 
 
 class managed_user_context:  # noqa: N801 - used like the functions of contextlib
@@ -85,15 +129,19 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     CrossUserAccessError outside of a ``privileged`` block.
     """
 
-    __slots__ = ("_context", "_token")
+    __slots__ = ("_context", "_leave_span", "_token")
 
     def __init__(self, context: UserExecutionContext) -> None:
         self._context = validate_user_context(context)
         self._token: Ambient | None = None
+        self._leave_span: Callable[[], None] | None = None
 
     def __enter__(self) -> UserExecutionContext:
         _require_entry(self._context)
         self._token = enter(self._context)
+        host = self._context.host
+        if host is not None and (spans := host.telemetry.spans) is not None:
+            self._leave_span = spans.enter(self._context)
         return self._context
 
     def __exit__(
@@ -128,6 +176,9 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         token, self._token = self._token, None
         if token is not None:
             leave(token)
+        leave_span, self._leave_span = self._leave_span, None
+        if leave_span is not None:
+            leave_span()
 
     def _raise_failures(self, error: BaseException | None) -> None:
         failures = self._context.lifetime.failures

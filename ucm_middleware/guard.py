@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from ucm_middleware.ambient import Grant, ambient_grant, enter, leave
+from ucm_middleware.audit.records import AskedFor, UserMention
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
@@ -75,10 +76,13 @@ class Guard:
             return None  # made by hand, or another manager's: it proves nothing here
         return context
 
-    def require(self, user_id: str, action: str) -> None:
-        """Raise CrossUserAccessError, and record it, unless the asking code may touch this user's contexts."""
+    def require(self, user_id: str, action: str, asked: AskedFor | None = None) -> None:
+        """Raise CrossUserAccessError, and record it, unless the asking code may touch this user's contexts.
+
+        ``asked`` is what was asked for, if that is more than the user.
+        """
         if not self.admits(user_id):
-            raise self.denied(action, user_id)
+            raise self.denied(action, asked or UserMention(user_id))
 
     def require_everyone(self, action: str) -> None:
         """The same for what concerns all users at once."""
@@ -102,7 +106,7 @@ class Guard:
         """Raise CrossUserAccessError unless the asking code may give this anonymous context its user."""
         ambient = ambient_context()
         if ambient is not None and ambient is not context and not self.admits(context.user_id):
-            raise self.denied("bind", context.user_id)
+            raise self.denied("bind", UserMention(context.user_id))
 
     @contextmanager
     def privileged(self, reason: str, users: Collection[str] | Literal[Everyone.EVERYONE]) -> Generator[Grant]:
@@ -114,6 +118,7 @@ class Guard:
         named = None if users is EVERYONE else frozenset(validate_id(user, "users") for user in users)
         context = ambient_context()
         self._trail.privileged(context, reason, None if named is None else sorted(named))
+        self._trail.settle()
         grant = Grant(self, reason, named, context)
         token = enter(grant)
         try:
@@ -122,8 +127,11 @@ class Guard:
             grant.end()
             leave(token)
 
-    def denied(self, action: str, asked_for: str) -> CrossUserAccessError:
-        """Record a denial. Returns the error to raise, which is the same for what is foreign and what is missing."""
+    def denied(self, action: str, asked_for: AskedFor) -> CrossUserAccessError:
+        """Record a denial. Returns the error to raise, which is the same for what is foreign and what is missing.
+
+        Of what was asked for, users are given as a ``UserMention``.
+        """
         actor = self._acting()
         self._trail.denied(actor, action, asked_for)
         self._hooks.access_denied(None if actor is None else actor.user_id, action)

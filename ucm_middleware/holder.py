@@ -37,6 +37,7 @@ class ResourceHolder(Closable):
     def enter_context(self, cm: AbstractContextManager[T], *, name: str | None = None) -> T:
         """Enter a context manager and exit it at teardown."""
         self.require_usable()
+        self._begin_journal()
         value = cm.__enter__()
         self._push(sync_resource(cm, name))
         return value
@@ -76,11 +77,13 @@ class ResourceHolder(Closable):
         return target
 
     async def _enter(self, cm: AbstractAsyncContextManager[T], owner_task: bool, name: str | None, timeout: float) -> T:
+        self._begin_journal()
         if not owner_task:
             value = await cm.__aenter__()
             await self._push_entered(async_resource(cm, name, timeout))
             return value
-        owner = OwnerTask(cm, self._lifetime.mark_release)
+        lifetime = self._lifetime
+        owner = OwnerTask(cm, lifetime.mark_release, lambda: lifetime.entered(resource))
         resource = owner_resource(owner, cm, name, timeout)
         await self._push_entered(resource)
         try:
@@ -89,11 +92,15 @@ class ResourceHolder(Closable):
             owner.cancel()
             raise
         except BaseException:
-            self._lifetime.discard(resource)
+            lifetime.discard(resource)
             raise
 
     def _push(self, resource: Resource) -> None:
         """Keep a resource that is already open; when the context is not open any more, let go of it and refuse."""
+        if resource.is_async:
+            self._lifetime.require_loop()
+        self._begin_journal()
+        self._lifetime.entered(resource)
         try:
             self.require_usable()
             if not self._lifetime.add(resource):
@@ -104,10 +111,15 @@ class ResourceHolder(Closable):
 
     async def _push_entered(self, resource: Resource) -> None:
         """The same for what was entered asynchronously, meanwhile."""
+        if resource.owner is None:  # else it is about to be entered
+            self._lifetime.entered(resource)
         if not self._lifetime.add(resource):
             error = self._closed_error()
             await self._lifetime.release_late(resource, error)
             raise error
+
+    def _begin_journal(self) -> None:
+        """See to it that there is a journal, if anybody keeps one: it is still there when the context has closed."""
 
     # What plugins wrap with.
 
@@ -118,6 +130,7 @@ class ResourceHolder(Closable):
     async def _enter_around(self, wrapping: Sequence[Wrapping]) -> list[Resource]:
         """Enter what plugins wrap something with. The teardown lets go of it, unless ``_leave_around`` does before."""
         entered: list[Resource] = []
+        self._begin_journal()
         try:
             for implementation, cm in wrapping:
                 try:

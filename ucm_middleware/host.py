@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Protocol
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.keys import OwnerKeys
+from ucm_middleware.lifetime import Journal
 
 if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.dispatch import Hooks
+    from ucm_middleware.telemetry import Telemetry
 
 
 class ContextHost(Protocol):
@@ -18,10 +20,31 @@ class ContextHost(Protocol):
     ids: UnifiedIDManager
     keys: OwnerKeys
     hooks: "Hooks"
+    telemetry: "Telemetry"
 
     @property
     def guard(self) -> object:
         """Who decides for that manager."""
+        ...
+
+    def journal_of(self, context: "UserExecutionContext") -> Journal:
+        """Where it is written down what happens to the context's resources: the one that it has, or a new one."""
+        ...
+
+    def report(
+        self,
+        context: "UserExecutionContext",
+        event: str,
+        outcome: str,
+        reason: str | None,
+        seconds: float | None,
+        data: Mapping[str, object],
+    ) -> None:
+        """Put on record what an adapter reports. Raises InvalidContextError for what breaks a rule."""
+        ...
+
+    def bind_refused(self, context: "UserExecutionContext", user_id: str) -> None:
+        """A context was given a user that it cannot have."""
         ...
 
     def child_opened(self, child: "UserExecutionContext", operation_name: str) -> None:

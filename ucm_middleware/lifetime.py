@@ -21,7 +21,7 @@ import anyio
 
 from ucm_middleware.errors import ConfigurationError
 from ucm_middleware.expiry import Timed
-from ucm_middleware.resources import ReleaseFailure, Resource, awaiting, is_only
+from ucm_middleware.resources import ReleaseFailure, ReleaseOutcome, Resource, awaiting, is_only
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,38 @@ class Releasing(Protocol):
         ...
 
 
+class Journal(Protocol):
+    """Writes down what happens to the resources of one context, and counts. Never raises."""
+
+    def bound(self, user_id: str) -> None:
+        """The context learned its user."""
+        ...
+
+    def entered(self, name: str) -> None:
+        """A resource was entered."""
+        ...
+
+    def exited(self, name: str, handed_over: bool) -> None:
+        """It was released, or handed over to another context."""
+        ...
+
+    def failed(self, name: str, reason: str, error: str) -> None:
+        """It was not cleanly released: why, and the name of the error's type."""
+        ...
+
+    def child_opened(self) -> None:
+        """A child was opened."""
+        ...
+
+    def denied(self) -> None:
+        """The context's code was denied something."""
+        ...
+
+    def statistics(self) -> tuple[tuple[str, int], ...]:
+        """What there was any of, by name."""
+        ...
+
+
 class Closing:
     """What is to be known of a teardown: most contexts hold nothing when they end, and never have one."""
 
@@ -106,6 +138,7 @@ class Lifetime(Timed):
         "_clock",
         "_latest",
         "closing",
+        "journal",
         "loop",
         "opened_by",
         "reason",
@@ -122,6 +155,7 @@ class Lifetime(Timed):
     task: asyncio.Task[Any] | None
     variables: Context | None
     closing: Closing | None
+    journal: Journal | None  # made by the manager when there is something to write down; most contexts never have one
     _latest: float | None
     _clock: Callable[[], float] | None
     resources: list[Resource] | None
@@ -140,7 +174,7 @@ class Lifetime(Timed):
         lifetime.variables = variables
         lifetime.wait = 0.0
         lifetime.reason = lifetime.deadline = lifetime._latest = lifetime._clock = None
-        lifetime.resources = lifetime.closing = lifetime.loop = lifetime.task = None
+        lifetime.resources = lifetime.closing = lifetime.loop = lifetime.task = lifetime.journal = None
         return lifetime
 
     @property
@@ -344,6 +378,12 @@ class Lifetime(Timed):
             resources.remove(resource)
             return False
 
+    def entered(self, resource: Resource) -> None:
+        """Put on record that a resource was entered: before anything else can happen to it."""
+        if self.journal is not None and not resource.on_record:
+            resource.on_record = True
+            self.journal.entered(resource.name)
+
     def discard(self, resource: Resource) -> bool:
         """Forget a resource: its entering failed, or it is released before the others. False when it is not held."""
         with self.transition:
@@ -356,18 +396,18 @@ class Lifetime(Timed):
         """Forget the resources that ``other`` holds too: it is the one that lets go of them."""
         with self.transition:
             kept = {id(resource.target) for resource in other.resources or ()}
-            if kept and self.resources:
-                self.resources = [resource for resource in self.resources if id(resource.target) not in kept]
+            gone = [resource for resource in self.resources or () if id(resource.target) in kept]
+            if gone and self.resources:
+                self.resources = [resource for resource in self.resources if resource not in gone]
+        for resource in gone:
+            self._exited(resource, handed_over=True)
 
     def release_here(self, error: BaseException | None) -> bool:
         """Release from the top until an asynchronous resource is met. True when nothing is left."""
         while (resource := self._pop()) is not None:
-            if resource.is_async:
-                self._put_back(resource)
-                return False
-            outcome = self._call(resource, error)
-            if inspect.isawaitable(outcome):
-                self._put_back(awaiting(resource, outcome))
+            rest = resource if resource.is_async else self._call(resource, error)
+            if rest is not None:
+                self._put_back(rest)
                 return False
         return True
 
@@ -395,33 +435,34 @@ class Lifetime(Timed):
     def release_late_here(self, resource: Resource, error: BaseException) -> None:
         """The same from synchronous code: in the background where there is an event loop."""
         loop = running_loop()
-        if not resource.is_async:
-            outcome = self._call(resource, error)
-            if not inspect.isawaitable(outcome):
-                return
-            resource = awaiting(resource, outcome)
+        rest = resource if resource.is_async else self._call(resource, error)
+        if rest is None:
+            return
         if loop is None:
-            self._unclosed(resource)
+            self._unclosed(rest)
         else:
-            in_background(loop, self.release_late, resource, error)
+            in_background(loop, self.release_late, rest, error)
 
     def abandon(self, error: BaseException | None) -> None:
         """Release what can be released here, and report the rest as unclosed: there is no event loop to close it on."""
         while (resource := self._pop()) is not None:
-            if not resource.is_async:
-                outcome = self._call(resource, error)
-                if inspect.isawaitable(outcome):
-                    resource = awaiting(resource, outcome)
-            if resource.is_async:
-                self._unclosed(resource)
+            rest = resource if resource.is_async else self._call(resource, error)
+            if rest is not None:
+                self._unclosed(rest)
 
     def _unclosed(self, resource: Resource) -> None:
-        if resource.owner is not None and resource.owner.done():
-            return  # it left when its loop ended
+        owner = resource.owner
+        if owner is not None and owner.done():  # it left when its loop ended
+            raised = None if owner.cancelled() else owner.exception()
+            if raised is None:
+                self._exited(resource)
+            else:
+                self._fail(resource, "failed", _as_exception(resource, raised))
+            return
         if inspect.iscoroutine(resource.target):
             resource.target.close()  # so that nothing complains of a coroutine never awaited
         error = RuntimeError(f"{resource.name} was not closed: the event loop that it was opened on is not running")
-        self._fail(ReleaseFailure(resource.name, "unclosed", error))
+        self._fail(resource, "unclosed", error)
 
     def _pop(self) -> Resource | None:
         with self.transition:
@@ -436,28 +477,43 @@ class Lifetime(Timed):
         """The resources by name, for the search for what two users share."""
         return [(resource.name, resource.target) for resource in tuple(self.resources or ())]
 
-    def _fail(self, failure: ReleaseFailure) -> None:
-        failure.error.add_note(f"while releasing {failure.name}: {failure.outcome}")
+    def _exited(self, resource: Resource, *, handed_over: bool = False) -> None:
+        if self.journal is not None and resource.on_record:
+            self.journal.exited(resource.name, handed_over)
+
+    def _fail(self, resource: Resource, outcome: ReleaseOutcome, error: Exception) -> None:
+        failure = ReleaseFailure(resource.name, outcome, error)
+        error.add_note(f"while releasing {failure.name}: {failure.outcome}")
         self._closing().failures += (failure,)
         logger.error("resource not released: %s", failure, exc_info=failure.error)
+        if self.journal is not None:
+            self.journal.failed(resource.name, outcome, type(error).__name__)
 
-    def _call(self, resource: Resource, error: BaseException | None) -> object:
-        """Run a release where we are. What it raises is noted."""
+    def _call(self, resource: Resource, error: BaseException | None) -> Resource | None:
+        """Run a release where we are. What it raises is noted. Returns what is left of it to be awaited."""
         releasing = None if self.closing is None else self.closing.releasing
         token = None if releasing is None else releasing.enter()
         try:
-            return resource.release(error)
+            outcome = resource.release(error)
+            if inspect.isawaitable(outcome):
+                return awaiting(resource, outcome)
         except asyncio.CancelledError as raised:
             if raised is not error:
-                self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, raised)))
+                self._fail(resource, "cancelled", _as_exception(resource, raised))
+                return None
         except Exception as raised:  # noqa: BLE001 - whatever a resource raises, the ones below it are still released
             if not is_only(raised, error):
-                self._fail(ReleaseFailure(resource.name, "failed", _without_our_frame(raised)))
+                self._fail(resource, "failed", _without_our_frame(raised))
+                return None
         except BaseException as raised:  # noqa: BLE001 - KeyboardInterrupt or SystemExit: raised again at the end
             self.stop_later(raised)
+            if self.journal is not None:
+                self.journal.failed(resource.name, "failed", type(raised).__name__)
+            return None
         finally:
             if releasing is not None and token is not None:
                 releasing.leave(token)
+        self._exited(resource)
         return None
 
     async def _run(self, resource: Resource, error: BaseException | None) -> None:
@@ -485,12 +541,14 @@ class Lifetime(Timed):
         if not task.done():
             task.cancel()
             await _settle(task, CANCEL_GRACE, cancelled)
-            self._fail(ReleaseFailure(resource.name, "timed out", _timeout(resource, left_running=not task.done())))
+            self._fail(resource, "timed out", _timeout(resource, left_running=not task.done()))
             task.add_done_callback(_retrieve)
         elif task.cancelled():
-            self._fail(ReleaseFailure(resource.name, "cancelled", _as_exception(resource, asyncio.CancelledError())))
+            self._fail(resource, "cancelled", _as_exception(resource, asyncio.CancelledError()))
         elif (raised := task.exception()) is not None and not is_only(raised, error):
-            self._fail(ReleaseFailure(resource.name, "failed", _as_exception(resource, raised)))
+            self._fail(resource, "failed", _as_exception(resource, raised))
+        else:
+            self._exited(resource)
 
 
 def in_background(

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Literal, TypeGuard, cast
 from ucm_middleware.ambient import Grant
 from ucm_middleware.audit.ledger import DurableLedger, Ledger, NoLedger
 from ucm_middleware.audit.memory import MemoryLedger
-from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.audit.records import UserMention, mention
+from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
@@ -40,12 +41,13 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
 from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
 from ucm_middleware.keys import OwnerKeys
-from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Lifetime, loop_is_live, running_loop
+from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Journal, Lifetime, loop_is_live, running_loop
 from ucm_middleware.plugins import load_hooks
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
+from ucm_middleware.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class UserContextManager:
     outside of any context even when the manager serves a middleware. ``secret`` is what stored hashes are keyed by,
     32 random bytes or more, ``UCM_SECRET`` by default; ``previous_secrets`` are those before it, newest first,
     ``UCM_SECRET_PREVIOUS`` by default. ``clock`` is monotonic, in seconds. ``plugins`` are names of installed entry
-    points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more.
+    points, modules or objects with hooks; ``UCM_PLUGINS`` of the environment names more. Without ``telemetry`` there
+    are no OpenTelemetry spans and metrics, also where an SDK is set.
 
     ``ledger`` is where records go, the process's memory by default. With ``audit`` "async" they are written as soon as
     may be, and what a durable ledger cannot keep up with waits. With "strict", a request's opening is durable before
@@ -102,6 +105,7 @@ class UserContextManager:
         previous_secrets: Sequence[str | bytes] | None = None,
         clock: Callable[[], float] = time.monotonic,
         plugins: Sequence[object] = (),
+        telemetry: bool = True,
     ) -> None:
         limits = Limits(
             _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
@@ -124,7 +128,8 @@ class UserContextManager:
         if ledger is None:
             ledger = NoLedger() if audit == "off" else MemoryLedger()
         self._durable_ledger = ledger if isinstance(ledger, DurableLedger) else None
-        self._trail = AuditTrail(ledger)
+        self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
+        self._trail = AuditTrail(ledger, clock, self._sweeper.plan, is_strict=audit == "strict")
         self.hooks = load_hooks(plugins, self.environment)
         self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
         self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)
@@ -132,10 +137,11 @@ class UserContextManager:
         if self._durable_ledger is not None:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
-        self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
+        self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
         self.after_fork()
         renewed_after_fork(self)
         weakref.finalize(self, self._sweeper.stop).atexit = False
+        weakref.finalize(self, self._trail.tell_counted)  # also when the interpreter ends
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: what is under way in the parent ends there."""
@@ -250,7 +256,7 @@ class UserContextManager:
         try:
             context.verify_isolation()
             if self._draining:
-                self._refuse_while_draining()
+                self._refuse_while_draining(user_id)
             context._host = self
             self._bind_session(context)
             self._admit(context, self.ttl if ttl is None else ttl, "create_context")
@@ -297,7 +303,7 @@ class UserContextManager:
         the id.
         """
         if self._draining:
-            self._refuse_while_draining()
+            self._refuse_while_draining(user_id)
         core = self.ids.generate_core()
         where = "a WebSocket connection" if websocket else "an HTTP request"
         context = object.__new__(UserExecutionContext)
@@ -390,6 +396,7 @@ class UserContextManager:
         """Open contexts, from now on for a middleware: code outside of any context is no longer trusted."""
         self._guard.serve()
         self._draining = False
+        self.telemetry.look()
 
     async def drain(self, timeout: float) -> int:
         """Open no more contexts, give the live ones so many seconds to end, then close them, interrupting their
@@ -416,8 +423,11 @@ class UserContextManager:
         return len(contexts)
 
     def sweep(self) -> int:
-        """Close the contexts whose deadline has come. Returns how many. Called by the manager's own thread."""
+        """Close the contexts whose deadline has come, and record the denials that were counted. Returns how many were
+        closed. Called by the manager's own thread.
+        """
         closed = 0
+        self._trail.tell_due()
         while due := self._registry.take_due():
             for context in due:
                 closed += 1
@@ -432,17 +442,19 @@ class UserContextManager:
                     self._registry.postpone(context)
         return closed
 
-    def record_refusal(self, reason: str) -> None:
-        """Note that a connection was refused before it had a user."""
-        self._trail.refused(None, reason)
+    def record_refusal(self, error: Exception, detail: str) -> None:
+        """Note that a connection was refused before it had a user, and why."""
+        self._trail.refused(None, error, detail)
 
     async def all_written(self) -> None:
         """Wait until what is on record so far is durable. Where that cannot be, the log says how much is not."""
-        if self._durable_ledger is not None:
-            try:
-                await self._durable_ledger.durable()
-            except LedgerUnavailableError as error:
-                logger.critical("%d audit records are not written: %s", self._durable_ledger.lag, error)
+        ledger = self._durable_ledger
+        try:
+            self._trail.tell_counted()
+            if ledger is not None:
+                await ledger.durable()
+        except LedgerUnavailableError as error:
+            logger.critical("%d audit records are not written: %s", 0 if ledger is None else ledger.lag, error)
 
     # Called by contexts.
 
@@ -451,9 +463,33 @@ class UserContextManager:
         if self.hooks.context_opened:
             self.hooks.context_opened(child)
 
+    def journal_of(self, context: UserExecutionContext) -> Journal:
+        return self._trail.journal_of(context)
+
+    def report(
+        self,
+        context: UserExecutionContext,
+        event: str,
+        outcome: str,
+        reason: str | None,
+        seconds: float | None,
+        data: Mapping[str, object],
+    ) -> None:
+        self._trail.reported(context, event, outcome, reason, seconds, data)
+
+    def bind_refused(self, context: UserExecutionContext, user_id: str) -> None:
+        self._trail.denied(context, "bind", UserMention(user_id))
+
     def context_closing(self, context: UserExecutionContext) -> None:
+        if self.telemetry.metrics is not None:
+            self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
+        if context._lifetime.reason in CUT_OFF and (context._parent is None or context._parent.is_open):
+            try:
+                self._trail.cut_off(context)
+            except Exception:
+                logger.exception("why %r is closed could not be recorded", context)
 
     def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._registry.remove(context)
@@ -509,10 +545,9 @@ class UserContextManager:
             if missing_is_fine:
                 return None
             raise ContextExpiredError("the context under this key reached its deadline")
-        owner = key if isinstance(key, str) else key[0]
         if asked != key:  # a key in the asker's own name that is not there: it could have been meant for anybody
-            raise self._guard.denied(action, str(asked))
-        self._guard.require(owner, action)
+            raise self._guard.denied(action, mention(asked))
+        self._guard.require(key if isinstance(key, str) else key[0], action, mention(asked))
         return None
 
     def _own(self, key: Key) -> Key:
@@ -528,7 +563,7 @@ class UserContextManager:
     def _register(self, context: UserExecutionContext, key: Key, ttl: float | None) -> None:
         """Let a context live here under a key."""
         if self._draining:
-            self._refuse_while_draining()
+            self._refuse_while_draining(context.user_id)
         was_here = context._host is self
         if not context._attach(self):
             raise ConfigurationError("the context lives under another manager")
@@ -548,7 +583,7 @@ class UserContextManager:
             self._close_displaced(displaced)
             if not was_here:
                 context._detach()
-            raise self._recorded(error, context, "set_context", str(key)) from None
+            raise self._recorded(error, context, "set_context", key) from None
         self._close_displaced(displaced, context)
         self._record_opening(context, "set_context", is_new=not was_here)
 
@@ -563,7 +598,7 @@ class UserContextManager:
 
     def _not_admitted(self, error: UserContextError, context: UserExecutionContext, source: str) -> UserContextError:
         context._detach()
-        return self._recorded(error, context, source, context.request_id)
+        return self._recorded(error, context, source, (context.user_id, context.request_id))
 
     def _make_way(self, displaced: Displaced, context: UserExecutionContext, source: str) -> None:
         """Close what a new context took the place of."""
@@ -574,9 +609,11 @@ class UserContextManager:
             raise self._not_admitted(error, context, source) from None
         self._close_displaced(displaced, context)
 
-    def _refuse_while_draining(self) -> None:
+    def _refuse_while_draining(self, user_id: str | None) -> None:
         if self._guard.acting_user() is None:  # what runs already may still finish
-            raise ManagerDrainingError("the server is shutting down")
+            error = ManagerDrainingError("the server is shutting down")
+            self._trail.refused(user_id, error, str(error))
+            raise error
 
     def _require_still_open(self, context: UserExecutionContext) -> None:
         """Refuse what was closed in the middle of it, by a thread, a finalizer or a signal handler."""
@@ -586,13 +623,13 @@ class UserContextManager:
             raise context._closed_error()
 
     def _recorded(
-        self, error: UserContextError, context: UserExecutionContext, source: str, key: str
+        self, error: UserContextError, context: UserExecutionContext, source: str, key: Key
     ) -> UserContextError:
         """The error to raise for a context that could not live here, once it is on record."""
         if isinstance(error, CrossUserAccessError):
-            return self._guard.denied(source, key)
-        if isinstance(error, ContextLimitError):
-            self._trail.refused(context.user_id, str(error))
+            return self._guard.denied(source, mention(key))
+        if isinstance(error, ContextLimitError):  # nobody would ever look for the id of a visitor that was refused
+            self._trail.refused(None if context.is_anonymous else context.user_id, error, str(error))
         return error
 
     def _bind_session(self, context: UserExecutionContext) -> None:
@@ -633,8 +670,15 @@ class UserContextManager:
                 return
         threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
 
+    def _live(self) -> int:
+        return len(self._registry)
+
+    def _lag(self) -> int:
+        return 0 if self._durable_ledger is None else self._durable_ledger.lag
+
     def _next_wake(self) -> float | None:
-        return self._registry.next_wake()
+        wakes = self._registry.next_wake(), self._trail.next_wake()
+        return min((wake for wake in wakes if wake is not None), default=None)
 
     def _plan(self, deadline: float | None) -> None:
         if deadline is not None:

@@ -24,6 +24,7 @@ from ucm_middleware.errors import (
     ConfigurationError,
     ContextLimitError,
     LedgerUnavailableError,
+    ManagerDrainingError,
     UnauthenticatedError,
     UserContextError,
 )
@@ -154,6 +155,9 @@ class UserContextMiddleware:
             if sent is None:
                 sent = Watch(send)
                 send = sent.send
+        if (spans := self.manager.telemetry.spans) is not None:
+            outside = scope[BOUNDARY].outside
+            spans.let_in(None if outside is None else outside.run)
         if CONTEXT in scope:
             if scope[CONTEXT].host is self.manager:
                 return self.app(scope, receive, send)
@@ -233,6 +237,8 @@ class UserContextMiddleware:
         lifetime = context._lifetime
         lifetime.run_in_current_task()
         token = ambient.set(context)
+        if (telemetry := self.manager.telemetry).spans is not None:
+            receive, send = telemetry.around(context, scope, receive, send)
         try:
             if self._strict_ledger is not None:
                 await self._strict_ledger.durable()
@@ -301,8 +307,8 @@ class UserContextMiddleware:
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
         logger.info("refused with %d: %s", refusal.status, reason)
         try:
-            if not isinstance(error, ContextLimitError):  # that one is on record already, in the user's own trail
-                self.manager.record_refusal(reason)
+            if not isinstance(error, ContextLimitError | ManagerDrainingError):  # those are on record already
+                self.manager.record_refusal(error, reason)
             if self._strict_ledger is not None:
                 await self._strict_ledger.durable()
         except LedgerUnavailableError as unavailable:
@@ -319,12 +325,14 @@ class UserContextMiddleware:
                 await self.manager.drain(self.drain_timeout)
             return message
 
-        async def last(message: Message) -> None:
-            if message["type"] in _SHUT_DOWN:  # the server may end itself by a signal then, and asks nobody
+        async def noted(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self.manager.telemetry.look()  # many applications set up their SDK in the lifespan
+            elif message["type"] in _SHUT_DOWN:  # the server may end itself by a signal then, and asks nobody
                 await self.manager.all_written()
             await send(message)
 
-        await self.app(scope, watched, last)
+        await self.app(scope, watched, noted)
 
 
 async def _unrecorded(ledger: DurableLedger) -> Refusal | None:

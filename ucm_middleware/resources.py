@@ -16,6 +16,9 @@ DEFAULT_RELEASE_TIMEOUT: Final = 10.0
 """Seconds one asynchronous resource may take to let go, unless it was entered with a timeout of its own."""
 
 
+ReleaseOutcome = Literal["failed", "timed out", "cancelled", "unclosed"]
+
+
 @dataclass(frozen=True, slots=True)
 class ReleaseFailure:
     """A resource that was entered and not cleanly exited.
@@ -25,7 +28,7 @@ class ReleaseFailure:
     """
 
     name: str
-    outcome: Literal["failed", "timed out", "cancelled", "unclosed"]
+    outcome: ReleaseOutcome
     error: Exception
 
     def __str__(self) -> str:
@@ -36,7 +39,7 @@ class ReleaseFailure:
 class Resource:
     """One thing to let go of. ``target`` is the object by which a replacing context can take it over,
     ``owner`` the task that the exit runs in, when it has one of its own. What is ``of_plugin`` wraps the work of the
-    context, and is no use of it."""
+    context, and is no use of it. ``on_record`` says that its entering is."""
 
     name: str
     target: object
@@ -45,6 +48,7 @@ class Resource:
     is_async: bool
     owner: "asyncio.Task[Any] | None" = None
     of_plugin: bool = False
+    on_record: bool = False
 
 
 def sync_resource(cm: AbstractContextManager[Any], name: str | None) -> Resource:
@@ -96,19 +100,22 @@ class OwnerTask(Generic[T]):
 
     anyio task groups and cancel scopes, MCP sessions and generators that reset ContextVar tokens are such. A
     cancellation of the owner, by the resource's own scope or because the event loop ends, makes it exit at once, not
-    in its turn. ``mark_release`` is called in the task before the exit, so that it may use the context that is closing.
+    in its turn. ``mark_release`` is called in the task before the exit, so that it may use the context that is closing;
+    ``say_entered`` once the entering is through.
     """
 
     __slots__ = ("_cm", "_entered", "_error", "_leave", "_mark_release", "task")
 
-    def __init__(self, cm: AbstractAsyncContextManager[T], mark_release: Callable[[], None]) -> None:
+    def __init__(
+        self, cm: AbstractAsyncContextManager[T], mark_release: Callable[[], None], say_entered: Callable[[], None]
+    ) -> None:
         self._cm = cm
         self._mark_release = mark_release
         loop = asyncio.get_running_loop()
         self._entered: asyncio.Future[T] = loop.create_future()
         self._leave = asyncio.Event()
         self._error: BaseException | None = None
-        self.task = asyncio.Task(self._own(), loop=loop, name=f"owner of {name_of(cm)}")
+        self.task = asyncio.Task(self._own(say_entered), loop=loop, name=f"owner of {name_of(cm)}")
 
     async def entered(self) -> T:
         """The value of the context manager, once its entering is through."""
@@ -134,10 +141,11 @@ class OwnerTask(Generic[T]):
         if not self.task.cancelled() and (raised := self.task.exception()) is not None and not is_only(raised, error):
             raise raised
 
-    async def _own(self) -> None:
+    async def _own(self, say_entered: Callable[[], None]) -> None:
         value = await self._cm.__aenter__()
+        say_entered()
         self._entered.set_result(value)
-        del value
+        del value, say_entered
         try:
             await self._leave.wait()
         except asyncio.CancelledError as cancelled:  # the event loop itself is being torn down
@@ -171,7 +179,9 @@ def is_only(raised: BaseException, error: BaseException | None) -> bool:
 
 def awaiting(resource: Resource, awaitable: Awaitable[object]) -> Resource:
     """The rest of a release that turned out to be asynchronous when it was called."""
-    return Resource(resource.name, awaitable, lambda error: awaitable, resource.timeout, True)
+    return Resource(
+        resource.name, awaitable, lambda error: awaitable, resource.timeout, True, on_record=resource.on_record
+    )
 
 
 def _exc_info(error: BaseException | None) -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""One ledger file and several processes: workers, forked children of a parent that writes too, all kinds of ends."""
+"""One ledger file and several processes: workers, forked children of a parent that writes, and ends of all kinds."""
 
 import os
 import secrets

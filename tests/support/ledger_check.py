@@ -93,6 +93,8 @@ def _opened(subject: bytes, body: bytes, subjects: dict[bytes, tuple[AESGCM, str
     if sealed is not None:
         cipher, record["user"] = subjects[subject]
         record |= json.loads(_unsealed(cipher, b64decode(sealed), subject))
+    if "request" not in record and "context" in record:
+        record["request"] = record["context"].replace("context_", "request_")
     return record
 
 

@@ -52,20 +52,25 @@ def create_database(path: Path, form: Form, fill: Callable[[sqlite3.Connection],
         ) from error
 
 
+def exists(path: Path) -> bool:
+    """Whether there is anything. Raises LedgerFileError where that cannot be found out."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise LedgerFileError(
+            str(path), f"cannot be reached: {error.strerror}", "give this process access to its folder"
+        ) from error
+
+
 def open_database(path: Path, form: Form) -> sqlite3.Connection:
     """A connection to an existing file of that form, in autocommit mode and for one thread at a time.
 
     What may only be read is opened for reading. Raises LedgerFileError, before anything is changed, for a file that is
     missing, a directory, no SQLite database, of another program, of another form or of another version.
     """
-    try:
-        _recognise(path, form)
-        is_writable = os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
-        has_log = Path(f"{path}-wal").exists()
-    except OSError as error:
-        raise LedgerFileError(
-            str(path), f"cannot be read: {error.strerror}", "give this process access to it, or name another file"
-        ) from error
+    _recognise(path, form)
+    is_writable = os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK)
+    has_log = Path(f"{path.resolve()}-wal").exists()
     with errors_of(path):
         # To read while others may write, SQLite needs a file beside it. Where none can be made, and there is no log,
         # nobody writes: then the file is read as it is.
@@ -95,7 +100,8 @@ def errors_of(path: Path) -> Generator[None]:
         yield
     except sqlite3.Error as error:
         problem, remedy = _EXPLAINED.get(
-            getattr(error, "sqlite_errorcode", 0) & 0xFF, (f"SQLite says: {error}", "see there")
+            getattr(error, "sqlite_errorcode", 0) & 0xFF,
+            (f"SQLite says: {error}", "see whether it is the right file, or restore it"),
         )
         raise LedgerFileError(str(path), problem, remedy) from error
 
@@ -132,15 +138,19 @@ _EXPLAINED: Final = {
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(
-        f"{path.absolute().as_uri()}?{mode}", timeout=PATIENCE, isolation_level=None, check_same_thread=False, uri=True
+        f"{path.absolute().as_uri()}?{mode}",
+        timeout=PATIENCE,
+        isolation_level=None,
+        check_same_thread=False,
+        uri=True,
     )
 
 
 def _recognise(path: Path, form: Form) -> None:
+    if not exists(path):
+        raise LedgerFileError(str(path), "does not exist", f"name {form.name} that does")
     if path.is_dir():
         raise LedgerFileError(str(path), f"is a directory, where {form.name} belongs", "name a file")
-    if not path.exists():
-        raise LedgerFileError(str(path), "does not exist", f"name {form.name} that does")
     if not path.is_file():
         raise LedgerFileError(str(path), f"is no ordinary file, as {form.name} is", "name another file")
     if not path.stat().st_size:

@@ -22,7 +22,7 @@ LOG: Final = 16_384
 waits for it, and what was written often meanwhile, as pages of the index are, goes into the file once.
 """
 
-PART_BITS: Final = 12
+PART_BITS: Final = 10
 """The index goes by parts of so many records, as a power of two. One over all would have a page of its own to write for
 nearly each record of a batch, which costs more than the record; to ask each part costs about a microsecond.
 """
@@ -66,13 +66,14 @@ class LedgerFile:
         self._identity = _identity(path)
 
     @classmethod
-    def open(cls, path: Path, *, sealed: bool) -> "LedgerFile":
-        """The ledger at ``path``, made when there is none, with its tail verified.
+    def open(cls, path: Path, *, sealed: bool, stream: str | None = None, must_exist: bool = False) -> "LedgerFile":
+        """The ledger at ``path``, with its tail verified. Made when there is none, unless it must exist, as one of a
+        certain ``stream`` must.
 
         Raises LedgerFileError for what ``open_database`` refuses, for a ledger that was begun with keys and is opened
-        without or the other way round, and when its end is not as it was written.
+        without or the other way round, for another stream, and when its end is not as it was written.
         """
-        if not path.exists():
+        if stream is None and not must_exist and not path.exists():
             create_database(path, LEDGER, lambda connection: _fill(connection, sealed=sealed))
         connection = open_database(path, LEDGER)
         try:
@@ -80,11 +81,15 @@ class LedgerFile:
                 connection.execute(f"PRAGMA cache_size = -{CACHE}")
                 connection.execute(f"PRAGMA wal_autocheckpoint = {LOG}")
                 with transaction(connection):  # nobody appends meanwhile
+                    found = _stream(path, connection, sealed=sealed)
+                    if stream not in (None, found):
+                        raise LedgerFileError(
+                            str(path), f"is the ledger {found}, and {stream} was here before", "put that one back"
+                        )
+                    chain = _checked_tail(path, connection, genesis(found, sealed=sealed))
                     # To begin a transaction works on a file that may only be read, too.
                     connection.execute("UPDATE ledger SET size = size")
-                    stream = _stream(path, connection, sealed=sealed)
-                    chain = _checked_tail(path, connection, genesis(stream, sealed=sealed))
-            return cls(path, connection, stream, chain)
+            return cls(path, connection, found, chain)
         except BaseException:
             connection.close()
             raise
@@ -100,7 +105,7 @@ class LedgerFile:
             raise LedgerFileError(
                 str(self.path),
                 "was moved or deleted while records were written to it",
-                "put it back, or restart the application with another one",
+                "put it back, together with the file beside it that ends in -wal; writing goes on by itself",
             )
         execute = self._connection.execute
         with errors_of(self.path), transaction(self._connection):  # from here on no other process can append

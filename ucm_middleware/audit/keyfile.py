@@ -12,6 +12,7 @@ from ucm_middleware.audit.database import (
     KEY_FILE,
     create_database,
     errors_of,
+    exists,
     is_read_only,
     open_database,
     transaction,
@@ -49,7 +50,7 @@ def open_key_file(
 ) -> tuple[sqlite3.Connection, Secret]:
     """A connection to it, and its master key. Makes it where there is none, and puts it under the current secret."""
     secrets.require("encrypted audit records")
-    if not path.exists():
+    if not exists(path):
         if must_exist:
             raise LedgerFileError(
                 str(path), "does not exist, and the ledger has records that nothing else opens", RESTORE

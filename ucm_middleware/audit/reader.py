@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -12,7 +13,7 @@ from ucm_middleware.audit.database import LEDGER, errors_of, open_database
 from ucm_middleware.audit.encoding import NOBODY, Subject, decode, plain_token
 from ucm_middleware.audit.file import PART_BITS, is_sealed
 from ucm_middleware.audit.ledger import Trail
-from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.audit.records import TRUSTED_CODE, AuditRecord, iso
 from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.errors import LedgerFileError
 from ucm_middleware.secret import SecretRing
@@ -34,13 +35,55 @@ _NEWEST_PARTS_FIRST: Final = f"{_PARTS} SELECT part.number, records.body {_OF_SU
 _OPENED: Final = b'{"event":"opened",'
 
 
+_ALL: Final = "SELECT sequence, subject, body, hash FROM records ORDER BY sequence"
+_AT_ONCE: Final = 1024
+"""How many records are read, and have their subjects looked up, together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A record as it stands in a ledger. ``is_open`` is False when what it says is sealed and nothing here opens it."""
+
+    sequence: int
+    subject: bytes | None
+    digest: bytes
+    record: AuditRecord
+    is_open: bool
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it as plain values, for a program or an auditor; fields that say nothing are left out."""
+        record = self.record
+        shown: dict[str, object | None] = {
+            "sequence": self.sequence,
+            "at": iso(record.at),
+            "event": record.event,
+            "outcome": record.outcome,
+            "user": record.user_id,
+            "subject": None if self.subject is None else self.subject.hex(),
+            "actor": "trusted code" if record.actor_id == TRUSTED_CODE else record.actor_id,
+            "id": f"{record.record_id:032x}" if record.record_id else None,
+            "context": record.context_id,
+            "request": record.request_id,
+            "thread": record.thread_id,
+            "run": record.run_id,
+            "trace": f"{record.trace_id:032x}" if record.trace_id else None,
+            "span": f"{record.span_id:016x}" if record.span_id else None,
+            "reason": record.reason,
+            "seconds": record.seconds,
+            "data": dict(record.data) or None,
+            "sealed": None if self.is_open else True,
+            "hash": self.digest.hex(),
+        }
+        return {name: value for name, value in shown.items() if value is not None}
+
+
 class LedgerReader:
     """A ledger file, open to be read: what was durable when it was first asked."""
 
-    __slots__ = ("_connection", "_path", "_vault", "stream")
+    __slots__ = ("_connection", "_vault", "is_sealed", "stream")
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, stream: str, vault: Vault | None) -> None:
-        self._path = path
+    def __init__(self, connection: sqlite3.Connection, stream: str, is_sealed: bool, vault: Vault | None) -> None:
+        self.is_sealed = is_sealed
         self._connection = connection
         self._vault = vault
         self.stream = stream
@@ -62,7 +105,7 @@ class LedgerReader:
                 with errors_of(path):
                     connection.execute("PRAGMA query_only = ON")
                     connection.execute("BEGIN")  # one state of the ledger, until it is closed
-                    yield cls(path, connection, stream, vault)
+                    yield cls(connection, stream, sealed, vault)
             finally:
                 if vault is not None:
                     vault.close()
@@ -82,18 +125,38 @@ class LedgerReader:
             token = subject.token
         records: list[AuditRecord] = []
         opening: AuditRecord | None = None
+        number = 0
         for bodies in self._parts(token):  # the newest first
+            number += len(bodies)
             if len(records) < shown:
                 records[:0] = [self._decoded(user_id, subject, body) for body in bodies]
             opened = [body for body in bodies if body.startswith(_OPENED)]
             if opened and opening is None and user_id is not None:
                 opening = self._decoded(user_id, subject, opened[-1])
             if len(records) >= shown and (opening is not None or user_id is None):
+                [number] = self._connection.execute(_COUNT, (token,)).fetchone()
                 break
         if not records and user_id is not None:
             return None
-        [number] = self._connection.execute(_COUNT, (token,)).fetchone()
         return Trail(opening, tuple(records[-shown:]), number - len(records[-shown:]))
+
+    @property
+    def size(self) -> int:
+        """How many records there are."""
+        [size] = self._connection.execute("SELECT size FROM ledger").fetchone()
+        return int(size)
+
+    def records(self) -> Iterator[Stored]:
+        """All records in order, few at a time in memory."""
+        rows = self._connection.execute(_ALL)
+        while chunk := rows.fetchmany(_AT_ONCE):
+            tokens = {token for _, token, _, _ in chunk if token != NOBODY}
+            behind = {} if self._vault is None else self._vault.behind(tokens)
+            for sequence, token, body, digest in chunk:
+                user_id, subject = behind.get(token, (None, None))
+                record = self._decoded(user_id, subject, body)
+                is_open = b'"sealed":' not in body or subject is not None
+                yield Stored(sequence, None if token == NOBODY else token, digest, record, is_open)
 
     def _parts(self, token: bytes) -> Iterator[list[bytes]]:
         """The bodies of a subject's records, in order within each part, the newest part first."""

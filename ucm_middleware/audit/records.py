@@ -69,6 +69,15 @@ class UserMention(str):
     __slots__ = ()
 
 
+AskedFor = str | tuple[UserMention, str]
+"""What was denied: a user, something else in words, or a user's request."""
+
+
+def mention(key: str | tuple[str, str]) -> AskedFor:
+    """What a key of the manager asks for. One that is text may be a user's id."""
+    return UserMention(key) if isinstance(key, str) else (UserMention(key[0]), key[1])
+
+
 class AuditRecord(NamedTuple):
     """What happened, to whom, when and why. ``AuditRecord(*row)`` makes one of a row, and each is a row itself.
 

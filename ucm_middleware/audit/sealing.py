@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 
 NONCE_BYTES: Final = 12
 
-# What is sealed goes by the name of secret in every frame that can raise, and cryptography is imported where it is
-# needed: see secret.py.
+# As in secret.py: what is sealed goes by the name of secret in every frame that can raise, and cryptography is imported
+# where it is needed.
 
 
 def cipher_of(secret: bytes) -> "AESGCM":

@@ -1,21 +1,25 @@
 """SQLiteLedger: the embedded ledger that keeps records for good, in one file for all processes of an application."""
 
+import secrets
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from ucm_middleware.audit.encoding import encode_plain, encode_sealed, users_in
-from ucm_middleware.audit.file import LedgerFile
+from ucm_middleware.audit.file import LedgerFile, is_sealed
 from ucm_middleware.audit.ledger import Trail
 from ucm_middleware.audit.reader import LedgerReader
-from ucm_middleware.audit.records import Row, UserMention
+from ucm_middleware.audit.records import TRUSTED_CODE, AuditRecord, Row, UserMention
 from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.audit.writer import Writer
-from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
+from ucm_middleware.errors import ConfigurationError, ErasureIncompleteError, LedgerUnavailableError
 from ucm_middleware.forking import quiet_during_fork
+from ucm_middleware.ids import validate_id
 from ucm_middleware.secret import SecretRing
 
 CAPACITY: Final = 65_536
@@ -71,10 +75,11 @@ class SQLiteLedger:
         if self._writer is not None:
             raise ConfigurationError("this ledger has a manager already; give each a ledger of its own, on one file")
         self._secrets = secrets
-        open_store = partial(_Store, self.path, self.keys, secrets)
         with self._reading:
-            open_store().close()
-        self._writer = writer = Writer(open_store)
+            store = _Store(self.path, self.keys, secrets)
+            store.close()
+        # From now on it must be this one: a ledger that disappears is not silently followed by an empty one.
+        self._writer = writer = Writer(partial(_Store, self.path, self.keys, secrets, store.stream))
         weakref.finalize(self, writer.stop, PATIENCE)
         # Imported here and below: the package itself needs nothing of it.
         from multiprocessing.util import register_after_fork
@@ -115,6 +120,33 @@ class SQLiteLedger:
         with self._reading, LedgerReader.open(self.path, self.keys, self._secrets) as reader:
             return reader.trail(user_id)
 
+    def erase(self, user_id: str, *, reason: str) -> int:
+        """Make all that is on record of a user unreadable for good, by destroying their keys; see the docs on erasure.
+
+        Returns how many subjects were erased: the user, and the anonymous ones that became this user. Blocks. Raises
+        ConfigurationError without keys, InvalidContextError, LedgerUnavailableError, LedgerFileError, and
+        ErasureIncompleteError when the keys are deleted and traces of them are left.
+        """
+        user_id = validate_id(user_id, "user_id")
+        if self.keys is None or self._secrets is None:
+            raise ConfigurationError("nobody can be erased from a ledger without keys: begin one with keys=...")
+        self.flush()
+        with self._reading:
+            vault = Vault.open(self.keys, is_sealed(self.path)[0], self._secrets, must_exist=True)
+            with closing(vault):
+                try:
+                    tokens = vault.erase(user_id)
+                except ErasureIncompleteError as error:
+                    self._record_erasure(error.subjects, reason)
+                    raise
+        self._record_erasure(tokens, reason)
+        return len(tokens)
+
+    def _record_erasure(self, tokens: Sequence[bytes], reason: str) -> None:
+        if tokens:
+            self.append(erasure(tokens, reason))
+            self.flush()
+
     def close(self) -> None:
         """Write what is in line, and let go of the file. It is opened again for the next record."""
         if self._writer is not None:
@@ -124,6 +156,14 @@ class SQLiteLedger:
         if self._writer is None:
             raise LedgerUnavailableError("the ledger has no manager yet: UserContextManager(ledger=...)")
         return self._writer
+
+
+def erasure(tokens: Sequence[bytes], reason: str) -> Row:
+    """The record of an erasure. It stands in nobody's trail."""
+    data = (("subjects", [token.hex() for token in tokens]),)
+    return AuditRecord(
+        "erased", time.time(), None, TRUSTED_CODE, reason=reason, data=data, record_id=secrets.randbits(128)
+    )
 
 
 def _stop_at_exit(writer: Writer) -> None:
@@ -142,10 +182,11 @@ def _checked_capacity(capacity: object) -> int:
 class _Store:
     """The files, open: what the writer's thread writes to."""
 
-    __slots__ = ("_file", "_vault")
+    __slots__ = ("_file", "_vault", "stream")
 
-    def __init__(self, path: Path, keys: Path | None, secrets: SecretRing) -> None:
-        self._file = file = LedgerFile.open(path, sealed=keys is not None)
+    def __init__(self, path: Path, keys: Path | None, secrets: SecretRing, stream: str | None = None) -> None:
+        self._file = file = LedgerFile.open(path, sealed=keys is not None, stream=stream)
+        self.stream = file.stream
         try:
             self._vault = None if keys is None else Vault.open(keys, file.stream, secrets, must_exist=file.size > 0)
         except BaseException:

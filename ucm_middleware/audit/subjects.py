@@ -113,6 +113,17 @@ class Vault:
                 return self._opened(token, sealed)[1]
         return None
 
+    def behind(self, tokens: Iterable[bytes]) -> dict[bytes, tuple[str, Subject]]:
+        """The users behind subjects, and what opens their records. Those that were erased are not among them."""
+        found: dict[bytes, tuple[str, Subject]] = {}
+        with self._database() as connection:
+            for token in dict.fromkeys(tokens):
+                rows = connection.execute("SELECT sealed FROM subjects WHERE subject = ?", (token,)).fetchall()
+                for (sealed,) in rows:
+                    secret, user_id = self._opened(token, sealed)
+                    found[token] = user_id, Subject(token, cipher_of(secret), self._path)
+        return found
+
     def bind(self, anonymous_id: str, user_id: str) -> None:
         """An anonymous subject learned its user: whoever erases that user erases it too.
 

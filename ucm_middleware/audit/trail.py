@@ -10,20 +10,55 @@ from itertools import count
 from os import urandom
 from typing import Any, Final, cast
 
-from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.denials import Denials, Kind
+from ucm_middleware.audit.journal import Journal
+from ucm_middleware.audit.ledger import DurableLedger, Ledger
 from ucm_middleware.audit.records import (
     COMPLIANCE_VERSION,
     FOR_A_CONNECTION,
     TRUSTED_CODE,
+    AskedFor,
     AuditRecord,
     Data,
     Event,
     Outcome,
+    Row,
     UserMention,
     iso,
 )
+from ucm_middleware.audit.redaction import for_record, text_for_record
+from ucm_middleware.audit.reports import checked_report
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import (
+    ContextLimitError,
+    CrossUserAccessError,
+    IdentityConflictError,
+    InvalidContextError,
+    LedgerUnavailableError,
+    ManagerDrainingError,
+    UnauthenticatedError,
+    UserContextError,
+)
 from ucm_middleware.forking import renewed_after_fork
+from ucm_middleware.lifetime import Journal as JournalPort
+from ucm_middleware.lifetime import Lifetime
+
+CUT_OFF: Final = frozenset({"expired", "revoked"})
+"""The reasons to close a context that have a record of their own."""
+
+_REFUSALS: Final[tuple[tuple[type[UserContextError], str], ...]] = (
+    (ContextLimitError, "limit"),
+    (UnauthenticatedError, "unauthenticated"),
+    (InvalidContextError, "invalid"),
+    (ManagerDrainingError, "draining"),
+    (LedgerUnavailableError, "ledger"),
+    (IdentityConflictError, "conflict"),
+    (CrossUserAccessError, "foreign"),
+)
+_BY_RESOLVER: Final = "resolver"
+
+SETTLE_TIMEOUT: Final = 10.0
+"""Seconds that synchronous code waits in strict mode for a record to be durable."""
 
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 
@@ -31,13 +66,17 @@ _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 class AuditTrail:
     """One method for each thing worth a record."""
 
-    __slots__ = ("__weakref__", "_append", "_ledger", "_next_id")
+    __slots__ = ("__weakref__", "_append", "_denials", "_ledger", "_next_id", "_strict")
 
     _next_id: Callable[[], int]
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(
+        self, ledger: Ledger, clock: Callable[[], float], plan: Callable[[float], None], *, is_strict: bool = False
+    ) -> None:
         self._ledger = ledger
+        self._strict = ledger if is_strict and isinstance(ledger, DurableLedger) else None
         self._append = ledger.append
+        self._denials = Denials(self._counted, clock, plan)
         self.after_fork()
         renewed_after_fork(self)
 
@@ -45,9 +84,22 @@ class AuditTrail:
         """Ids of its own for each process: 64 random bits above a number."""
         self._next_id = count(int.from_bytes(urandom(8)) << 64).__next__
 
+    def carry_with(self, carry: Callable[[Row], Row] | None) -> None:
+        """Pass each record through this on its way to the ledger; None for nothing in between."""
+        append = self._ledger.append
+
+        def carried(row: Row) -> None:
+            append(row if carry is None else carry(row))
+
+        self._append = append if carry is None else carried
+
     def opened(self, context: UserExecutionContext, source: str) -> None:
         """A context began to live, or was put under another key."""
         self._about(context, "opened", data=_opening(source, context))
+        if resources := context._lifetime.resources:  # the session, say, that it was made with
+            self.journal_of(context)
+            for resource in list(resources):
+                context._lifetime.entered(resource)
 
     def connected(self, context: UserExecutionContext) -> None:
         """The same for the context of a connection, which begins without any data: on the path of each request."""
@@ -74,6 +126,9 @@ class AuditTrail:
 
     def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
         """A part of a context's work began in a context of its own."""
+        parent = child._parent
+        if isinstance(parent, UserExecutionContext):
+            self.journal_of(parent).child_opened()
         data = ("operation", operation_name), ("parent_request_id", child.parent_request_id)
         self._about(child, "child_opened", data=data)
 
@@ -96,9 +151,11 @@ class AuditTrail:
         data: Data = ()
         if lifetime.closing is not None and (failures := lifetime.failures):
             outcome = "failed"
-            data = (("unreleased", [str(failure) for failure in failures]),)
+            data = (("unreleased", [text_for_record(str(failure)) for failure in failures]),)
+        if lifetime.journal is not None:
+            data = (*lifetime.journal.statistics(), *data)
         if metadata:
-            data = (*data, ("audit_metadata", metadata))
+            data = (*data, ("audit_metadata", for_record(metadata)))
         self._append(
             (
                 "closed",
@@ -119,17 +176,91 @@ class AuditTrail:
             )
         )
 
-    def denied(self, actor: UserExecutionContext | None, action: str, asked_for: str) -> None:
+    def journal_of(self, context: UserExecutionContext) -> JournalPort:
+        """The context's journal, from the first thing on that it is for."""
+        lifetime = context._lifetime
+        if lifetime.journal is None:
+            made = Journal(self, context)
+            with Lifetime.transition:  # one journal, or the counts would be in two
+                if lifetime.journal is None:
+                    lifetime.journal = made
+        return lifetime.journal
+
+    def resource_entered(self, journal: Journal, name: str) -> None:
+        """A context holds a resource from now on."""
+        self._of_resource(journal, "resource_entered", name)
+
+    def resource_exited(self, journal: Journal, name: str, handed_over: bool) -> None:
+        """It was released, or handed over to the context that took this one's place."""
+        self._of_resource(journal, "resource_exited", name, data=(("handed_over", True),) if handed_over else ())
+
+    def resource_failed(self, journal: Journal, name: str, reason: str, error: str) -> None:
+        """It was not released, or not as it should. Of the error its type: what it says may be secret."""
+        self._of_resource(journal, "resource_failed", name, "failed", reason, (("error", error),))
+
+    def cut_off(self, context: UserExecutionContext) -> None:
+        """A context begins to close because its time is over, or its user was signed out."""
+        self._about(
+            context,
+            "expired" if context._lifetime.reason == "expired" else "revoked",
+            seconds=time.time() - context._created,
+        )
+
+    def reported(
+        self,
+        context: UserExecutionContext,
+        event: str,
+        outcome: str,
+        reason: str | None,
+        seconds: float | None,
+        data: Mapping[str, object],
+    ) -> None:
+        """What an adapter did for a user. Raises InvalidContextError for what breaks a rule."""
+        report = checked_report(event, outcome, reason, seconds, data)
+        self._about(context, *report)
+
+    def denied(self, actor: UserExecutionContext | None, action: str, asked_for: AskedFor) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
-        data = ("action", action), ("asked_for", UserMention(asked_for))
+        if actor is not None and (host := actor._host) is not None:  # perhaps another manager
+            host.journal_of(actor).denied()
+        action = text_for_record(action)
+        if not self._denials.has_record((None if actor is None else actor._user_id, "denied", action)):
+            return
+        data = ("action", action), *_asked_for(asked_for)
         if actor is None:
             self._about_nobody("denied", "denied", actor_id=TRUSTED_CODE, data=data)
         else:
             self._about(actor, "denied", "denied", data=data)
 
-    def refused(self, user_id: str | None, reason: str) -> None:
+    def refused(self, user_id: str | None, error: Exception, detail: str) -> None:
         """No context was opened: a limit, a bad id, no identity, or the server is draining."""
-        self._about_nobody("refused", "denied", reason, user_id=user_id)
+        reason = next((word for kind, word in _REFUSALS if isinstance(error, kind)), _BY_RESOLVER)
+        if self._denials.has_record((user_id, "refused", reason)):
+            data = (("detail", text_for_record(detail)),)
+            self._about_nobody("refused", "denied", reason, user_id=user_id, data=data)
+
+    def tell_due(self) -> None:
+        """Put on record the denials that were counted until now, of times that are over."""
+        self._denials.tell_due()
+
+    def tell_counted(self) -> None:
+        """Put on record all denials that were counted until now."""
+        self._denials.tell_all()
+
+    def next_wake(self) -> float | None:
+        """When ``tell_due`` has something to do, on the manager's clock."""
+        return self._denials.next_wake()
+
+    def _counted(self, kind: Kind, number: int, first: float, last: float) -> None:
+        """So many more of a kind were denied or refused in a while."""
+        user_id, event, word = kind
+        data: Data = ("count", number), ("first", iso(first)), ("last", iso(last))
+        if event == "refused":
+            self._about_nobody(event, "denied", word, user_id=user_id, data=data)
+        else:
+            actor_id = TRUSTED_CODE if user_id is None else None
+            data = (("action", word), *data)
+            self._about_nobody(event, "denied", user_id=user_id, actor_id=actor_id, data=data)
 
     def privileged(self, actor: UserExecutionContext | None, reason: str, users: Sequence[str] | None) -> None:
         """Someone was granted access to others' contexts, or to everyone's.
@@ -138,6 +269,7 @@ class AuditTrail:
         else was named.
         """
         actor_id = TRUSTED_CODE if actor is None else actor.user_id
+        reason = text_for_record(reason)
         data = (("users", "everyone" if users is None else [UserMention(user_id) for user_id in users]),)
         if actor is None:
             self._about_nobody("privileged", "ok", reason, actor_id=actor_id, data=data)
@@ -147,12 +279,18 @@ class AuditTrail:
             if user_id != actor_id and self._ledger.trail(user_id) is not None:  # a typo makes no user
                 self._about_nobody("privileged", "ok", reason, user_id=user_id, actor_id=actor_id)
 
+    def settle(self) -> None:
+        """In strict mode: wait until all that was written down is durable. Raises LedgerUnavailableError."""
+        if self._strict is not None:
+            self._strict.flush(SETTLE_TIMEOUT)
+
     def isolation_violated(self, findings: Sequence[str]) -> None:
         """Two users' contexts were found to share something."""
-        self._about_nobody("isolation_violated", "failed", data=(("findings", list(findings)),))
+        self._about_nobody("isolation_violated", "failed", data=(("findings", for_record({"all": findings})["all"]),))
 
     def of(self, user_id: str) -> dict[str, Any] | None:
         """One user's trail, a copy; None for a user never seen. Fixed fields win over metadata of the same name."""
+        self._denials.tell(user_id)
         trail = self._ledger.trail(user_id)
         if trail is None:
             return None
@@ -171,6 +309,7 @@ class AuditTrail:
 
     def of_system(self) -> list[dict[str, Any]]:
         """The records that stand in no user's trail."""
+        self._denials.tell(None)
         trail = self._ledger.trail(None)
         return [] if trail is None else [record.to_dict() for record in trail.records]
 
@@ -180,6 +319,7 @@ class AuditTrail:
         event: Event,
         outcome: Outcome = "ok",
         reason: str | None = None,
+        seconds: float | None = None,
         data: Data = (),
         user_id: str | None = None,
     ) -> None:
@@ -196,7 +336,35 @@ class AuditTrail:
                 context._run_id,
                 outcome,
                 reason,
-                data=data,
+                seconds,
+                data,
+                self._next_id(),
+            )
+        )
+
+    def _of_resource(
+        self,
+        journal: Journal,
+        event: Event,
+        name: str,
+        outcome: Outcome = "ok",
+        reason: str | None = None,
+        data: Data = (),
+    ) -> None:
+        """A record of a resource of a context, which may be gone."""
+        self._append(
+            AuditRecord(
+                event,
+                time.time(),
+                journal.user_id,
+                None,
+                journal.core,
+                journal.request_id,
+                journal.thread_id,
+                journal.run_id,
+                outcome,
+                reason,
+                data=(("name", text_for_record(name)), *data),
                 record_id=self._next_id(),
             )
         )
@@ -236,4 +404,10 @@ def _opening(source: str, context: UserExecutionContext) -> Data:
     # connection begins without any data.
     opening = ("source", source), ("isolation_verified", True)
     metadata = context.metadata_given()
-    return (*opening, ("audit_metadata", metadata)) if metadata else opening
+    return (*opening, ("audit_metadata", for_record(metadata))) if metadata else opening
+
+
+def _asked_for(asked: AskedFor) -> Data:
+    if isinstance(asked, tuple):
+        return ("asked_for", asked[0]), ("asked_for_request", text_for_record(asked[1]))
+    return (("asked_for", asked if isinstance(asked, UserMention) else text_for_record(asked)),)

@@ -36,16 +36,6 @@ class Store(Protocol):
         ...
 
 
-class TaskBarrier:
-    """Stands in line behind what a task waits for."""
-
-    __slots__ = ("future", "loop")
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[None] = self.loop.create_future()
-
-
 class ThreadBarrier:
     """Stands in line behind what a thread waits for. After the last one, the writer ends."""
 
@@ -57,7 +47,8 @@ class ThreadBarrier:
         self.error: LedgerUnavailableError | None = None
 
 
-Barrier = TaskBarrier | ThreadBarrier
+Barrier = asyncio.Future[None] | ThreadBarrier
+"""What stands in line behind what somebody waits for: a future for a task."""
 
 
 class Writer:
@@ -144,9 +135,9 @@ class Writer:
         """What to await until what is in line now is durable. Raises LedgerUnavailableError."""
         if self.problem is not None:
             raise LedgerUnavailableError(self.problem)
-        barrier = TaskBarrier()
-        self.append(barrier)
-        return barrier.future
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.append(future)
+        return future
 
     def wait_passed(self, timeout: float) -> None:
         """The same in a thread, for so many seconds at most."""
@@ -241,11 +232,11 @@ def _release(barriers: list[Barrier], problem: str | None) -> None:
     """Tell all who wait, with one call for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for barrier in barriers:
-        if isinstance(barrier, TaskBarrier):
-            by_loop.setdefault(barrier.loop, []).append(barrier.future)
-        else:
+        if isinstance(barrier, ThreadBarrier):
             barrier.error = None if problem is None else LedgerUnavailableError(problem)
             barrier.passed.set()
+        else:
+            by_loop.setdefault(barrier.get_loop(), []).append(barrier)
     barriers.clear()  # with an error, each holds the frames of who waited, and this thread may rest for long
     for loop, futures in by_loop.items():
         with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone

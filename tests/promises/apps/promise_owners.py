@@ -26,7 +26,10 @@ from ucm_middleware import (
     current_context,
     managed_user_context,
 )
+from ucm_middleware.audit import denials
 from ucm_middleware.fastapi import CurrentContext
+
+vars(denials)["EACH"] = 10_000  # the tests share one server, and each looks at the records of its own denials
 
 journal = Journal()
 manager = UserContextManager()

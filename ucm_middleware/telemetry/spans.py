@@ -1,0 +1,340 @@
+"""Spans that carry the records of the ledger. Each record is on one span, which has its id, and whose ids it has.
+
+The span of a context carries the record of its opening and that of its end; of a WebSocket connection, the span ends
+when it is accepted, since a span does not exist for a backend before it has ended. Every other record is a span of no
+length; a transaction's, as long as that took. None is a span event.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, get_args
+
+from opentelemetry.context import Context, attach, get_current
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    NonRecordingSpan,
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    Tracer,
+    get_current_span,
+    get_tracer_provider,
+    set_span_in_context,
+)
+
+from ucm_middleware.audit.records import AuditRecord, Row
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.forking import renewed_after_fork
+from ucm_middleware.ids import RESERVED_PREFIX, Core, core_text, is_own_request_id
+from ucm_middleware.lifetime import CloseReason
+from ucm_middleware.secret import SecretRing
+from ucm_middleware.telemetry.metrics import SCOPE
+from ucm_middleware.telemetry.pseudonyms import Pseudonyms
+from ucm_middleware.telemetry.quiet import Quiet
+
+Attributes = dict[str, str]
+
+_OWN_WORDS: Final = frozenset(get_args(CloseReason))
+"""The reasons that are shown, besides those of refusals. Others are the application's texts, and may name a person."""
+
+
+@dataclass(slots=True)
+class Traced:
+    """An open context. ``front`` is the span that its records and children hang below; ``attributes`` are set when its
+    span begins and once more when it ends, since an SDK drops the oldest when there are too many.
+    """
+
+    span: Span
+    front: Span
+    attributes: Attributes
+    is_connection: bool = False
+
+    @property
+    def link(self) -> Link:
+        """To the span of the context."""
+        return Link(self.span.get_span_context())
+
+
+class Spans:
+    """The spans of one manager's contexts.
+
+    ``not_exported`` is told the event of each record whose span is not sampled.
+    """
+
+    __slots__ = ("__weakref__", "_open", "_pseudonyms", "_quiet", "_tracer", "not_exported")
+
+    _open: dict[Core, Traced]
+
+    def __init__(self, tracer: Tracer, pseudonyms: Pseudonyms) -> None:
+        self._tracer = tracer
+        self._pseudonyms = pseudonyms
+        self._quiet = Quiet()
+        self.not_exported: Callable[[str], None] = _nobody
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: the contexts, and their spans, are the parent's."""
+        self._open = {}
+
+    # Records.
+
+    def carry(self, row: Row) -> AuditRecord:
+        """Put a record on a span. Returns the record with the ids of the span."""
+        record = AuditRecord(*row)
+        at = (self._quiet.call(self._span_of, record) or INVALID_SPAN).get_span_context()
+        return record._replace(trace_id=at.trace_id, span_id=at.span_id)
+
+    def _span_of(self, record: AuditRecord) -> Span:
+        core = record.context
+        if core is not None:
+            if core not in self._open:
+                if record.event in ("opened", "child_opened"):
+                    return self._opened(core, record)
+            elif record.event == "closed":
+                return self._closed(core, record)
+            elif record.event == "bound" and (pseudonym := self._pseudonym(record.user_id)) is not None:
+                self._open[core].attributes["enduser.pseudo.id"] = pseudonym
+        return self._happened(record)
+
+    def _opened(self, core: Core, record: AuditRecord) -> Span:
+        attributes = self._attributes(record)
+        if record.event == "opened":
+            name, where = "ucm context", None
+        else:
+            about = dict(record.data)
+            name, where = "ucm child", self._below(self._open.get(_core_of(about.get("parent_request_id"))))
+            attributes["ucm.operation"] = str(about.get("operation"))
+        span = self._start(name, where, attributes, record)
+        self._open[core] = Traced(span, span, attributes)
+        return span
+
+    def _closed(self, core: Core, record: AuditRecord) -> Span:
+        traced = self._open.pop(core)
+        self._end_message(traced)
+        if traced.is_connection:
+            self._end(traced.span, traced.attributes)
+            return self._happened(record, "ucm close", Context(), traced.link)
+        attributes = traced.attributes
+        attributes["ucm.record.closed_id"] = core_text(record.record_id)
+        attributes["ucm.outcome"] = record.outcome
+        if record.reason in _OWN_WORDS:
+            attributes["ucm.reason"] = str(record.reason)
+        self._note_if_lost(traced.span, record)
+        self._end(traced.span, attributes, record)
+        return traced.span
+
+    def _happened(
+        self, record: AuditRecord, name: str | None = None, where: Context | None = None, link: Link | None = None
+    ) -> Span:
+        """A span for one record."""
+        if where is None and record.context is not None:
+            where = self._below(self._open.get(record.context))
+        attributes = self._attributes(record)
+        span = self._start(name or f"ucm {record.event}", where, attributes, record, link)
+        self._end(span, attributes, record)
+        return span
+
+    def _below(self, traced: Traced | None) -> Context | None:
+        """Where the spans of an open context begin: below its own, or one of the application's that is below that."""
+        if traced is None:
+            return None
+        front = traced.front.get_span_context()
+        current = get_current_span().get_span_context()
+        if current.is_valid and current.trace_id == front.trace_id:
+            return None
+        return set_span_in_context(traced.front, Context())
+
+    def _attributes(self, record: AuditRecord) -> Attributes:
+        """What a span says of a record: never data, nor any text that may name a person.
+
+        ``enduser.pseudo.id`` is who did it, ``ucm.subject.pseudo.id`` in whose trail it stands when that is another.
+        """
+        given = {
+            "ucm.event": record.event,
+            "ucm.record.id": core_text(record.record_id),
+            "ucm.outcome": record.outcome,
+            "ucm.reason": record.reason if record.event == "refused" or record.reason in _OWN_WORDS else None,
+            "ucm.context.id": record.context_id,
+            "ucm.request.id": record.request_id,
+            "ucm.thread.id": record.thread_id,
+            "ucm.run.id": record.run_id,
+            "enduser.pseudo.id": self._pseudonym(record.user_id if record.actor_id is None else record.actor_id),
+            "ucm.subject.pseudo.id": None if record.actor_id is None else self._pseudonym(record.user_id),
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _pseudonym(self, user_id: str | None) -> str | None:
+        """None for trusted code and for an anonymous context, which is nobody in particular."""
+        return None if not user_id or user_id.startswith(RESERVED_PREFIX) else self._pseudonyms.of(user_id)
+
+    # What is current.
+
+    def let_in(self, outside: Callable[[Callable[[], Span]], Span] | None) -> None:
+        """Make the server's span the current one in the fresh Context that this is called in, and nothing else of it:
+        no baggage, which a client may have sent.
+
+        ``outside`` calls in the Context outside of the firewall. What is there may be what another request left behind:
+        its current span is believed only when it is the server's, of a request under way, or no more than an id, as one
+        that is not sampled is.
+        """
+        span = get_current_span()
+        if not span.get_span_context().is_valid:
+            span = INVALID_SPAN if outside is None else outside(get_current_span)
+            if not _is_of_a_request(span):
+                return
+        attach(set_span_in_context(span, Context()))
+
+    def enter(self, context: UserExecutionContext) -> Callable[[], None]:
+        """Make a context's span the current one here. Returns what undoes it."""
+        traced = self._open.get(context._core)  # pyright: ignore[reportPrivateUsage]
+        if traced is None:
+            return _leave_nothing
+        outer = get_current()
+        inner = set_span_in_context(traced.front)
+        attach(inner)
+        return partial(_leave, inner, outer)
+
+    def name_agent(self, context: UserExecutionContext, agent_name: str) -> None:
+        """The context is one run of an agent: say so as OpenTelemetry's conventions for generative AI do."""
+        traced = self._open.get(context._core)  # pyright: ignore[reportPrivateUsage]
+        if traced is not None:
+            del traced.attributes["ucm.operation"]
+            traced.attributes["gen_ai.operation.name"] = "invoke_agent"
+            traced.attributes["gen_ai.agent.name"] = agent_name
+            traced.attributes["gen_ai.conversation.id"] = context.thread_id
+            self._quiet.call(traced.span.update_name, f"invoke_agent {agent_name}")
+
+    # WebSocket connections; see the module messages.
+
+    def connect(self, context: UserExecutionContext) -> Traced | None:
+        """The context is that of a WebSocket connection. None when it has ended already."""
+        traced = self._open.get(context._core)  # pyright: ignore[reportPrivateUsage]
+        if traced is not None:
+            traced.is_connection = True
+            self._quiet.call(traced.span.update_name, "ucm connection")
+        return traced
+
+    def accept(self, traced: Traced) -> None:
+        """The connection is accepted, or refused: its span ends."""
+        self._end(traced.span, traced.attributes)
+
+    def begin_message(self, context: UserExecutionContext, traced: Traced) -> None:
+        """A message is being handled from now on, in a trace of its own, which is the current one here."""
+        attributes = {name: value for name, value in traced.attributes.items() if not name.startswith("ucm.record.")}
+        attributes["ucm.event"] = "message"
+        span = self._start("ucm message", Context(), attributes, link=traced.link, kind=SpanKind.CONSUMER)
+        traced.front = span
+        attach(set_span_in_context(span, Context()))
+        if self._open.get(context._core) is not traced:  # pyright: ignore[reportPrivateUsage]
+            self._end_message(traced)  # closed in this very moment
+
+    def end_message(self, traced: Traced) -> None:
+        """The application is done with the message, and asks for the next."""
+        if traced.front is not traced.span:
+            self._end_message(traced)
+            attach(set_span_in_context(traced.span, Context()))
+
+    def _end_message(self, traced: Traced) -> None:
+        message, traced.front = traced.front, traced.span
+        if message is not traced.span:
+            self._end(message, {})
+
+    # The SDK.
+
+    def _start(
+        self,
+        name: str,
+        where: Context | None,
+        attributes: Attributes,
+        record: AuditRecord | None = None,
+        link: Link | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,
+    ) -> Span:
+        """A new span, below what is current when ``where`` is None. Where the SDK fails, one that does nothing."""
+        span = self._quiet.call(
+            self._tracer.start_span,
+            name,
+            context=where,
+            kind=kind,
+            attributes=attributes,
+            links=None if link is None else [link],
+            start_time=None if record is None else _nanoseconds(record.at - _took(record)),
+        )
+        span = INVALID_SPAN if span is None else span
+        if record is not None:
+            self._note_if_lost(span, record)
+        return span
+
+    def _note_if_lost(self, span: Span, record: AuditRecord) -> None:
+        if not (span.is_recording() and span.get_span_context().trace_flags.sampled):
+            self.not_exported(record.event)
+
+    def _end(self, span: Span, attributes: Mapping[str, str], record: AuditRecord | None = None) -> None:
+        if span.is_recording():
+            self._quiet.call(_end, span, attributes, record)
+
+
+def find_spans(secrets: SecretRing) -> Spans | None:
+    """The spans of one manager; None while no tracer provider is set, or the SDK is disabled."""
+    provider = get_tracer_provider()
+    if _stands_in(provider):
+        return None
+    tracer = provider.get_tracer(SCOPE)
+    return None if _stands_in(tracer) else Spans(tracer, Pseudonyms(secrets))
+
+
+def _stands_in(found: object) -> bool:
+    """Whether this is one of the API's own, which do nothing."""
+    return type(found).__module__.startswith("opentelemetry.trace")
+
+
+def _is_of_a_request(span: Span) -> bool:
+    if isinstance(span, NonRecordingSpan):
+        return span.get_span_context().is_valid
+    return span.is_recording() and getattr(span, "kind", None) is SpanKind.SERVER
+
+
+def _core_of(request_id: object) -> Core:
+    """The core of the context that has this request id; one that no context has where the id was given to it."""
+    if not isinstance(request_id, str) or not is_own_request_id(request_id):
+        return -1
+    try:
+        return int(request_id[-32:], 16)
+    except ValueError:
+        return -1
+
+
+def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) -> None:
+    span.set_attributes(attributes)
+    if record is None:
+        span.end()
+        return
+    if record.outcome == "failed":
+        span.set_status(Status(StatusCode.ERROR))
+    span.end(_nanoseconds(record.at))
+
+
+def _took(record: AuditRecord) -> float:
+    """Seconds before the record was written. A context, and so a run of an agent, has a span of its own."""
+    return record.seconds or 0.0 if record.event == "transaction" else 0.0
+
+
+def _nanoseconds(at: float) -> int:
+    return int(at * 1e9)
+
+
+def _leave(inner: Context, outer: Context) -> None:
+    if get_current() is inner:  # not in a generator that was broken off, which is closed in another Context
+        attach(outer)
+
+
+def _leave_nothing() -> None:
+    pass
+
+
+def _nobody(event: str) -> None:
+    pass
