@@ -326,9 +326,10 @@ class UserContextMiddleware:
             return message
 
         async def noted(message: Message) -> None:
-            if message["type"] == "lifespan.startup.complete":
+            kind = message["type"]
+            if kind == "lifespan.startup.complete":
                 self.manager.telemetry.look()  # many applications set up their SDK in the lifespan
-            elif message["type"] in _SHUT_DOWN:  # the server may end itself by a signal then, and asks nobody
+            elif kind in _SHUT_DOWN:  # the server may end itself by a signal then, and asks nobody
                 await self.manager.all_written()
             await send(message)
 

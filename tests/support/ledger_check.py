@@ -94,7 +94,7 @@ def _opened(subject: bytes, body: bytes, subjects: dict[bytes, tuple[AESGCM, str
         cipher, record["user"] = subjects[subject]
         record |= json.loads(_unsealed(cipher, b64decode(sealed), subject))
     if "request" not in record and "context" in record:
-        record["request"] = record["context"].replace("context_", "request_")
+        record["request"] = record["context"].replace("context_", "request_", 1)
     return record
 
 

@@ -7,6 +7,7 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 from urllib.parse import unquote
 
 from fastapi import BackgroundTasks, Depends, FastAPI, Request, WebSocket
@@ -29,7 +30,7 @@ from ucm_middleware import (
 from ucm_middleware.audit import denials
 from ucm_middleware.fastapi import CurrentContext
 
-vars(denials)["EACH"] = 10_000  # the tests share one server, and each looks at the records of its own denials
+patch.object(denials, "EACH", 10_000).start()  # the tests share one server, and each looks at the records of its own denials
 
 journal = Journal()
 manager = UserContextManager()
