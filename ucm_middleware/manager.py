@@ -419,7 +419,6 @@ class UserContextManager:
             )
         contexts = [context for _, context in self._registry.live()]
         await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
-        self._trail.tell_counted()
         await self.all_written()
         return len(contexts)
 
@@ -449,11 +448,13 @@ class UserContextManager:
 
     async def all_written(self) -> None:
         """Wait until what is on record so far is durable. Where that cannot be, the log says how much is not."""
-        if self._durable_ledger is not None:
-            try:
-                await self._durable_ledger.durable()
-            except LedgerUnavailableError as error:
-                logger.critical("%d audit records are not written: %s", self._durable_ledger.lag, error)
+        ledger = self._durable_ledger
+        try:
+            self._trail.tell_counted()
+            if ledger is not None:
+                await ledger.durable()
+        except LedgerUnavailableError as error:
+            logger.critical("%d audit records are not written: %s", 0 if ledger is None else ledger.lag, error)
 
     # Called by contexts.
 
