@@ -138,7 +138,7 @@ def test_without_keys_only_what_stands_in_the_clear_is_exported() -> None:
     assert "liddell" not in done.stdout
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [record.get("sealed", False) for record in records] == [True] * 5 + [False]
-    assert records[4].keys() == {"sequence", "at", "event", "outcome", "subject", "sealed", "hash"}
+    assert records[4].keys() == {"stream", "sequence", "at", "event", "outcome", "subject", "sealed", "hash"}
 
 
 # erase

@@ -223,8 +223,26 @@ def test_an_end_while_it_fails_says_what_is_lost(shelf: Shelf, caplog: pytest.Lo
     with caplog.at_level(logging.CRITICAL):
         writer.append(row(number=1))
         writer.append(row(number=2))
-        writer.stop(20)
-    assert "2 audit records were never written" in caplog.text
+        writer.stop(0.01)
+    assert "2 audit records are not written: the audit ledger cannot be written: the disk is full" in caplog.text
+    shelf.fault = None
+    writer.append(row(number=3))
+    writer.stop(20)
+    assert shelf.numbers == [1, 2, 3]
+
+
+def test_an_end_while_it_fails_tries_again_for_as_long_as_it_may(shelf: Shelf) -> None:
+    writer = Writer(shelf.open)
+    shelf.fault = OSError("the disk is full")
+    writer.append(row(number=1))
+    wait_until(lambda: writer.problem is not None, "it fails")
+    stopping = threading.Thread(target=writer.stop, args=(20,))
+    stopping.start()
+    attempts = shelf.attempts
+    wait_until(lambda: shelf.attempts > attempts + 3, "it tries again")
+    shelf.fault = None
+    stopping.join()
+    assert shelf.numbers == [1]
 
 
 def test_none_is_started_before_there_is_something_to_write(shelf: Shelf) -> None:

@@ -128,6 +128,7 @@ _EXPLAINED: Final = {
     sqlite3.SQLITE_CANTOPEN: ("cannot be opened", "see that its folder exists, and that this process may read both"),
     sqlite3.SQLITE_CORRUPT: ("is damaged", "restore it from a backup"),
     sqlite3.SQLITE_FULL: ("the disk is full", "make room on it"),
+    sqlite3.SQLITE_IOERR: ("the disk reports an error", "see what the operating system says of the disk"),
     sqlite3.SQLITE_NOTADB: ("is no SQLite database", "name another file"),
     sqlite3.SQLITE_READONLY: (
         "can only be read, and something was to be written to it",

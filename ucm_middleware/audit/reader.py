@@ -44,6 +44,7 @@ _AT_ONCE: Final = 1024
 class Stored:
     """A record as it stands in a ledger. ``is_open`` is False when what it says is sealed and nothing here opens it."""
 
+    stream: str
     sequence: int
     subject: bytes | None
     digest: bytes
@@ -54,6 +55,7 @@ class Stored:
         """All of it as plain values, for a program or an auditor; fields that say nothing are left out."""
         record = self.record
         shown: dict[str, object | None] = {
+            "stream": self.stream,
             "sequence": self.sequence,
             "at": iso(record.at),
             "event": record.event,
@@ -156,7 +158,7 @@ class LedgerReader:
                 user_id, subject = behind.get(token, (None, None))
                 record = self._decoded(user_id, subject, body)
                 is_open = b'"sealed":' not in body or subject is not None
-                yield Stored(sequence, None if token == NOBODY else token, digest, record, is_open)
+                yield Stored(self.stream, sequence, None if token == NOBODY else token, digest, record, is_open)
 
     def _parts(self, token: bytes) -> Iterator[list[bytes]]:
         """The bodies of a subject's records, in order within each part, the newest part first."""

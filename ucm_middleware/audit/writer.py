@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -37,12 +38,14 @@ class Store(Protocol):
 
 
 class ThreadBarrier:
-    """Stands in line behind what a thread waits for. After the last one, the writer ends."""
+    """Stands in line behind what a thread waits for. After one with a ``last_try``, the writer ends: when all is written,
+    or at that moment of the monotonic clock.
+    """
 
-    __slots__ = ("error", "is_last", "passed")
+    __slots__ = ("error", "last_try", "passed")
 
-    def __init__(self, *, is_last: bool = False) -> None:
-        self.is_last = is_last
+    def __init__(self, *, last_try: float | None = None) -> None:
+        self.last_try = last_try
         self.passed = threading.Event()
         self.error: LedgerUnavailableError | None = None
 
@@ -59,11 +62,11 @@ class Writer:
 
     __slots__ = (
         "__weakref__",
-        "_in_hand",
         "_line",
         "_lock",
         "_open_store",
         "_put",
+        "_rows",
         "_stopped",
         "_store",
         "_thread",
@@ -97,7 +100,7 @@ class Writer:
         self._store: Store | None = None
         self._thread: threading.Thread | None = None
         self._stopped: threading.Thread | None = None
-        self._in_hand = 0
+        self._rows: list[Row] = []  # in hand: taken from the line, and not written yet
         self.problem: str | None = None
         self._line: SimpleQueue[Row | Barrier] = SimpleQueue()  # its put is reentrant too
         self._put, self.waiting = self._line.put, self._line.qsize
@@ -116,20 +119,22 @@ class Writer:
                 self._thread = thread
 
     def stop(self, timeout: float) -> None:
-        """Write what is in line, for so many seconds at most, and end the thread."""
+        """Write what is in line, for so many seconds at most, and end the thread. What is left stays in line."""
         with self._lock:
             thread, self._thread = self._thread, None
             self._stopped = thread or self._stopped
         if thread is not None:
-            self._put(ThreadBarrier(is_last=True))
+            self._put(ThreadBarrier(last_try=time.monotonic() + timeout))
             thread.join(timeout)
-            if thread.is_alive():
-                logger.critical("%d audit records are not written yet, and nobody waits for them any more", self.lag)
+            if self._rows:
+                logger.critical(
+                    "%d audit records are not written: %s", len(self._rows), self.problem or "it takes long"
+                )
 
     @property
     def lag(self) -> int:
         """How many rows and barriers are not through yet."""
-        return self.waiting() + self._in_hand
+        return self.waiting() + len(self._rows)
 
     def passed(self) -> "asyncio.Future[None]":
         """What to await until what is in line now is durable. Raises LedgerUnavailableError."""
@@ -157,21 +162,20 @@ class Writer:
     def _run(self, predecessor: threading.Thread | None) -> None:
         if predecessor is not None:
             predecessor.join()  # what it has in hand comes before whatever is in line
-        rows: list[Row] = []
-        is_last = False
+        rows = self._rows
+        last_try: float | None = None
         pause = FIRST_PAUSE
-        while not is_last or self.waiting():  # what came behind the last barrier is written too
+        while last_try is None or rows or self.waiting():  # what came behind the last barrier is written too
             # While writing fails, all that waits: whoever stands behind a barrier is told at once.
             barriers = _take(self._line, rows, MAX_BATCH if self.problem is None else sys.maxsize)
-            self._in_hand = len(rows)
-            is_last = is_last or any(isinstance(barrier, ThreadBarrier) and barrier.is_last for barrier in barriers)
+            last_try = last_try or next(filter(None, map(_last_try, barriers)), None)
             try:
                 if rows:
                     self._write(rows)
             except Exception as error:  # noqa: BLE001 - whatever it is: the records stay, and are tried again
                 self._report(error, len(rows))
                 _release(barriers, self.problem)
-                if is_last:
+                if last_try is not None and time.monotonic() + pause >= last_try:
                     break
                 threading.Event().wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -180,10 +184,7 @@ class Writer:
                 logger.warning("the audit ledger can be written again")
                 self.problem, pause = None, FIRST_PAUSE
             rows.clear()
-            self._in_hand = 0
             _release(barriers, None)
-        if rows:
-            logger.critical("%d audit records were never written: %s", len(rows), self.problem)
         with self._writing:
             self._let_go()
 
@@ -207,6 +208,10 @@ class Writer:
         if self.problem is None:  # once for each time that it begins
             logger.error("the audit ledger cannot be written, %d records wait: %s", number, error, exc_info=error)
         self.problem = f"the audit ledger cannot be written: {error}"
+
+
+def _last_try(barrier: Barrier) -> float | None:
+    return barrier.last_try if isinstance(barrier, ThreadBarrier) else None
 
 
 def _take(line: SimpleQueue[Row | Barrier], rows: list[Row], most: int) -> list[Barrier]:
