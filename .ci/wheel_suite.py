@@ -3,9 +3,11 @@
 Usage: python wheel_suite.py CHECKOUT
 """
 
+import pkgutil
 import shutil
 import sys
 import sysconfig
+from importlib import import_module
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -23,6 +25,8 @@ def check_wheel() -> None:
         sys.exit(f"ucm_middleware is imported from {package}, expected it in {site_packages}")
     if not (package / "py.typed").is_file():
         sys.exit(f"{package} has no py.typed: type checkers would ignore the annotations")
+    for module in pkgutil.walk_packages(ucm_middleware.__path__, "ucm_middleware."):
+        import_module(module.name)
     installed = distribution("ucm-middleware")
     plugin = {"_ucm_middleware_pytest.py", "__pycache__"}  # beside the package; the module says why
     own = {"ucm_middleware", *plugin, f"ucm_middleware-{installed.version}.dist-info"}
