@@ -81,9 +81,9 @@ class Denials:
             # Nothing is called from here on.
             if flood.is_over:
                 continue
-            flood.seen += 1
-            if flood.seen <= EACH:
-                return True
+            flood.seen = seen = flood.seen + 1
+            if seen <= EACH:
+                break
             is_first = flood.count == 0
             flood.count += 1
             if is_first:
@@ -93,12 +93,12 @@ class Denials:
             elif at < flood.first:
                 flood.first = at
             break
-        if is_first:
+        if seen == 1:  # its count is told when the window ends, and whose it is is forgotten
             try:
                 self._plan(flood.ends)
             except RuntimeError:  # whoever comes in the next window, or reads the trail, finds the count
                 logger.warning("denials are counted, and no thread can be started to record them in time")
-        return False
+        return seen <= EACH
 
     def tell_due(self) -> None:
         """Write down what was counted in windows that are over."""
@@ -119,8 +119,8 @@ class Denials:
             self._tell(flood)
 
     def next_wake(self) -> float | None:
-        """When the next window ends that something was counted in."""
-        return min((flood.ends for flood in list(self._floods.values()) if flood.count), default=None)
+        """When the next window ends."""
+        return min((flood.ends for flood in list(self._floods.values())), default=None)
 
     def _flood_of(self, kind: Kind) -> Flood:
         now = self._clock()

@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 SUBJECT_LENGTH: Final = 16
 NOBODY: Final = bytes(SUBJECT_LENGTH)
 
+LONGEST_BODY: Final = 8 * 1024 * 1024
+"""Bytes. What is longer is reduced: a reader may refuse rows of more than 16 MiB, and trails are held in memory."""
+
 MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "findings", "user_id", "users"})
 """The members of ``data`` in which users are named. Elsewhere what looks like a subject is the application's."""
 
@@ -48,7 +51,7 @@ def plain_token(user_id: str) -> bytes:
 def encode_plain(row: Row) -> tuple[bytes, bytes]:
     """Subject and body of a record, with users by their ids. It never fails: see ``_reduced``."""
     try:
-        return _plain(row)
+        return _bounded(_plain(row))
     except Exception as error:  # noqa: BLE001 - whatever is in it: the others must not wait for it for ever
         return _plain(_reduced(row, error))
 
@@ -56,7 +59,7 @@ def encode_plain(row: Row) -> tuple[bytes, bytes]:
 def encode_sealed(row: Row, subjects: Mapping[str, Subject]) -> tuple[bytes, bytes]:
     """Subject and body of a record, with users by their subjects, and what is personal under the subject's key."""
     try:
-        return _sealed(row, subjects)
+        return _bounded(_sealed(row, subjects))
     except Exception as error:  # noqa: BLE001 - likewise
         return _sealed(_reduced(row, error), subjects)
 
@@ -102,6 +105,12 @@ def decode(
         trace_id=_number(members, "trace") or 0,
         span_id=_number(members, "span") or 0,
     )
+
+
+def _bounded(entry: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    if len(entry[1]) > LONGEST_BODY:
+        raise ValueError("the record is too long")
+    return entry
 
 
 def _plain(row: Row) -> tuple[bytes, bytes]:
@@ -161,7 +170,9 @@ def _members(row: Row, mention: Callable[[str], object]) -> str:
 def _reduced(row: Row, error: Exception) -> Row:
     """What can be said of a record with something in it that no record has."""
     logger.error("a record of %s cannot be written as it is (%s), and is reduced", row[0], type(error).__name__)
-    return AuditRecord(row[0], row[1], row[2], outcome=row[8], reason="reduced: not a record", record_id=row[12])
+    return AuditRecord(
+        row[0], row[1], row[2], outcome=row[8], reason="reduced: it was not as records are", record_id=row[12]
+    )
 
 
 def _data(data: Data, mention: Callable[[str], object]) -> str:

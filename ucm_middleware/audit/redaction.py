@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from functools import lru_cache
 from itertools import islice, pairwise
 from typing import Any, Final, TypeVar, cast
 
@@ -49,7 +48,6 @@ _ABOUT_IT: Final = frozenset(
 )
 
 
-@lru_cache(1024)
 def is_secret(name: str) -> bool:
     """Whether what stands under this name is kept out of records."""
     words = [word.lower() for word in _WORD.findall(name[:MOST_CHARACTERS])]

@@ -1,25 +1,22 @@
 """SQLiteLedger: the embedded ledger that keeps records for good, in one file for all processes of an application."""
 
-import secrets
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Sequence
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from ucm_middleware.audit.encoding import encode_plain, encode_sealed, users_in
-from ucm_middleware.audit.file import LedgerFile, is_sealed
+from ucm_middleware.audit.erasure import erase_user
+from ucm_middleware.audit.file import LedgerFile
 from ucm_middleware.audit.ledger import Trail
 from ucm_middleware.audit.reader import LedgerReader
-from ucm_middleware.audit.records import TRUSTED_CODE, AuditRecord, Row, UserMention
+from ucm_middleware.audit.records import Row, UserMention
 from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.audit.writer import Writer
-from ucm_middleware.errors import ConfigurationError, ErasureIncompleteError, LedgerUnavailableError
+from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
 from ucm_middleware.forking import quiet_during_fork
-from ucm_middleware.ids import validate_id
 from ucm_middleware.secret import SecretRing
 
 CAPACITY: Final = 65_536
@@ -88,10 +85,12 @@ class SQLiteLedger:
 
     @property
     def lag(self) -> int:
+        """As the port says, in this process."""
         return 0 if self._writer is None else self._writer.lag
 
     @property
     def problem(self) -> str | None:
+        """As the port says."""
         return None if self._writer is None else self._writer.problem
 
     def append(self, row: Row) -> None:
@@ -103,6 +102,7 @@ class SQLiteLedger:
 
     @property
     def has_room(self) -> bool:
+        """As the port says: while less than half of the capacity is taken."""
         return self._writer is None or self._writer.lag < self.capacity // 2
 
     def durable(self) -> Awaitable[None]:
@@ -123,29 +123,15 @@ class SQLiteLedger:
     def erase(self, user_id: str, *, reason: str) -> int:
         """Make all that is on record of a user unreadable for good, by destroying their keys; see the docs on erasure.
 
-        Returns how many subjects were erased: the user, and the anonymous ones that became this user. Blocks. Raises
-        ConfigurationError without keys, InvalidContextError, LedgerUnavailableError, LedgerFileError, and
-        ErasureIncompleteError when the keys are deleted and traces of them are left.
+        Sign the user out first: what still runs for them goes on record anew. Returns how many subjects were erased:
+        the user, and the anonymous ones that became this user; 0 for a user never seen. Blocks. Raises
+        ConfigurationError without keys, and what ``erase_user`` raises.
         """
-        user_id = validate_id(user_id, "user_id")
         if self.keys is None or self._secrets is None:
             raise ConfigurationError("nobody can be erased from a ledger without keys: begin one with keys=...")
         self.flush()
         with self._reading:
-            vault = Vault.open(self.keys, is_sealed(self.path)[0], self._secrets, must_exist=True)
-            with closing(vault):
-                try:
-                    tokens = vault.erase(user_id)
-                except ErasureIncompleteError as error:
-                    self._record_erasure(error.subjects, reason)
-                    raise
-        self._record_erasure(tokens, reason)
-        return len(tokens)
-
-    def _record_erasure(self, tokens: Sequence[bytes], reason: str) -> None:
-        if tokens:
-            self.append(erasure(tokens, reason))
-            self.flush()
+            return erase_user(self.path, self.keys, self._secrets, user_id, reason)
 
     def close(self) -> None:
         """Write what is in line, and let go of the file. It is opened again for the next record."""
@@ -156,14 +142,6 @@ class SQLiteLedger:
         if self._writer is None:
             raise LedgerUnavailableError("the ledger has no manager yet: UserContextManager(ledger=...)")
         return self._writer
-
-
-def erasure(tokens: Sequence[bytes], reason: str) -> Row:
-    """The record of an erasure. It stands in nobody's trail."""
-    data = (("subjects", [token.hex() for token in tokens]),)
-    return AuditRecord(
-        "erased", time.time(), None, TRUSTED_CODE, reason=reason, data=data, record_id=secrets.randbits(128)
-    )
 
 
 def _stop_at_exit(writer: Writer) -> None:

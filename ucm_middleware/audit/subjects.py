@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TOKEN_BYTES: Final = 16
 KEY_BYTES: Final = 32
 
+_OF_USER: Final = "lookup = :lookup OR bound_to = (SELECT subject FROM subjects WHERE lookup = :lookup)"
+
 _AT_ONCE: Final = 250  # how many users one statement asks for; SQLite may be built with a limit of 999
 
 # Text and bytes that are keys or personal go by the name of secret in every frame that can raise; see secret.py.
@@ -140,6 +142,13 @@ class Vault:
             if not bound.rowcount:
                 raise IdentityConflictError(f"subject {pair['anonymous'].hex()} is bound to another user than this one")
 
+    def subjects_of(self, user_id: str) -> tuple[bytes, ...]:
+        """The subjects that ``erase`` would erase."""
+        [lookup] = self._lookups((user_id,))
+        with self._database() as connection:
+            rows = connection.execute(f"SELECT subject FROM subjects WHERE {_OF_USER}", {"lookup": lookup}).fetchall()
+        return tuple(token for (token,) in rows)
+
     def erase(self, user_id: str) -> tuple[bytes, ...]:
         """Destroy the keys of a user, and of the anonymous subjects bound to them; returns their tokens.
 
@@ -151,9 +160,7 @@ class Vault:
         with self._database() as connection:
             with transaction(connection):
                 rows = connection.execute(
-                    "DELETE FROM subjects WHERE lookup = :lookup"
-                    " OR bound_to = (SELECT subject FROM subjects WHERE lookup = :lookup) RETURNING subject",
-                    {"lookup": lookup},
+                    f"DELETE FROM subjects WHERE {_OF_USER} RETURNING subject", {"lookup": lookup}
                 ).fetchall()
             tokens = tuple(token for (token,) in rows)
             try:

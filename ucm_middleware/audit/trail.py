@@ -240,7 +240,9 @@ class AuditTrail:
         """No context was opened: a limit, a bad id, no identity, or the server is draining."""
         reason = next((word for kind, word in _REFUSALS if isinstance(error, kind)), _BY_RESOLVER)
         if self._denials.has_record((user_id, "refused", reason)):
-            data = (("detail", text_for_record(detail)),)
+            # What an application says of credentials may name somebody.
+            shown = type(error).__name__ if isinstance(error, UnauthenticatedError) else text_for_record(detail)
+            data = (("detail", shown),)
             self._about_nobody("refused", "denied", reason, user_id=user_id, data=data)
 
     def tell_due(self) -> None:

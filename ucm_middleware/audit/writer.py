@@ -38,8 +38,8 @@ class Store(Protocol):
 
 
 class ThreadBarrier:
-    """Stands in line behind what a thread waits for. After one with a ``last_try``, the writer ends: when all is written,
-    or at that moment of the monotonic clock.
+    """Stands in line behind what a thread waits for. After one with a ``last_try``, the writer ends: when all is
+    written, or at that moment of the monotonic clock.
     """
 
     __slots__ = ("error", "last_try", "passed")
@@ -62,6 +62,7 @@ class Writer:
 
     __slots__ = (
         "__weakref__",
+        "_barriers",
         "_line",
         "_lock",
         "_open_store",
@@ -77,7 +78,7 @@ class Writer:
 
     _put: Callable[[Row | Barrier], None]
     waiting: Callable[[], int]
-    """How many rows and barriers are in line, but for those that are just being written."""
+    """How many rows and barriers are in line, but for those that are in hand."""
 
     def __init__(self, open_store: Callable[[], Store]) -> None:
         self._open_store = open_store
@@ -100,16 +101,24 @@ class Writer:
         self._store: Store | None = None
         self._thread: threading.Thread | None = None
         self._stopped: threading.Thread | None = None
+        self._barriers: set[Barrier] = set()  # those in line
         self._rows: list[Row] = []  # in hand: taken from the line, and not written yet
         self.problem: str | None = None
         self._line: SimpleQueue[Row | Barrier] = SimpleQueue()  # its put is reentrant too
         self._put, self.waiting = self._line.put, self._line.qsize
 
-    def append(self, row: Row | Barrier) -> None:
-        """Put something in line."""
+    def append(self, row: Row) -> None:
+        """Put a row in line."""
         if self._thread is None:
             self._start()
         self._put(row)
+
+    def _stand(self, barrier: Barrier) -> None:
+        """Put a barrier in line."""
+        if self._thread is None:
+            self._start()
+        self._barriers.add(barrier)
+        self._put(barrier)
 
     def _start(self) -> None:
         with self._lock:
@@ -124,7 +133,9 @@ class Writer:
             thread, self._thread = self._thread, None
             self._stopped = thread or self._stopped
         if thread is not None:
-            self._put(ThreadBarrier(last_try=time.monotonic() + timeout))
+            last = ThreadBarrier(last_try=time.monotonic() + timeout)
+            self._barriers.add(last)
+            self._put(last)
             thread.join(timeout)
             if self._rows:
                 logger.critical(
@@ -133,15 +144,15 @@ class Writer:
 
     @property
     def lag(self) -> int:
-        """How many rows and barriers are not through yet."""
-        return self.waiting() + len(self._rows)
+        """How many rows are not written yet."""
+        return max(0, self.waiting() - len(self._barriers)) + len(self._rows)
 
     def passed(self) -> "asyncio.Future[None]":
         """What to await until what is in line now is durable. Raises LedgerUnavailableError."""
         if self.problem is not None:
             raise LedgerUnavailableError(self.problem)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.append(future)
+        self._stand(future)
         return future
 
     def wait_passed(self, timeout: float) -> None:
@@ -149,7 +160,7 @@ class Writer:
         if self.problem is not None:
             raise LedgerUnavailableError(self.problem)
         barrier = ThreadBarrier()
-        self.append(barrier)
+        self._stand(barrier)
         if not barrier.passed.wait(timeout):
             raise LedgerUnavailableError(
                 f"the audit ledger took more than {timeout:g} seconds to write what was in line"
@@ -168,6 +179,7 @@ class Writer:
         while last_try is None or rows or self.waiting():  # what came behind the last barrier is written too
             # While writing fails, all that waits: whoever stands behind a barrier is told at once.
             barriers = _take(self._line, rows, MAX_BATCH if self.problem is None else sys.maxsize)
+            self._barriers.difference_update(barriers)
             last_try = last_try or next(filter(None, map(_last_try, barriers)), None)
             try:
                 if rows:

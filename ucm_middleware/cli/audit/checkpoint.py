@@ -8,7 +8,7 @@ import typer
 
 from ucm_middleware.audit.checkpoints import append_checkpoint, read_private_key, sign_checkpoint
 from ucm_middleware.audit.verification import read_checkpoints, verify_ledger
-from ucm_middleware.cli.audit.verify import tell
+from ucm_middleware.cli.audit.verify import require_records, tell
 from ucm_middleware.cli.terminal import BAD, progress_bar, refusals, say
 
 
@@ -30,6 +30,7 @@ def checkpoint(
         if not found.is_verified:
             tell(ledger, found)
             raise typer.Exit(BAD)
+        require_records(ledger, found)
         if earlier and found.covered == found.records:
             say(f"nothing to sign: the last checkpoint is over all {found.records} records")
             return

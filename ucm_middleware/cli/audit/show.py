@@ -14,6 +14,7 @@ from ucm_middleware.cli.terminal import BAD, refusals, say, say_json
 from ucm_middleware.errors import LedgerFileError
 
 _SHOWN_APART = frozenset({"at", "event", "outcome", "reason", "request_id"})
+_UNFOLDED = 10_000  # columns: a program that reads it must not find an id in two pieces
 _REST = "context_id", "thread_id", "run_id"
 
 
@@ -42,7 +43,10 @@ def show(
         for record in trail.records:
             say_json(record.to_dict())
         return
-    Console(soft_wrap=not Console().is_terminal).print(_table(trail.records))
+    console = Console()
+    if not console.is_terminal:
+        console.width = _UNFOLDED
+    console.print(_table(trail.records))
     if trail.dropped:
         say(f"{trail.dropped} older records are not shown: --last shows more", err=True)
 

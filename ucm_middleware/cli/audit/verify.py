@@ -34,14 +34,19 @@ def verify(
             else read_checkpoints(checkpoints, read_public_key(public_key))
         )
         found = verify_ledger(ledger, known, progress)
-        if found.is_verified and not found.records:
-            raise LedgerFileError(str(ledger), "has no records yet", "verify it when an application has written to it")
+        require_records(ledger, found)
     if as_json:
         say_json(_plain(ledger, found))
     else:
         tell(ledger, found)
     if not found.is_verified:
         raise typer.Exit(BAD)
+
+
+def require_records(ledger: Path, found: Verification) -> None:
+    """Raise LedgerFileError for a ledger in which there is nothing yet."""
+    if found.is_verified and not found.records:
+        raise LedgerFileError(str(ledger), "has no records yet", "come back when an application has written to it")
 
 
 def tell(ledger: Path, found: Verification) -> None:
