@@ -239,6 +239,7 @@ import os, sys
 from contextlib import closing
 from pathlib import Path
 import cryptography.exceptions
+import cryptography.hazmat.primitives.hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from support.keyfiles import OTHER, SECRET, STREAM, ring

@@ -91,6 +91,15 @@ def within(context: UserExecutionContext, *records: AuditRecord) -> bool:
     return all((one.context_id, one.request_id) == (context.context_id, context.request_id) for one in records)
 
 
+class FullOfResources(RecordingLedger):
+    """A ledger that takes no record of a resource."""
+
+    def append(self, row: Row) -> None:
+        if row[0].startswith("resource"):
+            raise OSError("full")
+        super().append(row)
+
+
 class TestResources:
     async def test_each_way_in_and_out_has_its_two_records(
         self, manager: UserContextManager, ledger: RecordingLedger
@@ -327,13 +336,7 @@ class TestResources:
     async def test_a_ledger_that_fails_loses_no_resource(
         self, make_manager: MakeManager, caplog: pytest.LogCaptureFixture
     ) -> None:
-        class Full(RecordingLedger):
-            def append(self, row: Row) -> None:
-                if row[0].startswith("resource"):
-                    raise OSError("full")
-                super().append(row)
-
-        ledger = Full()
+        ledger = FullOfResources()
         manager = make_manager(ledger=ledger)
         released: list[str] = []
         context = manager.create_isolated_context("alice")
