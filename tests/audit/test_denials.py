@@ -103,14 +103,18 @@ class TestCounting:
         book.denials.tell_all()
         assert (book.each, book.told) == (EACH * 4, [(kind, 2) for kind in kinds])
 
-    def test_when_to_look_is_asked_for_once_something_was_counted(self) -> None:
+    def test_when_to_look_is_asked_for_with_the_first(self) -> None:
         book = Book()
-        book.deny(times=EACH)
-        assert (book.planned, book.denials.next_wake()) == ([], None)
         ends = book.clock() + WINDOW
-        book.deny(times=2)
+        book.deny(times=EACH + 2)
         assert (book.planned, book.denials.next_wake()) == ([ends], ends)
-        book.denials.tell_all()
+
+    def test_whose_they_were_is_forgotten_when_the_window_ends(self) -> None:
+        book = Book()
+        book.deny()
+        book.clock.advance(WINDOW)
+        book.denials.tell_due()
+        assert book.denials._floods == {}
         assert book.denials.next_wake() is None
 
     def test_what_the_ledger_does_not_take_is_kept_and_tried_a_window_later(

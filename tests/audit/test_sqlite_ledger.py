@@ -266,7 +266,7 @@ def test_a_full_line_makes_synchronous_code_wait_and_loses_nothing(make: MakeLed
     with standing_still(ledger):
         thread = threading.Thread(target=write)
         thread.start()
-        wait_until(lambda: ledger.lag >= 5, "the line is full")
+        wait_until(lambda: ledger.lag == 4, "the line is full")
         assert not ledger.has_room
         assert not waited.is_set()
     thread.join()

@@ -69,6 +69,7 @@ def answering(*messages: Message) -> ASGIApp:
     return app
 
 
+TRAILERS: dict[str, Any] = {"http.response.trailers": {}}
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 BODY: Message = {"type": "http.response.body", "body": b"all"}
 PART: Message = {"type": "http.response.body", "body": b"part", "more_body": True}
@@ -131,17 +132,61 @@ async def test_the_opening_is_durable_before_the_handler_and_the_outcome_before_
 async def test_whatever_ends_an_answer_waits_for_its_record(
     diary: Diary, manager: UserContextManager, last: tuple[Message, ...]
 ) -> None:
-    await drive(diary, manager, answering(*last), http_scope())
+    await drive(diary, manager, answering(*last), http_scope(extensions=TRAILERS))
     assert diary.story[-1] == f"sent: {last[-1]['type']}"
     assert [step for step in diary.story if step != "sent: http.response.start"][-2] == "durable: answered"
 
 
 async def test_a_trailer_that_is_not_the_last_does_not_wait(diary: Diary, manager: UserContextManager) -> None:
+    with_trailers = http_scope(extensions=TRAILERS)
     more: Message = {"type": "http.response.trailers", "headers": [], "more_trailers": True}
     end: Message = {"type": "http.response.trailers", "headers": []}
-    await drive(diary, manager, answering({**START, "trailers": True}, BODY, more, end), http_scope())
+    await drive(diary, manager, answering({**START, "trailers": True}, BODY, more, end), with_trailers)
     assert diary.story[-3:] == ["sent: http.response.trailers", "durable: answered", "sent: http.response.trailers"]
     assert diary.story.count("durable: answered") == 1
+
+
+SIZED: Message = {"type": "http.response.start", "status": 200, "headers": [(b"Content-Length", b"8")]}
+MORE: Message = {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+@pytest.mark.parametrize(
+    ("scope", "messages", "last"),
+    [
+        (
+            http_scope(),
+            (SIZED, PART, PART, MORE),
+            2,
+        ),  # a file of whole chunks, a proxied answer
+        (http_scope(method="HEAD"), (START, PART, BODY), 0),
+        (http_scope(), ({**START, "status": 204}, PART, MORE), 0),
+        (http_scope(), ({**START, "status": 304}, PART, MORE), 0),
+        (http_scope(), ({**START, "trailers": True}, BODY), 0),  # the server has none, so that they are not sent
+    ],
+    ids=["sized", "HEAD", "204", "304", "trailers that the server has not"],
+)
+async def test_what_the_client_takes_for_the_end_waits_for_its_record(
+    diary: Diary, manager: UserContextManager, scope: Scope, messages: tuple[Message, ...], last: int
+) -> None:
+    await drive(diary, manager, answering(*messages), scope)
+    sent = [step for step in diary.story if step.startswith(("sent", "durable: answered"))]
+    assert sent.index("durable: answered") == last
+    assert sent.count("durable: answered") == 1
+    assert len(sent) == len(messages) + 1
+
+
+async def test_a_length_that_is_no_number_is_none(diary: Diary, manager: UserContextManager) -> None:
+    start: Message = {**START, "headers": [(b"content-length", b"many")]}
+    await drive(diary, manager, answering(start, PART, BODY), http_scope())
+    assert diary.story[-2:] == ["durable: answered", "sent: http.response.body"]
+
+
+@pytest.mark.parametrize(("scope", "messages"), [(http_scope(), ()), (websocket_scope(), (ACCEPT, TEXT))])
+async def test_an_app_that_ends_without_an_end_is_on_record_too(
+    diary: Diary, manager: UserContextManager, scope: Scope, messages: tuple[Message, ...]
+) -> None:
+    await drive(diary, manager, answering(*messages), scope)
+    assert diary.story[-1] == "durable: answered"
 
 
 async def test_a_start_that_nothing_follows_is_sent_at_the_end(diary: Diary, manager: UserContextManager) -> None:

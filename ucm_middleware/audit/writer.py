@@ -109,23 +109,28 @@ class Writer:
 
     def append(self, row: Row) -> None:
         """Put a row in line."""
-        if self._thread is None:
-            self._start()
         self._put(row)
+        if self._thread is None:  # looked at last: who stops it meanwhile leaves what is in line
+            self._start()
 
     def _stand(self, barrier: Barrier) -> None:
         """Put a barrier in line."""
-        if self._thread is None:
-            self._start()
         self._barriers.add(barrier)
         self._put(barrier)
+        if self._thread is None:
+            self._start()
 
     def _start(self) -> None:
         with self._lock:
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, args=(self._stopped,), name=THREAD_NAME, daemon=True)
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, args=(self._stopped,), name=THREAD_NAME, daemon=True)
+            self._thread = thread  # first: what interrupts the start must not start another
+            try:
                 thread.start()
-                self._thread = thread
+            except RuntimeError:  # the interpreter is ending
+                self._thread = None
+                self._write_here()
 
     def stop(self, timeout: float) -> None:
         """Write what is in line, for so many seconds at most, and end the thread. What is left stays in line."""
@@ -136,6 +141,8 @@ class Writer:
             last = ThreadBarrier(last_try=time.monotonic() + timeout)
             self._barriers.add(last)
             self._put(last)
+            if thread is threading.current_thread():  # a finalizer that the writer itself came upon
+                return
             thread.join(timeout)
             if self._rows:
                 logger.critical(
@@ -159,6 +166,8 @@ class Writer:
         """The same in a thread, for so many seconds at most."""
         if self.problem is not None:
             raise LedgerUnavailableError(self.problem)
+        if self._thread is threading.current_thread():  # likewise: it would wait for itself
+            return
         barrier = ThreadBarrier()
         self._stand(barrier)
         if not barrier.passed.wait(timeout):
@@ -178,25 +187,28 @@ class Writer:
         pause = FIRST_PAUSE
         while last_try is None or rows or self.waiting():  # what came behind the last barrier is written too
             # While writing fails, all that waits: whoever stands behind a barrier is told at once.
-            barriers = _take(self._line, rows, MAX_BATCH if self.problem is None else sys.maxsize)
+            barriers = _take(self._line, rows, MAX_BATCH if self.problem is None else sys.maxsize, wait=not rows)
             self._barriers.difference_update(barriers)
             last_try = last_try or next(filter(None, map(_last_try, barriers)), None)
             try:
                 if rows:
                     self._write(rows)
-            except Exception as error:  # noqa: BLE001 - whatever it is: the records stay, and are tried again
+            except BaseException as error:  # noqa: BLE001 - whatever it is: the records stay, and are tried again
                 self._report(error, len(rows))
+                barriers += _take(self._line, rows)  # who came while it was tried
+                self._barriers.difference_update(barriers)
                 _release(barriers, self.problem)
                 if last_try is not None and time.monotonic() + pause >= last_try:
                     break
                 threading.Event().wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 continue
-            if self.problem is not None:
-                logger.warning("the audit ledger can be written again")
-                self.problem, pause = None, FIRST_PAUSE
             rows.clear()
+            was_problem, self.problem, pause = self.problem, None, FIRST_PAUSE
             _release(barriers, None)
+            if was_problem is not None:
+                with suppress(Exception):  # whatever handlers and filters of the application raise
+                    logger.warning("the audit ledger can be written again")
         with self._writing:
             self._let_go()
 
@@ -216,24 +228,39 @@ class Writer:
             with suppress(Exception):  # where it has failed, that was reported
                 store.close()
 
-    def _report(self, error: Exception, number: int) -> None:
-        if self.problem is None:  # once for each time that it begins
-            logger.error("the audit ledger cannot be written, %d records wait: %s", number, error, exc_info=error)
+    def _report(self, error: BaseException, number: int) -> None:
+        is_new = self.problem is None
         self.problem = f"the audit ledger cannot be written: {error}"
+        if is_new:  # once for each time that it begins
+            with suppress(Exception):  # whatever handlers and filters of the application raise
+                logger.error("the audit ledger cannot be written, %d records wait: %s", number, error, exc_info=error)
+
+    def _write_here(self) -> None:
+        """Write what is in line in this thread, since there can be no other any more."""
+        barriers = _take(self._line, self._rows)
+        self._barriers.difference_update(barriers)
+        try:
+            if self._rows:
+                self._write(self._rows)
+        except Exception as error:  # noqa: BLE001 - as in the thread
+            self._report(error, len(self._rows))
+        else:
+            self._rows.clear()
+        _release(barriers, self.problem)
+        self._let_go()
 
 
 def _last_try(barrier: Barrier) -> float | None:
     return barrier.last_try if isinstance(barrier, ThreadBarrier) else None
 
 
-def _take(line: SimpleQueue[Row | Barrier], rows: list[Row], most: int) -> list[Barrier]:
-    """Move what waits in line to the end of ``rows``. Returns the barriers that stood among it.
-
-    Waits until there is something, unless there are rows already.
-    """
+def _take(
+    line: SimpleQueue[Row | Barrier], rows: list[Row], most: int = sys.maxsize, *, wait: bool = False
+) -> list[Barrier]:
+    """Move what is in line to the end of ``rows``. Returns the barriers that stood among it."""
     barriers: list[Barrier] = []
     with suppress(Empty):
-        item = line.get(block=not rows)
+        item = line.get(block=wait)
         while True:
             if isinstance(item, tuple):
                 rows.append(item)
