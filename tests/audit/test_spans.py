@@ -476,6 +476,50 @@ class TestWebSockets:
         assert len({about(span)["enduser.pseudo.id"] for span in (connection, first, second, close)}) == 1
         assert "ucm.record.id" not in about(first)
 
+    async def test_what_the_server_pushes_is_a_trace_of_its_own_linked_to_the_connection(
+        self, sdk: Sdk, manager: UserContextManager, ledger: RecordingLedger
+    ) -> None:
+        is_asked = asyncio.Event()
+
+        async def push_when_asked() -> None:
+            await is_asked.wait()
+            current_context().record("event_sent", data={"during": "a message"})
+            with sdk.tracer.start_as_current_span("tick"):
+                current_context().record("transaction")
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            context = current_context()
+            await receive()
+            context.record("transaction", data={"before": "the answer"})
+            await send({"type": "websocket.accept"})
+            context.record("event_sent", data={"before": "any message"})
+            async with agent_run(context, "planner"):
+                pass
+            pushing = asyncio.create_task(push_when_asked())
+            await receive()
+            context.record("event_sent", data={"because of": "a message"})
+            is_asked.set()
+            await pushing
+            await receive()
+            context.record("event_sent", data={"after": "the last message"})
+
+        middleware = UserContextMiddleware(app, manager=manager, identify=identify)
+        await exchange(middleware, websocket_scope(headers=[("x-user", USER)]), *self.messages("one"))
+        connection, message, run = sdk.one("ucm connection"), sdk.one("ucm message"), sdk.one("invoke_agent planner")
+        by_id = {core_text(record.record_id): record.data for record in ledger.select("event_sent")}
+        sent = {by_id[about(span)["ucm.record.id"]][0][0]: span for span in sdk.named("ucm event_sent")}
+        before, in_tick = sdk.named("ucm transaction")
+        assert is_below(before, connection)
+        assert is_below(sent.pop("because of"), message)
+        assert is_below(in_tick, sdk.one("tick"))
+        pushed = *sent.values(), run
+        assert len(pushed) == 4
+        assert [span.parent for span in pushed] == [None] * 4
+        assert all([link.context for link in span.links] == [connection.context] for span in pushed)
+        assert len({context_of(span).trace_id for span in (connection, message, *pushed)}) == 6
+        assert all(is_below(span, run) for span in sdk.named("ucm agent_run"))
+        assert written(ledger.records) == carried(sdk.spans)
+
     async def test_who_logs_in_on_a_connection_is_on_its_messages(self, sdk: Sdk, manager: UserContextManager) -> None:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await receive()

@@ -44,13 +44,15 @@ _OWN_WORDS: Final = frozenset(get_args(CloseReason))
 @dataclass(slots=True)
 class Traced:
     """An open context. ``front`` is the span that its records and children hang below; ``attributes`` are set when its
-    span begins and once more when it ends, since an SDK drops the oldest when there are too many.
+    span begins and once more when it ends, since an SDK drops the oldest when there are too many. The span of a
+    connection that ``is_answered`` has ended.
     """
 
     span: Span
     front: Span
     attributes: Attributes
     is_connection: bool = False
+    is_answered: bool = False
 
     @property
     def link(self) -> Link:
@@ -102,13 +104,14 @@ class Spans:
 
     def _opened(self, core: Core, record: AuditRecord) -> Span:
         attributes = self._attributes(record)
-        if record.event == "opened":
-            name, where = "ucm context", None
-        else:
+        where: Context | None = None
+        link: Link | None = None
+        if record.event == "child_opened":
             about = dict(record.data)
-            name, where = "ucm child", self._below(self._open.get(_core_of(about.get("parent_request_id"))))
+            where, link = self._place(self._open.get(_core_of(about.get("parent_request_id"))))
             attributes["ucm.operation"] = str(about.get("operation"))
-        span = self._start(name, where, attributes, record)
+        name = "ucm context" if record.event == "opened" else "ucm child"
+        span = self._start(name, where, attributes, record, link)
         self._open[core] = Traced(span, span, attributes)
         return span
 
@@ -132,21 +135,25 @@ class Spans:
     ) -> Span:
         """A span for one record."""
         if where is None and record.context is not None:
-            where = self._below(self._open.get(record.context))
+            where, link = self._place(self._open.get(record.context))
         attributes = self._attributes(record)
         span = self._start(name or f"ucm {record.event}", where, attributes, record, link)
         self._end(span, attributes, record)
         return span
 
-    def _below(self, traced: Traced | None) -> Context | None:
-        """Where the spans of an open context begin: below its own, or one of the application's that is below that."""
+    def _place(self, traced: Traced | None) -> tuple[Context | None, Link | None]:
+        """Where the spans of an open context begin, and what they are linked to: below its own, or one of the
+        application's that is below that. What a WebSocket does outside of a client's message is a trace of its own.
+        """
         if traced is None:
-            return None
-        front = traced.front.get_span_context()
-        current = get_current_span().get_span_context()
-        if current.is_valid and current.trace_id == front.trace_id:
-            return None
-        return set_span_in_context(traced.front, Context())
+            return None, None
+        current = get_current_span()
+        trace_id = current.get_span_context().trace_id
+        if current is not traced.span and trace_id in (_trace_of(traced.front), _trace_of(traced.span)):
+            return None, None
+        if traced.is_answered:
+            return Context(), traced.link
+        return set_span_in_context(traced.front, Context()), None
 
     def _attributes(self, record: AuditRecord) -> Attributes:
         """What a span says of a record: never data, nor any text that may name a person.
@@ -220,6 +227,7 @@ class Spans:
 
     def accept(self, traced: Traced) -> None:
         """The connection is accepted, or refused: its span ends."""
+        traced.is_answered = True
         self._end(traced.span, traced.attributes)
 
     def begin_message(self, context: UserExecutionContext, traced: Traced) -> None:
@@ -296,6 +304,10 @@ def _is_of_a_request(span: Span) -> bool:
     if isinstance(span, NonRecordingSpan):
         return span.get_span_context().is_valid
     return span.is_recording() and getattr(span, "kind", None) is SpanKind.SERVER
+
+
+def _trace_of(span: Span) -> int:
+    return span.get_span_context().trace_id
 
 
 def _core_of(request_id: object) -> Core:
