@@ -803,6 +803,57 @@ class TestMetrics:
         assert sdk.metric("ucm.record.unexported") == 3
         assert sdk.metric("ucm.record.unexported", ucm_event="denied") == 1
 
+    async def test_without_a_tracer_provider_no_record_has_an_exported_span(
+        self, monkeypatch: pytest.MonkeyPatch, make_manager: MakeManager
+    ) -> None:
+        with installed(Sdk()) as sdk:
+            monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", trace.NoOpTracerProvider())
+            await exchange(serving(make_manager()), request())
+            assert sdk.metric("ucm.record.unexported") == 2
+            assert sdk.metric("ucm.record.unexported", ucm_event="closed") == 1
+
+    @pytest.mark.parametrize("processor", [Broken(), BrokenAtTheEnd()], ids=["start", "end"])
+    async def test_what_the_sdk_fails_at_is_counted(
+        self, sdk: Sdk, manager: UserContextManager, ledger: RecordingLedger, processor: SpanProcessor
+    ) -> None:
+        sdk.add(processor)
+
+        async def handler() -> None:
+            with suppress(CrossUserAccessError):
+                manager.get_context("bob")
+
+        await exchange(serving(manager, handler), request())
+        scope = websocket_scope(headers=[("x-user", USER)])
+        await exchange(TestWebSockets.chat(manager), scope, *TestWebSockets.messages("one"))
+        await exchange(TestWebSockets.chat(manager, accept=False), scope, {"type": "websocket.connect"})
+        events = [record.event for record in ledger.records]
+        assert events == ["opened", "denied", "closed"] * 2 + ["opened", "closed"]
+        assert sdk.metric("ucm.record.unexported") == len(events)
+        assert sdk.metric("ucm.record.unexported", ucm_event="opened") == 3
+        assert sdk.metric("ucm.record.unexported", ucm_event="closed") == 3
+
+    def test_a_failure_in_the_middle_is_counted(
+        self, sdk: Sdk, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = manager.create_isolated_context(USER)
+
+        def fail(span: object) -> bool:
+            raise RuntimeError("the span fails")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("opentelemetry.sdk.trace.Span.get_span_context", fail)
+            context.record("event_sent")
+        context.close()
+        assert sdk.metric("ucm.record.unexported") == 1
+        assert sdk.metric("ucm.record.unexported", ucm_event="event_sent") == 1
+
+    def test_a_span_that_an_exporter_gets_is_not_counted(self, sdk: Sdk, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context(USER)
+        context.record("event_sent")
+        context.close()
+        assert len(carried(sdk.spans)) == 3
+        assert sdk.metric("ucm.record.unexported") == 0
+
     def test_a_manager_is_not_kept_by_what_is_observed(self, sdk: Sdk) -> None:
         manager = UserContextManager()
         manager.serve()

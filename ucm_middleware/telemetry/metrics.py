@@ -42,7 +42,7 @@ class Metrics:
             "ucm.context.teardown.duration", "s", "How long contexts took to release what they held"
         )
         self._unexported = meter.create_counter(
-            "ucm.record.unexported", "{record}", "Audit records whose span was not sampled"
+            "ucm.record.unexported", "{record}", "Audit records without an exported span"
         )
         meter.create_observable_up_down_counter(
             "ucm.context.live", [_observed(live)], "{context}", "Contexts that are live"
@@ -80,7 +80,7 @@ class Metrics:
         self._closing[core] = perf_counter()
 
     def not_exported(self, event: str) -> None:
-        """A record went to the ledger whose span goes nowhere."""
+        """A record is in the ledger and on no span, or on one that goes nowhere."""
         self._quiet.call(self._unexported.add, 1, {"ucm.event": event})
 
 

@@ -8,7 +8,7 @@ length; a transaction's, as long as that took. None is a span event.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, get_args
+from typing import Final, Literal, get_args
 
 from opentelemetry.context import Context, attach, get_current
 from opentelemetry.trace import (
@@ -25,7 +25,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from ucm_middleware.audit.records import AuditRecord, Row
+from ucm_middleware.audit.records import AuditRecord, Event, Row
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX, Core, core_text, is_own_request_id
@@ -51,6 +51,7 @@ class Traced:
     span: Span
     front: Span
     attributes: Attributes
+    event: Event
     is_connection: bool = False
     is_answered: bool = False
 
@@ -63,7 +64,7 @@ class Traced:
 class Spans:
     """The spans of one manager's contexts.
 
-    ``not_exported`` is told the event of each record whose span is not sampled.
+    ``not_exported`` is told the event of each record that no exporter gets to see, once its span has ended.
     """
 
     __slots__ = ("__weakref__", "_open", "_pseudonyms", "_quiet", "_tracer", "not_exported")
@@ -87,7 +88,11 @@ class Spans:
     def carry(self, row: Row) -> AuditRecord:
         """Put a record on a span. Returns the record with the ids of the span."""
         record = AuditRecord(*row)
-        at = (self._quiet.call(self._span_of, record) or INVALID_SPAN).get_span_context()
+        span = self._quiet.call(self._span_of, record)
+        if span is None:
+            self.not_exported(record.event)
+            return record
+        at = span.get_span_context()
         return record._replace(trace_id=at.trace_id, span_id=at.span_id)
 
     def _span_of(self, record: AuditRecord) -> Span:
@@ -112,22 +117,21 @@ class Spans:
             attributes["ucm.operation"] = str(about.get("operation"))
         name = "ucm context" if record.event == "opened" else "ucm child"
         span = self._start(name, where, attributes, record, link)
-        self._open[core] = Traced(span, span, attributes)
+        self._open[core] = Traced(span, span, attributes, record.event)
         return span
 
     def _closed(self, core: Core, record: AuditRecord) -> Span:
         traced = self._open.pop(core)
         self._end_message(traced)
         if traced.is_connection:
-            self._end(traced.span, traced.attributes)
+            self.accept(traced)
             return self._happened(record, "ucm close", Context(), traced.link)
         attributes = traced.attributes
         attributes["ucm.record.closed_id"] = core_text(record.record_id)
         attributes["ucm.outcome"] = record.outcome
         if record.reason in _OWN_WORDS:
             attributes["ucm.reason"] = str(record.reason)
-        self._note_if_lost(traced.span, record)
-        self._end(traced.span, attributes, record)
+        self._end(traced.span, attributes, traced.event, record.event, record=record)
         return traced.span
 
     def _happened(
@@ -138,7 +142,7 @@ class Spans:
             where, link = self._place(self._open.get(record.context))
         attributes = self._attributes(record)
         span = self._start(name or f"ucm {record.event}", where, attributes, record, link)
-        self._end(span, attributes, record)
+        self._end(span, attributes, record.event, record=record)
         return span
 
     def _place(self, traced: Traced | None) -> tuple[Context | None, Link | None]:
@@ -226,9 +230,10 @@ class Spans:
         return traced
 
     def accept(self, traced: Traced) -> None:
-        """The connection is accepted, or refused: its span ends."""
-        traced.is_answered = True
-        self._end(traced.span, traced.attributes)
+        """The connection is accepted, refused or over: its span ends."""
+        if not traced.is_answered:
+            traced.is_answered = True
+            self._end(traced.span, traced.attributes, traced.event)
 
     def begin_message(self, context: UserExecutionContext, traced: Traced) -> None:
         """A message is being handled from now on, in a trace of its own, which is the current one here."""
@@ -272,18 +277,18 @@ class Spans:
             links=None if link is None else [link],
             start_time=None if record is None else _nanoseconds(record.at - _took(record)),
         )
-        span = INVALID_SPAN if span is None else span
-        if record is not None:
-            self._note_if_lost(span, record)
-        return span
+        return INVALID_SPAN if span is None else span
 
-    def _note_if_lost(self, span: Span, record: AuditRecord) -> None:
-        if not (span.is_recording() and span.get_span_context().trace_flags.sampled):
-            self.not_exported(record.event)
-
-    def _end(self, span: Span, attributes: Mapping[str, str], record: AuditRecord | None = None) -> None:
-        if span.is_recording():
-            self._quiet.call(_end, span, attributes, record)
+    def _end(
+        self, span: Span, attributes: Mapping[str, str], *carried: Event, record: AuditRecord | None = None
+    ) -> None:
+        """``carried`` are the events of the records on the span, of which this one gives it its outcome and its end."""
+        is_exported = span.is_recording() and span.get_span_context().trace_flags.sampled
+        if span.is_recording() and self._quiet.call(_end, span, attributes, record) is None:
+            is_exported = False
+        if not is_exported:
+            for event in carried:
+                self.not_exported(event)
 
 
 def find_spans(secrets: SecretRing) -> Spans | None:
@@ -320,14 +325,12 @@ def _core_of(request_id: object) -> Core:
         return -1
 
 
-def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) -> None:
+def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) -> Literal[True]:
     span.set_attributes(attributes)
-    if record is None:
-        span.end()
-        return
-    if record.outcome == "failed":
+    if record is not None and record.outcome == "failed":
         span.set_status(Status(StatusCode.ERROR))
-    span.end(_nanoseconds(record.at))
+    span.end(None if record is None else _nanoseconds(record.at))
+    return True
 
 
 def _took(record: AuditRecord) -> float:
