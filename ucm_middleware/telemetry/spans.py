@@ -7,14 +7,12 @@ length; a transaction's, as long as that took. None is a span event.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, Literal, get_args
 
-from opentelemetry.context import Context, attach, get_current
+from opentelemetry.context import Context, attach
 from opentelemetry.trace import (
     INVALID_SPAN,
     Link,
-    NonRecordingSpan,
     Span,
     SpanKind,
     Status,
@@ -31,7 +29,8 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX, Core, core_text, is_own_request_id
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.secret import SecretRing
-from ucm_middleware.telemetry.metrics import SCOPE
+from ucm_middleware.telemetry.api import SCOPE, is_of_the_api
+from ucm_middleware.telemetry.current import leave_nothing, let_server_span_in, make_current
 from ucm_middleware.telemetry.pseudonyms import Pseudonyms
 from ucm_middleware.telemetry.quiet import Quiet
 
@@ -182,32 +181,14 @@ class Spans:
         """None for trusted code and for an anonymous context, which is nobody in particular."""
         return None if not user_id or user_id.startswith(RESERVED_PREFIX) else self._pseudonyms.of(user_id)
 
-    # What is current.
-
-    def let_in(self, outside: Callable[[Callable[[], Span]], Span] | None) -> None:
-        """Make the server's span the current one in the fresh Context that this is called in, and nothing else of it:
-        no baggage, which a client may have sent.
-
-        ``outside`` calls in the Context outside of the firewall. What is there may be what another request left behind:
-        its current span is believed only when it is the server's, of a request under way, or no more than an id, as one
-        that is not sampled is.
-        """
-        span = get_current_span()
-        if not span.get_span_context().is_valid:
-            span = INVALID_SPAN if outside is None else outside(get_current_span)
-            if not _is_of_a_request(span):
-                return
-        attach(set_span_in_context(span, Context()))
+    # Contexts.
 
     def enter(self, context: UserExecutionContext) -> Callable[[], None]:
         """Make a context's span the current one here. Returns what undoes it."""
         traced = self._open.get(context._core)  # pyright: ignore[reportPrivateUsage]
-        if traced is None:
-            return _leave_nothing
-        outer = get_current()
-        inner = set_span_in_context(traced.front)
-        attach(inner)
-        return partial(_leave, inner, outer)
+        return leave_nothing if traced is None else make_current(traced.front)
+
+    let_in = staticmethod(let_server_span_in)
 
     def name_agent(self, context: UserExecutionContext, agent_name: str) -> None:
         """The context is one run of an agent: say so as OpenTelemetry's conventions for generative AI do."""
@@ -294,21 +275,10 @@ class Spans:
 def find_spans(secrets: SecretRing) -> Spans | None:
     """The spans of one manager; None while no tracer provider is set, or the SDK is disabled."""
     provider = get_tracer_provider()
-    if _stands_in(provider):
+    if is_of_the_api(provider):
         return None
     tracer = provider.get_tracer(SCOPE)
-    return None if _stands_in(tracer) else Spans(tracer, Pseudonyms(secrets))
-
-
-def _stands_in(found: object) -> bool:
-    """Whether this is one of the API's own, which do nothing."""
-    return type(found).__module__.startswith("opentelemetry.trace")
-
-
-def _is_of_a_request(span: Span) -> bool:
-    if isinstance(span, NonRecordingSpan):
-        return span.get_span_context().is_valid
-    return span.is_recording() and getattr(span, "kind", None) is SpanKind.SERVER
+    return None if is_of_the_api(tracer) else Spans(tracer, Pseudonyms(secrets))
 
 
 def _trace_of(span: Span) -> int:
@@ -340,15 +310,6 @@ def _took(record: AuditRecord) -> float:
 
 def _nanoseconds(at: float) -> int:
     return int(at * 1e9)
-
-
-def _leave(inner: Context, outer: Context) -> None:
-    if get_current() is inner:  # not in a generator that was broken off, which is closed in another Context
-        attach(outer)
-
-
-def _leave_nothing() -> None:
-    pass
 
 
 def _nobody(event: str) -> None:
