@@ -476,6 +476,50 @@ class TestWebSockets:
         assert len({about(span)["enduser.pseudo.id"] for span in (connection, first, second, close)}) == 1
         assert "ucm.record.id" not in about(first)
 
+    async def test_what_the_server_pushes_is_a_trace_of_its_own_linked_to_the_connection(
+        self, sdk: Sdk, manager: UserContextManager, ledger: RecordingLedger
+    ) -> None:
+        is_asked = asyncio.Event()
+
+        async def push_when_asked() -> None:
+            await is_asked.wait()
+            current_context().record("event_sent", data={"during": "a message"})
+            with sdk.tracer.start_as_current_span("tick"):
+                current_context().record("transaction")
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            context = current_context()
+            await receive()
+            context.record("transaction", data={"before": "the answer"})
+            await send({"type": "websocket.accept"})
+            context.record("event_sent", data={"before": "any message"})
+            async with agent_run(context, "planner"):
+                pass
+            pushing = asyncio.create_task(push_when_asked())
+            await receive()
+            context.record("event_sent", data={"because of": "a message"})
+            is_asked.set()
+            await pushing
+            await receive()
+            context.record("event_sent", data={"after": "the last message"})
+
+        middleware = UserContextMiddleware(app, manager=manager, identify=identify)
+        await exchange(middleware, websocket_scope(headers=[("x-user", USER)]), *self.messages("one"))
+        connection, message, run = sdk.one("ucm connection"), sdk.one("ucm message"), sdk.one("invoke_agent planner")
+        by_id = {core_text(record.record_id): record.data for record in ledger.select("event_sent")}
+        sent = {by_id[about(span)["ucm.record.id"]][0][0]: span for span in sdk.named("ucm event_sent")}
+        before, in_tick = sdk.named("ucm transaction")
+        assert is_below(before, connection)
+        assert is_below(sent.pop("because of"), message)
+        assert is_below(in_tick, sdk.one("tick"))
+        pushed = *sent.values(), run
+        assert len(pushed) == 4
+        assert [span.parent for span in pushed] == [None] * 4
+        assert all([link.context for link in span.links] == [connection.context] for span in pushed)
+        assert len({context_of(span).trace_id for span in (connection, message, *pushed)}) == 6
+        assert all(is_below(span, run) for span in sdk.named("ucm agent_run"))
+        assert written(ledger.records) == carried(sdk.spans)
+
     async def test_who_logs_in_on_a_connection_is_on_its_messages(self, sdk: Sdk, manager: UserContextManager) -> None:
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await receive()
@@ -758,6 +802,57 @@ class TestMetrics:
         assert sdk.spans == ()
         assert sdk.metric("ucm.record.unexported") == 3
         assert sdk.metric("ucm.record.unexported", ucm_event="denied") == 1
+
+    async def test_without_a_tracer_provider_no_record_has_an_exported_span(
+        self, monkeypatch: pytest.MonkeyPatch, make_manager: MakeManager
+    ) -> None:
+        with installed(Sdk()) as sdk:
+            monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", trace.NoOpTracerProvider())
+            await exchange(serving(make_manager()), request())
+            assert sdk.metric("ucm.record.unexported") == 2
+            assert sdk.metric("ucm.record.unexported", ucm_event="closed") == 1
+
+    @pytest.mark.parametrize("processor", [Broken(), BrokenAtTheEnd()], ids=["start", "end"])
+    async def test_what_the_sdk_fails_at_is_counted(
+        self, sdk: Sdk, manager: UserContextManager, ledger: RecordingLedger, processor: SpanProcessor
+    ) -> None:
+        sdk.add(processor)
+
+        async def handler() -> None:
+            with suppress(CrossUserAccessError):
+                manager.get_context("bob")
+
+        await exchange(serving(manager, handler), request())
+        scope = websocket_scope(headers=[("x-user", USER)])
+        await exchange(TestWebSockets.chat(manager), scope, *TestWebSockets.messages("one"))
+        await exchange(TestWebSockets.chat(manager, accept=False), scope, {"type": "websocket.connect"})
+        events = [record.event for record in ledger.records]
+        assert events == ["opened", "denied", "closed"] * 2 + ["opened", "closed"]
+        assert sdk.metric("ucm.record.unexported") == len(events)
+        assert sdk.metric("ucm.record.unexported", ucm_event="opened") == 3
+        assert sdk.metric("ucm.record.unexported", ucm_event="closed") == 3
+
+    def test_a_failure_in_the_middle_is_counted(
+        self, sdk: Sdk, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        context = manager.create_isolated_context(USER)
+
+        def fail(span: object) -> bool:
+            raise RuntimeError("the span fails")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("opentelemetry.sdk.trace.Span.get_span_context", fail)
+            context.record("event_sent")
+        context.close()
+        assert sdk.metric("ucm.record.unexported") == 1
+        assert sdk.metric("ucm.record.unexported", ucm_event="event_sent") == 1
+
+    def test_a_span_that_an_exporter_gets_is_not_counted(self, sdk: Sdk, manager: UserContextManager) -> None:
+        context = manager.create_isolated_context(USER)
+        context.record("event_sent")
+        context.close()
+        assert len(carried(sdk.spans)) == 3
+        assert sdk.metric("ucm.record.unexported") == 0
 
     def test_a_manager_is_not_kept_by_what_is_observed(self, sdk: Sdk) -> None:
         manager = UserContextManager()

@@ -1,16 +1,20 @@
 """Promise 10, the spans: an OTLP receiver gets every record of the ledger on one span, from a real server.
 
+The ledger is a sealed file, and read as docs/how-to/tracing.md says.
+
 A client that switches the sampling off, forges baggage or sends a giant header keeps its full trail in the ledger.
 """
 
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import pytest_asyncio
@@ -24,8 +28,10 @@ from support.raw_http import RawConnection, build_request
 from support.servers import Server, start_server
 from support.tracing import RECORD_KEYS
 from support.waiting import PATIENCE
+from ucm_middleware.audit.records import Event
 
 ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "how-to" / "tracing.md"
 
 ALICE = "alice@example.com"
 USERS = ALICE, "bob@example.com", "carol@example.com", "dave@example.com"
@@ -95,12 +101,26 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.jsonl"
+    """A folder for a ledger and its keys, by the names that they have in the guide."""
+    return tmp_path
 
 
 def records(ledger: Path) -> list[Line]:
-    """The records of the ledger, sorted."""
-    return sorted(tuple(json.loads(line)) for line in ledger.read_text().splitlines())
+    """The records of the ledger, sorted; exported by the command in the guide."""
+    [command] = re.findall(r"```sh\n(.*?)\n```", GUIDE.read_text(), re.DOTALL)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=ledger,
+        env={**os.environ, "PATH": path, "UCM_SECRET": SECRET},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    exported = [json.loads(line) for line in (ledger / "ledger.jsonl").read_text().splitlines()]
+    return sorted((record["event"], record["id"], record["trace"], record["span"]) for record in exported)
 
 
 async def serve(
@@ -108,7 +128,12 @@ async def serve(
 ) -> None:
     """Run the app, drive it, end it, and wait until the receiver has got everything."""
     endpoint = f"http://127.0.0.1:{receiver.port}"
-    env = {"LEDGER": str(ledger), "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "UCM_SECRET": SECRET}
+    env = {
+        "LEDGER": str(ledger / "ledger.db"),
+        "KEYS": str(ledger / "keys.db"),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+        "UCM_SECRET": SECRET,
+    }
     server = await asyncio.to_thread(servers, "uvicorn-httptools", f"promise_tracing:{app}", env=env)
     await asyncio.to_thread(drive, server)
     await asyncio.to_thread(server.stop)
@@ -125,6 +150,11 @@ def everything(server: Server) -> None:
             ("/theirs", alice, 403),
             ("/login", {}, 200),
             ("/work", alice, 200),
+            ("/hold", alice, 200),
+            ("/pay", alice, 200),
+            ("/outstay", alice, 200),
+            ("/sign_out", alice, 200),
+            ("/inspect", alice, 200),
             ("/crowd", alice, 429),
             ("/nowhere", token_of(USERS[1]), 404),
         ):
@@ -140,12 +170,18 @@ async def test_a_receiver_gets_every_record_on_one_span(
 ) -> None:
     await serve(server_factory, receiver, ledger, everything)
     await receiver.wait_for("the end")
-    assert receiver.records() == records(ledger)
-    kinds = {line[0] for line in records(ledger)}
-    assert kinds >= {"opened", "closed", "child_opened", "bound", "denied", "refused"}
+    lines = records(ledger)
+    assert receiver.records() == lines
+    assert len({record_id for _, record_id, _, _ in lines}) == len(lines)
+    # Of a user who was erased no server tells: the record is of whoever runs `ucm audit erase`.
+    assert {line[0] for line in lines} == set(get_args(Event)) - {"erased"}
     names = [span.name for span in receiver.spans]
     assert names.count("ucm message") == 3
     assert names.count("invoke_agent planner") == 1
+    [connection] = [span for span in receiver.spans if span.name == "ucm connection"]
+    [welcome] = [span for span in receiver.spans if span.name == "ucm event_sent"]
+    assert welcome.parent_span_id == b""
+    assert [link.span_id for link in welcome.links] == [connection.span_id]
 
 
 async def test_there_is_one_server_span_for_each_request_and_the_context_s_is_below_it(
@@ -154,10 +190,10 @@ async def test_there_is_one_server_span_for_each_request_and_the_context_s_is_be
     await serve(server_factory, receiver, ledger, everything)
     await receiver.wait_for("the end")
     servers = {span.span_id: span for span in receiver.spans if span.kind == Span.SPAN_KIND_SERVER}
-    assert len(servers) == 9
+    assert len(servers) == 14
     contexts = [span for span in receiver.spans if attributes(span).get("ucm.event") == "opened"]
     from_requests = [span for span in contexts if span.name in ("ucm context", "ucm connection")]
-    assert [span.parent_span_id in servers for span in from_requests].count(True) == 8  # one was refused
+    assert [span.parent_span_id in servers for span in from_requests].count(True) == 13  # one was refused
     assert all(span.kind == Span.SPAN_KIND_INTERNAL for span in contexts)
 
 
@@ -191,7 +227,7 @@ async def test_a_client_cannot_switch_its_trail_off(
     await receiver.wait_for("the end")
     assert answers == [{"user": ALICE, "baggage": {}, "trace": trace_id}] * 2
     lines = records(ledger)
-    assert [line[0] for line in lines] == ["closed", "closed", "opened", "opened"]
+    assert [line[0] for line in lines] == ["answered", "answered", "closed", "closed", "opened", "opened"]
     assert {line[2] for line in lines} == {trace_id}
     # The one that asked for it is exported, below its server span; the other is in the ledger alone.
     assert set(receiver.records()) < set(lines)

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from time import perf_counter
-from typing import Final, cast
+from typing import cast
 
 from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter_provider
 
 from ucm_middleware.audit.records import Row
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import Core
+from ucm_middleware.telemetry.api import SCOPE, is_of_the_api
 from ucm_middleware.telemetry.quiet import Quiet
-
-SCOPE: Final = "ucm_middleware"
-"""The instrumentation scope of all spans and metrics."""
 
 
 class Metrics:
@@ -42,7 +40,7 @@ class Metrics:
             "ucm.context.teardown.duration", "s", "How long contexts took to release what they held"
         )
         self._unexported = meter.create_counter(
-            "ucm.record.unexported", "{record}", "Audit records whose span was not sampled"
+            "ucm.record.unexported", "{record}", "Audit records without an exported span"
         )
         meter.create_observable_up_down_counter(
             "ucm.context.live", [_observed(live)], "{context}", "Contexts that are live"
@@ -80,22 +78,17 @@ class Metrics:
         self._closing[core] = perf_counter()
 
     def not_exported(self, event: str) -> None:
-        """A record went to the ledger whose span goes nowhere."""
+        """A record is in the ledger and on no span, or on one that goes nowhere."""
         self._quiet.call(self._unexported.add, 1, {"ucm.event": event})
 
 
 def find_metrics(live: Callable[[], int], lag: Callable[[], int]) -> Metrics | None:
     """The metrics of one manager; None while no meter provider is set, or the SDK is disabled."""
     provider = get_meter_provider()
-    if _stands_in(provider):
+    if is_of_the_api(provider):
         return None
     meter = provider.get_meter(SCOPE)
-    return None if _stands_in(meter) else Metrics(meter, live, lag)
-
-
-def _stands_in(found: object) -> bool:
-    """Whether this is one of the API's own, which do nothing."""
-    return type(found).__module__.startswith("opentelemetry.metrics")
+    return None if is_of_the_api(meter) else Metrics(meter, live, lag)
 
 
 def _observed(number: Callable[[], int]) -> Callable[[CallbackOptions], Iterable[Observation]]:

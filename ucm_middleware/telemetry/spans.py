@@ -7,14 +7,12 @@ length; a transaction's, as long as that took. None is a span event.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Final, get_args
+from typing import Final, Literal, get_args
 
-from opentelemetry.context import Context, attach, get_current
+from opentelemetry.context import Context, attach
 from opentelemetry.trace import (
     INVALID_SPAN,
     Link,
-    NonRecordingSpan,
     Span,
     SpanKind,
     Status,
@@ -25,13 +23,14 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from ucm_middleware.audit.records import AuditRecord, Row
+from ucm_middleware.audit.records import AuditRecord, Event, Row
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX, Core, core_text, is_own_request_id
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.secret import SecretRing
-from ucm_middleware.telemetry.metrics import SCOPE
+from ucm_middleware.telemetry.api import SCOPE, is_of_the_api
+from ucm_middleware.telemetry.current import leave_nothing, let_server_span_in, make_current
 from ucm_middleware.telemetry.pseudonyms import Pseudonyms
 from ucm_middleware.telemetry.quiet import Quiet
 
@@ -44,13 +43,16 @@ _OWN_WORDS: Final = frozenset(get_args(CloseReason))
 @dataclass(slots=True)
 class Traced:
     """An open context. ``front`` is the span that its records and children hang below; ``attributes`` are set when its
-    span begins and once more when it ends, since an SDK drops the oldest when there are too many.
+    span begins and once more when it ends, since an SDK drops the oldest when there are too many. The span of a
+    connection that ``is_answered`` has ended.
     """
 
     span: Span
     front: Span
     attributes: Attributes
+    event: Event
     is_connection: bool = False
+    is_answered: bool = False
 
     @property
     def link(self) -> Link:
@@ -61,7 +63,7 @@ class Traced:
 class Spans:
     """The spans of one manager's contexts.
 
-    ``not_exported`` is told the event of each record whose span is not sampled.
+    ``not_exported`` is told the event of each record that no exporter gets to see, once its span has ended.
     """
 
     __slots__ = ("__weakref__", "_open", "_pseudonyms", "_quiet", "_tracer", "not_exported")
@@ -85,7 +87,11 @@ class Spans:
     def carry(self, row: Row) -> AuditRecord:
         """Put a record on a span. Returns the record with the ids of the span."""
         record = AuditRecord(*row)
-        at = (self._quiet.call(self._span_of, record) or INVALID_SPAN).get_span_context()
+        span = self._quiet.call(self._span_of, record)
+        if span is None:
+            self.not_exported(record.event)
+            return record
+        at = span.get_span_context()
         return record._replace(trace_id=at.trace_id, span_id=at.span_id)
 
     def _span_of(self, record: AuditRecord) -> Span:
@@ -102,29 +108,29 @@ class Spans:
 
     def _opened(self, core: Core, record: AuditRecord) -> Span:
         attributes = self._attributes(record)
-        if record.event == "opened":
-            name, where = "ucm context", None
-        else:
+        where: Context | None = None
+        link: Link | None = None
+        if record.event == "child_opened":
             about = dict(record.data)
-            name, where = "ucm child", self._below(self._open.get(_core_of(about.get("parent_request_id"))))
+            where, link = self._place(self._open.get(_core_of(about.get("parent_request_id"))))
             attributes["ucm.operation"] = str(about.get("operation"))
-        span = self._start(name, where, attributes, record)
-        self._open[core] = Traced(span, span, attributes)
+        name = "ucm context" if record.event == "opened" else "ucm child"
+        span = self._start(name, where, attributes, record, link)
+        self._open[core] = Traced(span, span, attributes, record.event)
         return span
 
     def _closed(self, core: Core, record: AuditRecord) -> Span:
         traced = self._open.pop(core)
         self._end_message(traced)
         if traced.is_connection:
-            self._end(traced.span, traced.attributes)
+            self.accept(traced)
             return self._happened(record, "ucm close", Context(), traced.link)
         attributes = traced.attributes
         attributes["ucm.record.closed_id"] = core_text(record.record_id)
         attributes["ucm.outcome"] = record.outcome
         if record.reason in _OWN_WORDS:
             attributes["ucm.reason"] = str(record.reason)
-        self._note_if_lost(traced.span, record)
-        self._end(traced.span, attributes, record)
+        self._end(traced.span, attributes, traced.event, record.event, record=record)
         return traced.span
 
     def _happened(
@@ -132,21 +138,25 @@ class Spans:
     ) -> Span:
         """A span for one record."""
         if where is None and record.context is not None:
-            where = self._below(self._open.get(record.context))
+            where, link = self._place(self._open.get(record.context))
         attributes = self._attributes(record)
         span = self._start(name or f"ucm {record.event}", where, attributes, record, link)
-        self._end(span, attributes, record)
+        self._end(span, attributes, record.event, record=record)
         return span
 
-    def _below(self, traced: Traced | None) -> Context | None:
-        """Where the spans of an open context begin: below its own, or one of the application's that is below that."""
+    def _place(self, traced: Traced | None) -> tuple[Context | None, Link | None]:
+        """Where the spans of an open context begin, and what they are linked to: below its own, or one of the
+        application's that is below that. What a WebSocket does outside of a client's message is a trace of its own.
+        """
         if traced is None:
-            return None
-        front = traced.front.get_span_context()
-        current = get_current_span().get_span_context()
-        if current.is_valid and current.trace_id == front.trace_id:
-            return None
-        return set_span_in_context(traced.front, Context())
+            return None, None
+        current = get_current_span()
+        trace_id = current.get_span_context().trace_id
+        if current is not traced.span and trace_id in (_trace_of(traced.front), _trace_of(traced.span)):
+            return None, None
+        if traced.is_answered:
+            return Context(), traced.link
+        return set_span_in_context(traced.front, Context()), None
 
     def _attributes(self, record: AuditRecord) -> Attributes:
         """What a span says of a record: never data, nor any text that may name a person.
@@ -171,32 +181,14 @@ class Spans:
         """None for trusted code and for an anonymous context, which is nobody in particular."""
         return None if not user_id or user_id.startswith(RESERVED_PREFIX) else self._pseudonyms.of(user_id)
 
-    # What is current.
-
-    def let_in(self, outside: Callable[[Callable[[], Span]], Span] | None) -> None:
-        """Make the server's span the current one in the fresh Context that this is called in, and nothing else of it:
-        no baggage, which a client may have sent.
-
-        ``outside`` calls in the Context outside of the firewall. What is there may be what another request left behind:
-        its current span is believed only when it is the server's, of a request under way, or no more than an id, as one
-        that is not sampled is.
-        """
-        span = get_current_span()
-        if not span.get_span_context().is_valid:
-            span = INVALID_SPAN if outside is None else outside(get_current_span)
-            if not _is_of_a_request(span):
-                return
-        attach(set_span_in_context(span, Context()))
+    # Contexts.
 
     def enter(self, context: UserExecutionContext) -> Callable[[], None]:
         """Make a context's span the current one here. Returns what undoes it."""
         traced = self._open.get(context._core)  # pyright: ignore[reportPrivateUsage]
-        if traced is None:
-            return _leave_nothing
-        outer = get_current()
-        inner = set_span_in_context(traced.front)
-        attach(inner)
-        return partial(_leave, inner, outer)
+        return leave_nothing if traced is None else make_current(traced.front)
+
+    let_in = staticmethod(let_server_span_in)
 
     def name_agent(self, context: UserExecutionContext, agent_name: str) -> None:
         """The context is one run of an agent: say so as OpenTelemetry's conventions for generative AI do."""
@@ -219,8 +211,10 @@ class Spans:
         return traced
 
     def accept(self, traced: Traced) -> None:
-        """The connection is accepted, or refused: its span ends."""
-        self._end(traced.span, traced.attributes)
+        """The connection is accepted, refused or over: its span ends."""
+        if not traced.is_answered:
+            traced.is_answered = True
+            self._end(traced.span, traced.attributes, traced.event)
 
     def begin_message(self, context: UserExecutionContext, traced: Traced) -> None:
         """A message is being handled from now on, in a trace of its own, which is the current one here."""
@@ -264,38 +258,31 @@ class Spans:
             links=None if link is None else [link],
             start_time=None if record is None else _nanoseconds(record.at - _took(record)),
         )
-        span = INVALID_SPAN if span is None else span
-        if record is not None:
-            self._note_if_lost(span, record)
-        return span
+        return INVALID_SPAN if span is None else span
 
-    def _note_if_lost(self, span: Span, record: AuditRecord) -> None:
-        if not (span.is_recording() and span.get_span_context().trace_flags.sampled):
-            self.not_exported(record.event)
-
-    def _end(self, span: Span, attributes: Mapping[str, str], record: AuditRecord | None = None) -> None:
-        if span.is_recording():
-            self._quiet.call(_end, span, attributes, record)
+    def _end(
+        self, span: Span, attributes: Mapping[str, str], *carried: Event, record: AuditRecord | None = None
+    ) -> None:
+        """``carried`` are the events of the records on the span, of which this one gives it its outcome and its end."""
+        is_exported = span.is_recording() and span.get_span_context().trace_flags.sampled
+        if span.is_recording() and self._quiet.call(_end, span, attributes, record) is None:
+            is_exported = False
+        if not is_exported:
+            for event in carried:
+                self.not_exported(event)
 
 
 def find_spans(secrets: SecretRing) -> Spans | None:
     """The spans of one manager; None while no tracer provider is set, or the SDK is disabled."""
     provider = get_tracer_provider()
-    if _stands_in(provider):
+    if is_of_the_api(provider):
         return None
     tracer = provider.get_tracer(SCOPE)
-    return None if _stands_in(tracer) else Spans(tracer, Pseudonyms(secrets))
+    return None if is_of_the_api(tracer) else Spans(tracer, Pseudonyms(secrets))
 
 
-def _stands_in(found: object) -> bool:
-    """Whether this is one of the API's own, which do nothing."""
-    return type(found).__module__.startswith("opentelemetry.trace")
-
-
-def _is_of_a_request(span: Span) -> bool:
-    if isinstance(span, NonRecordingSpan):
-        return span.get_span_context().is_valid
-    return span.is_recording() and getattr(span, "kind", None) is SpanKind.SERVER
+def _trace_of(span: Span) -> int:
+    return span.get_span_context().trace_id
 
 
 def _core_of(request_id: object) -> Core:
@@ -308,14 +295,12 @@ def _core_of(request_id: object) -> Core:
         return -1
 
 
-def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) -> None:
+def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) -> Literal[True]:
     span.set_attributes(attributes)
-    if record is None:
-        span.end()
-        return
-    if record.outcome == "failed":
+    if record is not None and record.outcome == "failed":
         span.set_status(Status(StatusCode.ERROR))
-    span.end(_nanoseconds(record.at))
+    span.end(None if record is None else _nanoseconds(record.at))
+    return True
 
 
 def _took(record: AuditRecord) -> float:
@@ -325,15 +310,6 @@ def _took(record: AuditRecord) -> float:
 
 def _nanoseconds(at: float) -> int:
     return int(at * 1e9)
-
-
-def _leave(inner: Context, outer: Context) -> None:
-    if get_current() is inner:  # not in a generator that was broken off, which is closed in another Context
-        attach(outer)
-
-
-def _leave_nothing() -> None:
-    pass
 
 
 def _nobody(event: str) -> None:

@@ -90,9 +90,12 @@ class Telemetry:
 
     def _carry(self, row: Row) -> Row:
         """Count a record, and put it on a span, before it goes to the ledger. Returns it with the ids of the span."""
-        if self.metrics is not None:
-            self.metrics.count(row)
-        return row if self.spans is None else self.spans.carry(row)
+        metrics, spans = self.metrics, self.spans
+        if metrics is not None:
+            metrics.count(row)
+            if spans is None:
+                metrics.not_exported(row[0])
+        return row if spans is None else spans.carry(row)
 
 
 def _weakly(method: Callable[[], int]) -> Callable[[], int]:

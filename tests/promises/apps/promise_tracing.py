@@ -1,12 +1,12 @@
 """An app with the OpenTelemetry SDK, its OTLP exporter and its ASGI instrumentation, as people set them up.
 
-The ledger writes down the ids of each record, one JSON array a line, in the file that ``LEDGER`` names.
+Its ledger is a sealed file, in strict mode: ``LEDGER`` and ``KEYS`` name the files.
 """
 
-import json
+import asyncio
 import os
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 from opentelemetry import baggage, trace
@@ -24,33 +24,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from ucm_middleware import (
+    EVERYONE,
+    ContextClosedError,
     CrossUserAccessError,
     UnauthenticatedError,
     UserContextManager,
     UserContextMiddleware,
     agent_run,
     current_context,
+    managed_user_context,
 )
-from ucm_middleware.audit import AuditRecord, MemoryLedger, Row
+from ucm_middleware.audit import SQLiteLedger
 
 provider = TracerProvider()
 provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
 trace.set_tracer_provider(provider)
 tracer = trace.get_tracer("app")
-
-
-class FileLedger(MemoryLedger):
-    """Notes each record as event, record id, trace id, span id."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - for as long as the process lives
-
-    def append(self, row: Row) -> None:
-        super().append(row)
-        record = AuditRecord(*row)
-        line = record.event, f"{record.record_id:032x}", f"{record.trace_id:032x}", f"{record.span_id:016x}"
-        self._file.write(json.dumps(line) + "\n")
 
 
 def identify(connection: HTTPConnection) -> str | None:
@@ -61,7 +50,11 @@ def identify(connection: HTTPConnection) -> str | None:
     return token.removeprefix("token-of-") or None
 
 
-manager = UserContextManager(max_contexts_per_user=2, ledger=FileLedger(os.environ["LEDGER"]))
+manager = UserContextManager(
+    max_contexts_per_user=2,
+    ledger=SQLiteLedger(os.environ["LEDGER"], keys=os.environ["KEYS"]),
+    audit="strict",
+)
 
 
 async def who(request: Request) -> JSONResponse:
@@ -95,8 +88,49 @@ async def work(request: Request) -> JSONResponse:
     return JSONResponse({})
 
 
+async def hold(request: Request) -> JSONResponse:
+    def fail() -> None:
+        raise RuntimeError("this one is not released")
+
+    current_context().enter_context(nullcontext(), name="a good one")
+    current_context().callback(fail)
+    return JSONResponse({})
+
+
+async def pay(request: Request) -> JSONResponse:
+    current_context().record("transaction", seconds=0.01)
+    current_context().record("transaction", outcome="failed", reason="conflict")
+    return JSONResponse({})
+
+
+async def outstay(request: Request) -> JSONResponse:
+    with suppress(ContextClosedError):
+        async with managed_user_context(
+            manager.create_isolated_context(current_context().user_id, ttl_seconds=0.01)
+        ) as context:
+            await asyncio.Event().wait()
+    return JSONResponse({"reason": context.lifetime.reason})
+
+
+async def sign_out(request: Request) -> JSONResponse:
+    manager.create_isolated_context(current_context().user_id).close("revoked")
+    return JSONResponse({})
+
+
+async def inspect(request: Request) -> JSONResponse:
+    with manager.privileged(reason="a look at all", users=EVERYONE):
+        dave = manager.create_isolated_context("dave@example.com")
+        shared: list[str] = []
+        for context in (current_context(), dave):
+            context.agent_context["shared"] = shared
+        isolated = manager.validate_isolation()
+        dave.close()
+    return JSONResponse({"isolated": isolated})
+
+
 async def talk(websocket: WebSocket) -> None:
     await websocket.accept()
+    current_context().record("event_sent", data={"kind": "welcome"})
     async for text in websocket.iter_text():
         if text == "theirs":
             with suppress(CrossUserAccessError):
@@ -111,7 +145,9 @@ async def lifespan(app: Starlette) -> AsyncGenerator[None]:
     provider.force_flush()
 
 
-routes = [Route(f"/{handler.__name__}", handler) for handler in (who, theirs, crowd, login, work)]
+HANDLERS = who, theirs, login, work, hold, pay, outstay, sign_out, inspect, crowd
+
+routes = [Route(f"/{handler.__name__}", handler) for handler in HANDLERS]
 inside = Starlette(routes=[*routes, WebSocketRoute("/talk", talk)], lifespan=lifespan)
 # The two that stay open in `crowd` are closed at the shutdown at once.
 inside.add_middleware(UserContextMiddleware, manager=manager, identify=identify, drain_timeout=0)
