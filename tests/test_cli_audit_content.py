@@ -278,6 +278,22 @@ def test_the_wrong_secret_is_named_by_its_fingerprint(
     assert bytes_of(folder) == before
 
 
+@pytest.mark.parametrize(
+    "command", [("show", "--user", "bob"), ("export",), ("erase", "--user", "bob", "--reason", "r", "--yes")]
+)
+@pytest.mark.usefixtures("folder")
+def test_no_command_puts_the_keys_under_another_secret(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """The application has none but the old one still."""
+    monkeypatch.setenv("UCM_SECRET", "a-new-one-9mWq2Lx7Rt4Zc8Vb1Ns6Kd3Hf5")
+    monkeypatch.setenv("UCM_SECRET_PREVIOUS", SECRET)
+    done = ucm(command[0], "sealed.db", "--keys", "keys.db", *command[1:])
+    assert done.exit_code == 0, done.output
+    with closing(SQLiteLedger("sealed.db", keys="keys.db")) as worker:
+        worker.start(ring())
+
+
 @pytest.mark.usefixtures("folder")
 def test_the_secret_may_come_from_a_settings_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UCM_SECRET")

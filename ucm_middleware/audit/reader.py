@@ -102,7 +102,7 @@ class LedgerReader:
             raise LedgerFileError(str(path), "was begun without keys", "read it without")
         connection = open_database(path, LEDGER)
         try:
-            vault = None if keys is None else Vault.open(keys, stream, secrets, must_exist=True)
+            vault = None if keys is None else Vault.open_existing(keys, stream, secrets)
             try:
                 with errors_of(path):
                     connection.execute("PRAGMA query_only = ON")
