@@ -224,6 +224,21 @@ class TestNothingIsKept:
                 use()
 
 
+@pytest.mark.parametrize("while_open", [False, True])
+def test_what_is_opened_to_be_read_writes_nothing(path: Path, while_open: bool) -> None:
+    vault = Vault.open(path, STREAM, ring())
+    vault.of(["alice"])
+    if not while_open:
+        vault.close()
+    with closing(Vault.open_existing(path, STREAM, ring(), read_only=True)) as reading:
+        for use in (lambda: reading.of(["bob"]), lambda: reading.erase("alice")):
+            with pytest.raises(LedgerFileError, match="can only be read"):
+                use()
+        assert reading.find("alice") is not None
+    vault.close()
+    assert set(rows_of(path)) == {"alice"}
+
+
 class TestRotation:
     def test_the_file_goes_over_to_the_current_secret(self, path: Path) -> None:
         with closing(Vault.open(path, STREAM, ring())) as vault:

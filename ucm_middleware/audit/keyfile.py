@@ -66,17 +66,21 @@ def start_key_file(
     return connection, Secret(secret)
 
 
-def open_key_file(path: Path, stream: str, secrets: SecretRing) -> tuple[sqlite3.Connection, Secret]:
+def open_key_file(
+    path: Path, stream: str, secrets: SecretRing, *, read_only: bool
+) -> tuple[sqlite3.Connection, Secret]:
     """A connection to an existing one, and its master key, whichever of the secrets that is sealed under."""
     secrets.require(_FEATURE)
-    connection, _, secret = _open(path, stream, secrets)
+    connection, _, secret = _open(path, stream, secrets, read_only=read_only)
     return connection, Secret(secret)
 
 
-def _open(path: Path, stream: str, secrets: SecretRing) -> tuple[sqlite3.Connection, str, bytes]:
+def _open(
+    path: Path, stream: str, secrets: SecretRing, *, read_only: bool = False
+) -> tuple[sqlite3.Connection, str, bytes]:
     if not exists(path):
         raise LedgerFileError(str(path), "does not exist, and the ledger has records that nothing else opens", RESTORE)
-    connection = open_database(path, KEY_FILE)
+    connection = open_database(path, KEY_FILE, read_only=read_only)
     try:
         with errors_of(path):
             return connection, *_master(connection, path, stream, secrets)

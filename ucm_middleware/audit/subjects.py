@@ -93,9 +93,9 @@ class Vault:
         return cls(path, *start_key_file(path, stream, secrets, must_exist=must_exist))
 
     @classmethod
-    def open_existing(cls, path: Path, stream: str, secrets: SecretRing) -> Self:
+    def open_existing(cls, path: Path, stream: str, secrets: SecretRing, *, read_only: bool = False) -> Self:
         """The same for whoever reads or erases: it must be there, and stays under the secret that it is under."""
-        return cls(path, *open_key_file(path, stream, secrets))
+        return cls(path, *open_key_file(path, stream, secrets, read_only=read_only))
 
     def of(self, user_ids: Iterable[str]) -> dict[str, Subject]:
         """The subjects of all these users, by user id. Who has none gets one, which is durable on return."""
