@@ -1,6 +1,7 @@
 """``ucm audit show``, ``export`` and ``erase``: what they read, and what an erasure leaves."""
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from support.ledger import SECRET, bytes_of, ring, row
+from support.ledgers import files_in
 from ucm_middleware.audit import SQLiteLedger, UserMention
 from ucm_middleware.cli.app import make_app
 
@@ -139,6 +141,37 @@ def test_without_keys_only_what_stands_in_the_clear_is_exported() -> None:
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [record.get("sealed", False) for record in records] == [True] * 5 + [False]
     assert records[4].keys() == {"stream", "sequence", "at", "event", "outcome", "subject", "sealed", "hash"}
+
+
+@pytest.mark.parametrize("kind", LEDGERS)
+@pytest.mark.parametrize("command", [("show", "--user", "bob"), ("export",)], ids=lambda command: command[0])
+@pytest.mark.parametrize("state", ["written to", "closed"])
+def test_reading_changes_nothing_of_a_copy(folder: Path, kind: str, command: tuple[str, ...], state: str) -> None:
+    """Also where the process that wrote it has crashed, and left what it wrote in the log."""
+    copy = folder / "copy"
+    copy.mkdir()
+    for file in folder.glob("*.db*"):
+        if not file.name.endswith("-shm"):
+            shutil.copy(file, copy)
+    if state == "closed":
+        for file in copy.glob("*.db"):
+            with closing(sqlite3.connect(file)) as last:
+                last.execute("SELECT * FROM sqlite_schema")
+    before = without_shared_memory(copy)
+    assert (f"{kind}.db-wal" in before) == (state == "written to")
+    done = ucm(
+        command[0],
+        f"copy/{kind}.db",
+        *(part.replace("keys.db", "copy/keys.db") for part in keys_of(kind)),
+        *command[1:],
+    )
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert without_shared_memory(copy) == before
+
+
+def without_shared_memory(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, but for those in which SQLite notes who reads."""
+    return {name: content for name, content in files_in(folder).items() if not name.endswith("-shm")}
 
 
 # erase
@@ -276,6 +309,22 @@ def test_the_wrong_secret_is_named_by_its_fingerprint(
         assert words in done.stderr
         assert SECRET not in done.stderr
     assert bytes_of(folder) == before
+
+
+@pytest.mark.parametrize(
+    "command", [("show", "--user", "bob"), ("export",), ("erase", "--user", "bob", "--reason", "r", "--yes")]
+)
+@pytest.mark.usefixtures("folder")
+def test_no_command_puts_the_keys_under_another_secret(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """The application has none but the old one still."""
+    monkeypatch.setenv("UCM_SECRET", "a-new-one-9mWq2Lx7Rt4Zc8Vb1Ns6Kd3Hf5")
+    monkeypatch.setenv("UCM_SECRET_PREVIOUS", SECRET)
+    done = ucm(command[0], "sealed.db", "--keys", "keys.db", *command[1:])
+    assert done.exit_code == 0, done.output
+    with closing(SQLiteLedger("sealed.db", keys="keys.db")) as worker:
+        worker.start(ring())
 
 
 @pytest.mark.usefixtures("folder")

@@ -15,7 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 import ucm_middleware
-from support.keyfiles import OTHER, SECRET, STREAM, in_all, ring, rows_of, workers
+from support.keyfiles import OTHER, SECRET, STREAM, content_of, in_all, ring, rows_of, workers
 from ucm_middleware import IdentityConflictError, LedgerFileError
 from ucm_middleware.audit import database, keyfile
 from ucm_middleware.audit.subjects import Subject, Vault
@@ -224,6 +224,21 @@ class TestNothingIsKept:
                 use()
 
 
+@pytest.mark.parametrize("while_open", [False, True])
+def test_what_is_opened_to_be_read_writes_nothing(path: Path, while_open: bool) -> None:
+    vault = Vault.open(path, STREAM, ring())
+    vault.of(["alice"])
+    if not while_open:
+        vault.close()
+    with closing(Vault.open_existing(path, STREAM, ring(), read_only=True)) as reading:
+        for use in (lambda: reading.of(["bob"]), lambda: reading.erase("alice")):
+            with pytest.raises(LedgerFileError, match="can only be read"):
+                use()
+        assert reading.find("alice") is not None
+    vault.close()
+    assert set(rows_of(path)) == {"alice"}
+
+
 class TestRotation:
     def test_the_file_goes_over_to_the_current_secret(self, path: Path) -> None:
         with closing(Vault.open(path, STREAM, ring())) as vault:
@@ -235,6 +250,25 @@ class TestRotation:
             assert vault.name_of(token) == "alice"
         with pytest.raises(LedgerFileError, match="fingerprint"):
             Vault.open(path, STREAM, ring(SECRET))
+
+    def test_whoever_only_opens_it_leaves_it_under_the_secret_that_it_is_under(self, path: Path) -> None:
+        with closing(Vault.open(path, STREAM, ring())) as vault:
+            token = vault.of(["alice"])["alice"].token
+        before = content_of(path)
+        with closing(Vault.open_existing(path, STREAM, ring(OTHER, SECRET))) as read:
+            assert read.name_of(token) == "alice"
+        assert content_of(path) == before
+        with closing(Vault.open(path, STREAM, ring())) as again:
+            assert again.name_of(token) == "alice"
+
+    def test_the_order_of_an_exchange(self, path: Path) -> None:
+        """Of docs/how-to/owner-derived-keys.md: the worker that starts last decides, and a reader finds out."""
+        Vault.open(path, STREAM, ring()).close()
+        for order in ((SECRET, OTHER), (OTHER, SECRET), (SECRET, OTHER), (OTHER, SECRET)):
+            Vault.open(path, STREAM, ring(*order), must_exist=True).close()
+            Vault.open_existing(path, STREAM, ring(order[0])).close()
+            with pytest.raises(LedgerFileError, match="fingerprint"):
+                Vault.open_existing(path, STREAM, ring(order[1]))
 
     def test_one_that_is_open_meanwhile_goes_on(self, vault: Vault, path: Path) -> None:
         token = vault.of(["alice"])["alice"].token

@@ -62,27 +62,34 @@ def exists(path: Path) -> bool:
         ) from error
 
 
-def open_database(path: Path, form: Form) -> sqlite3.Connection:
+def open_database(path: Path, form: Form, *, read_only: bool = False) -> sqlite3.Connection:
     """A connection to an existing file of that form, in autocommit mode and for one thread at a time.
 
     What may only be read is opened for reading. Raises LedgerFileError, before anything is changed, for a file that is
     missing, a directory, no SQLite database, of another program, of another form or of another version.
     """
     _recognise(path, form)
-    is_writable = os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK)
-    has_log = Path(f"{path.resolve()}-wal").exists()
     with errors_of(path):
-        # To read while others may write, SQLite needs a file beside it. Where none can be made, and there is no log,
-        # nobody writes: then the file is read as it is.
-        connection = _connect(path, "mode=rw" if is_writable or has_log else "immutable=1")
+        connection = _connect(path, _mode(path, read_only=read_only))
         try:
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA secure_delete = ON")
             connection.execute("PRAGMA cache_size = -256")  # KiB
+            connection.execute(f"PRAGMA query_only = {read_only}")
         except BaseException:
             connection.close()
             raise
     return connection
+
+
+def _mode(path: Path, *, read_only: bool) -> str:
+    if Path(f"{path.resolve()}-wal").exists():
+        # Whoever is the last to close a file that it may write to puts the log into it and deletes the log.
+        return "mode=ro" if read_only else "mode=rw"
+    # To read while others may write, SQLite needs files beside it; with mode=ro it would leave them there. Where none
+    # can be made, and there is no log, nobody writes: then the file is read as it is.
+    is_writable = os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK)
+    return "mode=rw" if is_writable else "immutable=1"
 
 
 @contextmanager

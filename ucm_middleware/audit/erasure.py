@@ -26,7 +26,7 @@ def erase_user(path: Path, keys: Path, ring: SecretRing, user_id: str, reason: s
     reason = checked_reason(reason)
     with (
         closing(LedgerFile.open(path, sealed=True, must_exist=True)) as file,
-        closing(Vault.open(keys, file.stream, ring, must_exist=True)) as vault,
+        closing(Vault.open_existing(keys, file.stream, ring)) as vault,
     ):
         on_record = vault.subjects_of(user_id)
         _put_on_record(file, on_record, reason)

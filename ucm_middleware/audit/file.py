@@ -125,7 +125,7 @@ class LedgerFile:
 
 def is_sealed(path: Path) -> tuple[str, bool]:
     """The stream of an existing ledger, and whether its personal fields are encrypted. Raises LedgerFileError."""
-    with closing(open_database(path, LEDGER)) as connection, errors_of(path):
+    with closing(open_database(path, LEDGER, read_only=True)) as connection, errors_of(path):
         return _stream(path, connection, sealed=None), bool(_only(path, connection, "SELECT sealed FROM ledger")[0])
 
 

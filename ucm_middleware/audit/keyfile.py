@@ -27,6 +27,7 @@ PURPOSE: Final = "audit vault"
 
 RESTORE: Final = "restore it from a backup, and erase again whoever was erased since"
 
+_FEATURE: Final = "encrypted audit records"
 _MASTER_BYTES: Final = 32
 
 _SCHEMA: Final = (
@@ -45,21 +46,44 @@ _SCHEMA: Final = (
 )
 
 
-def open_key_file(
+def start_key_file(
     path: Path, stream: str, secrets: SecretRing, *, must_exist: bool
 ) -> tuple[sqlite3.Connection, Secret]:
-    """A connection to it, and its master key. Makes it where there is none, and puts it under the current secret."""
-    secrets.require("encrypted audit records")
-    if not exists(path):
-        if must_exist:
-            raise LedgerFileError(
-                str(path), "does not exist, and the ledger has records that nothing else opens", RESTORE
-            )
+    """As ``open_key_file``, for a writer that starts: makes it where there is none, and puts it under the current
+    secret."""
+    secrets.require(_FEATURE)
+    if not must_exist and not exists(path):
         _create(path, stream, secrets.all[0])
-    connection = open_database(path, KEY_FILE)
+    connection, fingerprint, secret = _open(path, stream, secrets)
+    current = secrets.all[0]
+    try:
+        if fingerprint != current.fingerprint:
+            with errors_of(path):
+                _reseal(connection, fingerprint, secret, current)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, Secret(secret)
+
+
+def open_key_file(
+    path: Path, stream: str, secrets: SecretRing, *, read_only: bool
+) -> tuple[sqlite3.Connection, Secret]:
+    """A connection to an existing one, and its master key, whichever of the secrets that is sealed under."""
+    secrets.require(_FEATURE)
+    connection, _, secret = _open(path, stream, secrets, read_only=read_only)
+    return connection, Secret(secret)
+
+
+def _open(
+    path: Path, stream: str, secrets: SecretRing, *, read_only: bool = False
+) -> tuple[sqlite3.Connection, str, bytes]:
+    if not exists(path):
+        raise LedgerFileError(str(path), "does not exist, and the ledger has records that nothing else opens", RESTORE)
+    connection = open_database(path, KEY_FILE, read_only=read_only)
     try:
         with errors_of(path):
-            return connection, _master(connection, path, stream, secrets)
+            return connection, *_master(connection, path, stream, secrets)
     except BaseException:
         connection.close()
         raise
@@ -75,7 +99,7 @@ def _create(path: Path, stream: str, current: Secret) -> None:
     create_database(path, KEY_FILE, fill)
 
 
-def _master(connection: sqlite3.Connection, path: Path, stream: str, secrets: SecretRing) -> Secret:
+def _master(connection: sqlite3.Connection, path: Path, stream: str, secrets: SecretRing) -> tuple[str, bytes]:
     rows = connection.execute("SELECT stream, fingerprint, master FROM vault").fetchall()
     if not rows:
         raise LedgerFileError(str(path), "is damaged: its master key is missing", RESTORE)
@@ -94,9 +118,7 @@ def _master(connection: sqlite3.Connection, path: Path, stream: str, secrets: Se
     secret = unseal(cipher_of(ours[fingerprint].subkey(PURPOSE)), sealed, b"")
     if secret is None:
         raise LedgerFileError(str(path), "is damaged: its master key was altered", RESTORE)
-    if fingerprint != secrets.all[0].fingerprint:
-        _reseal(connection, fingerprint, secret, secrets.all[0])
-    return Secret(secret)
+    return fingerprint, secret
 
 
 def _reseal(connection: sqlite3.Connection, fingerprint: str, secret: bytes, current: Secret) -> None:

@@ -100,12 +100,11 @@ class LedgerReader:
         stream, sealed = is_sealed(path)
         if keys is not None and not sealed:
             raise LedgerFileError(str(path), "was begun without keys", "read it without")
-        connection = open_database(path, LEDGER)
+        connection = open_database(path, LEDGER, read_only=True)
         try:
-            vault = None if keys is None else Vault.open(keys, stream, secrets, must_exist=True)
+            vault = None if keys is None else Vault.open_existing(keys, stream, secrets, read_only=True)
             try:
                 with errors_of(path):
-                    connection.execute("PRAGMA query_only = ON")
                     connection.execute("BEGIN")  # one state of the ledger, until it is closed
                     yield cls(connection, stream, sealed, vault)
             finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ucm_middleware.audit import database
 from ucm_middleware.audit.database import errors_of, transaction
-from ucm_middleware.audit.keyfile import RESTORE, open_key_file
+from ucm_middleware.audit.keyfile import RESTORE, open_key_file, start_key_file
 from ucm_middleware.audit.sealing import cipher_of, seal, unseal
 from ucm_middleware.errors import ErasureIncompleteError, IdentityConflictError, LedgerFileError
 from ucm_middleware.forking import leave_to_parent, renewed_after_fork
@@ -84,14 +84,18 @@ class Vault:
 
     @classmethod
     def open(cls, path: Path, stream: str, secrets: SecretRing, *, must_exist: bool = False) -> Self:
-        """Open the key file of a ledger, and make it where there is none and it need not exist.
+        """The key file of a ledger, for a writer that starts. Made where there is none and it need not exist.
 
-        One that was made under a previous secret is put under the current one. Raises LedgerFileError for a file that
-        is not the one of this ledger, was made under another secret, or may not be used for any reason of
-        ``open_database``; ConfigurationError in production without a secret.
+        One that is under a previous secret is put under the current one. Raises LedgerFileError for a file that is not
+        the one of this ledger, was made under another secret, or may not be used for any reason of ``open_database``;
+        ConfigurationError in production without a secret.
         """
-        connection, master = open_key_file(path, stream, secrets, must_exist=must_exist)
-        return cls(path, connection, master)
+        return cls(path, *start_key_file(path, stream, secrets, must_exist=must_exist))
+
+    @classmethod
+    def open_existing(cls, path: Path, stream: str, secrets: SecretRing, *, read_only: bool = False) -> Self:
+        """The same for whoever reads or erases: it must be there, and stays under the secret that it is under."""
+        return cls(path, *open_key_file(path, stream, secrets, read_only=read_only))
 
     def of(self, user_ids: Iterable[str]) -> dict[str, Subject]:
         """The subjects of all these users, by user id. Who has none gets one, which is durable on return."""
