@@ -654,6 +654,27 @@ class TestWhetherItIsOn:
         assert manager.telemetry.metrics is None
         assert [(record.trace_id, record.span_id) for record in ledger.records] == [(0, 0), (0, 0)]
 
+    async def test_without_an_sdk_a_request_looks_twice_and_a_record_not_at_all(
+        self, make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looks: list[str] = []
+
+        class Watched:
+            def __getattr__(self, name: str) -> None:
+                looks.append(name)
+
+        ledger = RecordingLedger()
+        manager = make_manager(ledger=ledger)
+        app, chat = serving(manager), TestWebSockets.chat(manager)
+        await exchange(app, request())
+        monkeypatch.setattr(manager, "telemetry", Watched())
+        await exchange(app, request())
+        assert looks == ["spans"] * 2  # as many as benchmarks/tracing.py times
+        looks.clear()
+        await exchange(chat, websocket_scope(headers=[("x-user", USER)]), *TestWebSockets.messages("one", "two"))
+        assert looks == ["spans"] * 2
+        assert manager._trail._append == ledger.append
+
     async def test_it_can_be_switched_off(self, sdk: Sdk, make_manager: MakeManager) -> None:
         await exchange(serving(make_manager(telemetry=False)), request())
         assert sdk.spans == ()

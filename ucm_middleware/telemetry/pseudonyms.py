@@ -5,6 +5,7 @@ import logging
 from typing import Final
 
 from ucm_middleware.errors import ConfigurationError
+from ucm_middleware.ids import RESERVED_PREFIX
 from ucm_middleware.secret import SecretRing, lower_base32
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ class Pseudonyms:
         self._key = secret.subkey(PURPOSE)
         self._prefix = f"ucmp1_{secret.fingerprint}_"
 
-    def of(self, user_id: str) -> str:
-        """The pseudonym, 55 characters of ``a-z``, ``0-9`` and ``_``."""
+    def of(self, user_id: str | None) -> str | None:
+        """The pseudonym, 55 characters of ``a-z``, ``0-9`` and ``_``. None for trusted code and for an anonymous
+        context, which is nobody in particular.
+        """
+        if not user_id or user_id.startswith(RESERVED_PREFIX):
+            return None
         return self._prefix + lower_base32(hmac.digest(self._key, user_id.encode(), "sha256")[:_HASH_BYTES])

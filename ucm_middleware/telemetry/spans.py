@@ -7,7 +7,7 @@ length; a transaction's, as long as that took. None is a span event.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Literal
 
 from opentelemetry.context import Context, attach
 from opentelemetry.trace import (
@@ -26,18 +26,13 @@ from opentelemetry.trace import (
 from ucm_middleware.audit.records import AuditRecord, Event, Row
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.ids import RESERVED_PREFIX, Core, core_text, is_own_request_id
-from ucm_middleware.lifetime import CloseReason
+from ucm_middleware.ids import Core, is_own_request_id
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.telemetry.api import SCOPE, is_of_the_api
+from ucm_middleware.telemetry.attributes import Attributes, attributes_of, end_attributes_of
 from ucm_middleware.telemetry.current import leave_nothing, let_server_span_in, make_current
 from ucm_middleware.telemetry.pseudonyms import Pseudonyms
 from ucm_middleware.telemetry.quiet import Quiet
-
-Attributes = dict[str, str]
-
-_OWN_WORDS: Final = frozenset(get_args(CloseReason))
-"""The reasons that are shown, besides those of refusals. Others are the application's texts, and may name a person."""
 
 
 @dataclass(slots=True)
@@ -102,12 +97,12 @@ class Spans:
                     return self._opened(core, record)
             elif record.event == "closed":
                 return self._closed(core, record)
-            elif record.event == "bound" and (pseudonym := self._pseudonym(record.user_id)) is not None:
+            elif record.event == "bound" and (pseudonym := self._pseudonyms.of(record.user_id)) is not None:
                 self._open[core].attributes["enduser.pseudo.id"] = pseudonym
         return self._happened(record)
 
     def _opened(self, core: Core, record: AuditRecord) -> Span:
-        attributes = self._attributes(record)
+        attributes = attributes_of(record, self._pseudonyms)
         where: Context | None = None
         link: Link | None = None
         if record.event == "child_opened":
@@ -125,12 +120,8 @@ class Spans:
         if traced.is_connection:
             self.accept(traced)
             return self._happened(record, "ucm close", Context(), traced.link)
-        attributes = traced.attributes
-        attributes["ucm.record.closed_id"] = core_text(record.record_id)
-        attributes["ucm.outcome"] = record.outcome
-        if record.reason in _OWN_WORDS:
-            attributes["ucm.reason"] = str(record.reason)
-        self._end(traced.span, attributes, traced.event, record.event, record=record)
+        traced.attributes.update(end_attributes_of(record))
+        self._end(traced.span, traced.attributes, traced.event, record.event, record=record)
         return traced.span
 
     def _happened(
@@ -139,7 +130,7 @@ class Spans:
         """A span for one record."""
         if where is None and record.context is not None:
             where, link = self._place(self._open.get(record.context))
-        attributes = self._attributes(record)
+        attributes = attributes_of(record, self._pseudonyms)
         span = self._start(name or f"ucm {record.event}", where, attributes, record, link)
         self._end(span, attributes, record.event, record=record)
         return span
@@ -157,29 +148,6 @@ class Spans:
         if traced.is_answered:
             return Context(), traced.link
         return set_span_in_context(traced.front, Context()), None
-
-    def _attributes(self, record: AuditRecord) -> Attributes:
-        """What a span says of a record: never data, nor any text that may name a person.
-
-        ``enduser.pseudo.id`` is who did it, ``ucm.subject.pseudo.id`` in whose trail it stands when that is another.
-        """
-        given = {
-            "ucm.event": record.event,
-            "ucm.record.id": core_text(record.record_id),
-            "ucm.outcome": record.outcome,
-            "ucm.reason": record.reason if record.event == "refused" or record.reason in _OWN_WORDS else None,
-            "ucm.context.id": record.context_id,
-            "ucm.request.id": record.request_id,
-            "ucm.thread.id": record.thread_id,
-            "ucm.run.id": record.run_id,
-            "enduser.pseudo.id": self._pseudonym(record.user_id if record.actor_id is None else record.actor_id),
-            "ucm.subject.pseudo.id": None if record.actor_id is None else self._pseudonym(record.user_id),
-        }
-        return {name: value for name, value in given.items() if value is not None}
-
-    def _pseudonym(self, user_id: str | None) -> str | None:
-        """None for trusted code and for an anonymous context, which is nobody in particular."""
-        return None if not user_id or user_id.startswith(RESERVED_PREFIX) else self._pseudonyms.of(user_id)
 
     # Contexts.
 

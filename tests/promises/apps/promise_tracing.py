@@ -105,11 +105,9 @@ async def pay(request: Request) -> JSONResponse:
 
 async def outstay(request: Request) -> JSONResponse:
     with suppress(ContextClosedError):
-        async with managed_user_context(
-            manager.create_isolated_context(current_context().user_id, ttl_seconds=0.01)
-        ) as context:
+        async with managed_user_context(manager.create_isolated_context(current_context().user_id, ttl_seconds=0.01)):
             await asyncio.Event().wait()
-    return JSONResponse({"reason": context.lifetime.reason})
+    return JSONResponse({})
 
 
 async def sign_out(request: Request) -> JSONResponse:

@@ -1,0 +1,53 @@
+"""What a span says of a record: never data, nor any text that may name a person."""
+
+from typing import Final, get_args
+
+from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.ids import core_text
+from ucm_middleware.lifetime import CloseReason
+from ucm_middleware.telemetry.pseudonyms import Pseudonyms
+
+Attributes = dict[str, str]
+
+_OWN_WORDS: Final = frozenset(get_args(CloseReason))
+"""The reasons that are shown, besides those of refusals. Others are the application's texts, and may name a person."""
+
+
+def attributes_of(record: AuditRecord, pseudonyms: Pseudonyms) -> Attributes:
+    """Of the record that a span begins with.
+
+    ``enduser.pseudo.id`` is who did it, ``ucm.subject.pseudo.id`` in whose trail it stands when that is another.
+    """
+    return _given(
+        {
+            "ucm.event": record.event,
+            "ucm.record.id": core_text(record.record_id),
+            "ucm.outcome": record.outcome,
+            "ucm.reason": _reason(record),
+            "ucm.context.id": record.context_id,
+            "ucm.request.id": record.request_id,
+            "ucm.thread.id": record.thread_id,
+            "ucm.run.id": record.run_id,
+            "enduser.pseudo.id": pseudonyms.of(record.user_id if record.actor_id is None else record.actor_id),
+            "ucm.subject.pseudo.id": None if record.actor_id is None else pseudonyms.of(record.user_id),
+        }
+    )
+
+
+def end_attributes_of(record: AuditRecord) -> Attributes:
+    """Of the record of a context's end, which its span ends with."""
+    return _given(
+        {
+            "ucm.record.closed_id": core_text(record.record_id),
+            "ucm.outcome": record.outcome,
+            "ucm.reason": _reason(record),
+        }
+    )
+
+
+def _reason(record: AuditRecord) -> str | None:
+    return record.reason if record.event == "refused" or record.reason in _OWN_WORDS else None
+
+
+def _given(attributes: dict[str, str | None]) -> Attributes:
+    return {name: value for name, value in attributes.items() if value is not None}
