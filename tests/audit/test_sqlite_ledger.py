@@ -88,6 +88,23 @@ def test_each_users_records_are_read_back_in_order(make: MakeLedger) -> None:
     assert ledger.trail("alice") == make().trail("alice")
 
 
+def test_a_trail_takes_one_connection_to_each_file_and_one_to_recognise_it(
+    make_sealed: MakeLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = make_sealed()
+    ledger.append(row())
+    ledger.flush()
+    connect, opened = sqlite3.connect, list[str]()
+
+    def noting(*given: Any, **settings: Any) -> object:
+        opened.append(Path(given[0]).name)
+        return connect(*given, **settings)
+
+    monkeypatch.setattr(sqlite3, "connect", noting)
+    assert numbers(ledger, "alice") == [1]
+    assert opened == ["audit.db?immutable=1", "audit.db?mode=ro", "keys.db?immutable=1", "keys.db?mode=ro"]
+
+
 def test_a_record_comes_back_with_all_its_fields(make: MakeLedger) -> None:
     ledger = make()
     record = row(

@@ -3,7 +3,6 @@
 import secrets
 import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -81,11 +80,7 @@ class LedgerFile:
                 connection.execute(f"PRAGMA cache_size = -{CACHE}")
                 connection.execute(f"PRAGMA wal_autocheckpoint = {LOG}")
                 with transaction(connection):  # nobody appends meanwhile
-                    found = _stream(path, connection, sealed=sealed)
-                    if stream not in (None, found):
-                        raise LedgerFileError(
-                            str(path), f"is the ledger {found}, and {stream} was here before", "put that one back"
-                        )
+                    found = _checked_stream(path, connection, sealed=sealed, stream=stream)
                     chain = _checked_tail(path, connection, genesis(found, sealed=sealed))
                     # To begin a transaction works on a file that may only be read, too.
                     connection.execute("UPDATE ledger SET size = size")
@@ -123,10 +118,14 @@ class LedgerFile:
         self._connection.close()
 
 
-def is_sealed(path: Path) -> tuple[str, bool]:
-    """The stream of an existing ledger, and whether its personal fields are encrypted. Raises LedgerFileError."""
-    with closing(open_database(path, LEDGER, read_only=True)) as connection, errors_of(path):
-        return _stream(path, connection, sealed=None), bool(_only(path, connection, "SELECT sealed FROM ledger")[0])
+def read_header(path: Path, connection: sqlite3.Connection) -> tuple[str, bool]:
+    """The stream of a ledger, and whether its personal fields are encrypted. Raises LedgerFileError and what SQLite
+    raises."""
+    rows = connection.execute("SELECT stream, sealed FROM ledger").fetchall()
+    if len(rows) != 1:
+        raise _bad_tail(path, f"it says {len(rows)} times what it is")
+    [(stream, sealed)] = rows
+    return str(stream), bool(sealed)
 
 
 def _fill(connection: sqlite3.Connection, *, sealed: bool) -> None:
@@ -137,19 +136,14 @@ def _fill(connection: sqlite3.Connection, *, sealed: bool) -> None:
     connection.execute("INSERT INTO ledger VALUES (1, ?, ?, 0, ?, x'')", row)
 
 
-def _stream(path: Path, connection: sqlite3.Connection, *, sealed: bool | None) -> str:
-    stream, is_sealed = _only(path, connection, "SELECT stream, sealed FROM ledger")
-    if sealed is not None and sealed != bool(is_sealed):
+def _checked_stream(path: Path, connection: sqlite3.Connection, *, sealed: bool, stream: str | None) -> str:
+    found, is_sealed = read_header(path, connection)
+    if sealed != is_sealed:
         begun = "with keys" if is_sealed else "without keys"
         raise LedgerFileError(str(path), f"was begun {begun}, which cannot change", "open it so, or begin another one")
-    return str(stream)
-
-
-def _only(path: Path, connection: sqlite3.Connection, query: str) -> tuple[object, ...]:
-    rows = connection.execute(query).fetchall()
-    if len(rows) != 1:
-        raise _bad_tail(path, f"it says {len(rows)} times what it is")
-    return tuple(rows[0])
+    if stream not in (None, found):
+        raise LedgerFileError(str(path), f"is the ledger {found}, and {stream} was here before", "put that one back")
+    return found
 
 
 def _checked_tail(path: Path, connection: sqlite3.Connection, previous: bytes) -> Chain:

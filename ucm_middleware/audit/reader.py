@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -11,7 +11,7 @@ from typing import Final
 
 from ucm_middleware.audit.database import LEDGER, errors_of, open_database
 from ucm_middleware.audit.encoding import NOBODY, Subject, decode, plain_token
-from ucm_middleware.audit.file import PART_BITS, is_sealed
+from ucm_middleware.audit.file import PART_BITS, read_header
 from ucm_middleware.audit.ledger import Trail
 from ucm_middleware.audit.records import TRUSTED_CODE, AuditRecord, iso
 from ucm_middleware.audit.subjects import Vault
@@ -97,21 +97,17 @@ class LedgerReader:
 
         Without keys, of a ledger whose personal fields are encrypted, only what stands in the clear can be read.
         """
-        stream, sealed = is_sealed(path)
-        if keys is not None and not sealed:
-            raise LedgerFileError(str(path), "was begun without keys", "read it without")
-        connection = open_database(path, LEDGER, read_only=True)
-        try:
-            vault = None if keys is None else Vault.open_existing(keys, stream, secrets, read_only=True)
-            try:
-                with errors_of(path):
-                    connection.execute("BEGIN")  # one state of the ledger, until it is closed
-                    yield cls(connection, stream, sealed, vault)
-            finally:
-                if vault is not None:
-                    vault.close()
-        finally:
-            connection.close()
+        with ExitStack() as stack:
+            connection = stack.enter_context(closing(open_database(path, LEDGER, read_only=True)))
+            stack.enter_context(errors_of(path))
+            stream, sealed = read_header(path, connection)
+            if keys is not None and not sealed:
+                raise LedgerFileError(str(path), "was begun without keys", "read it without")
+            vault = None
+            if keys is not None:
+                vault = stack.enter_context(closing(Vault.open_existing(keys, stream, secrets, read_only=True)))
+            connection.execute("BEGIN")  # one state of the ledger, until it is closed
+            yield cls(connection, stream, sealed, vault)
 
     def trail(self, user_id: str | None, shown: int = SHOWN) -> Trail | None:
         """One user's newest records; None for a user that the ledger has nothing of. Of None, what is nobody's."""
