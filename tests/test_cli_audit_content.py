@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from support.ledger import SECRET, bytes_of, ring, row
 from support.ledgers import files_in
-from ucm_middleware.audit import SQLiteLedger, UserMention
+from ucm_middleware.audit import SQLiteLedger, UserMention, database
 from ucm_middleware.cli.app import make_app
 
 VISITOR = "anonymous_" + "7" * 32
@@ -205,7 +205,7 @@ def test_after_an_erasure_nothing_links_to_the_user_and_the_chain_verifies(folde
     assert "of 4 records only what stands in the clear was written: their users were erased" in exported.stderr
     records = [json.loads(line) for line in exported.stdout.splitlines()]
     assert records[4]["data"] == {"asked_for": "erased"}
-    assert (records[6]["event"], records[6]["reason"], records[6]["actor"]) == ("erased", "a request", "trusted code")
+    assert (records[6]["event"], records[6]["reason"], records[6]["trusted_code"]) == ("erased", "a request", True)
     assert set(records[6]["data"]["subjects"]) == {records[0]["subject"], records[1]["subject"]}
 
 
@@ -348,3 +348,54 @@ def test_a_user_id_that_is_none_is_refused() -> None:
     done = ucm("erase", "sealed.db", "--keys", "keys.db", "--user", " ", "--reason", "r", "--yes")
     assert done.exit_code == 2
     assert "user" in done.stderr
+
+
+@pytest.mark.parametrize("kind", LEDGERS)
+@pytest.mark.usefixtures("folder")
+def test_a_damaged_record_is_named_as_damage(kind: str) -> None:
+    with closing(sqlite3.connect(f"{kind}.db")) as connection:
+        connection.execute("UPDATE records SET body = CAST(substr(body, 1, 20) AS BLOB) WHERE sequence = 5")
+        connection.commit()
+    for command in (("export",), ("show", "--user", "bob")):
+        done = ucm(command[0], f"{kind}.db", *keys_of(kind), *command[1:])
+        assert done.exit_code == 2
+        assert "cannot be read" in done.stderr
+        assert "ucm audit verify" in done.stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_empty_ledger_is_not_signed(tmp_path: Path) -> None:
+    ledger = SQLiteLedger("empty.db", keys=None)
+    ledger.start(ring())
+    ledger.close()
+    assert ucm("keygen", "key").exit_code == 0
+    done = ucm("checkpoint", "empty.db", "--key", "key", "--to", "checkpoints")
+    assert done.exit_code == 2
+    assert "has no records yet" in done.stderr
+    assert not Path("checkpoints").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_erasure_that_was_cut_short_is_completed_by_another_one() -> None:
+    with closing(sqlite3.connect("keys.db", isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM subjects").fetchone()  # keeps the log in use
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(database, "PATIENCE", 0.05)
+            cut_short = erase("--yes")
+    assert cut_short.exit_code == 2
+    assert "erase the same user again" in cut_short.stderr
+    again = erase("--yes")
+    assert again.exit_code == 1  # nobody is there any more, and what was left is gone
+    assert not Path("keys.db-wal").exists() or Path("keys.db-wal").stat().st_size == 0
+    records = [json.loads(line) for line in ucm("export", "sealed.db", "--keys", "keys.db").stdout.splitlines()]
+    assert [record["event"] for record in records].count("erased") == 1
+
+
+@pytest.mark.parametrize("reason", ["", "  ", "x" * 300])
+@pytest.mark.usefixtures("folder")
+def test_a_reason_that_is_none_is_refused_before_anything_is_destroyed(reason: str) -> None:
+    done = ucm("erase", "sealed.db", "--keys", "keys.db", "--user", "bob", "--reason", reason, "--yes")
+    assert done.exit_code == 2
+    assert "reason" in done.stderr
+    assert ucm("show", "sealed.db", "--keys", "keys.db", "--user", "bob").exit_code == 0

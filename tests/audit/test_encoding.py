@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from support.ledger import row
 from ucm_middleware.audit.encoding import (
-    MENTIONING,
+    LONGEST_BODY,
     NOBODY,
     decode,
     encode_plain,
@@ -20,7 +20,7 @@ from ucm_middleware.audit.encoding import (
     plain_token,
     users_in,
 )
-from ucm_middleware.audit.records import FOR_A_CONNECTION, TRUSTED_CODE, AuditRecord, UserMention
+from ucm_middleware.audit.records import FOR_A_CONNECTION, MENTIONING, TRUSTED_CODE, AuditRecord, UserMention
 
 IDS = st.text(min_size=1, max_size=20).filter(str.isprintable)
 PLAIN = st.recursive(
@@ -158,3 +158,15 @@ def test_each_user_that_a_record_names_is_found() -> None:
     )
     assert users_in(record) == {"alice", "bob", "carol", "dave"}
     assert users_in(row(None, actor_id=TRUSTED_CODE)) == set()
+
+
+@pytest.mark.parametrize("shaped", [{"subject": "zz"}, {"subject": 5}, {"subject": "00" * 15}, {"subject": None}])
+def test_what_only_looks_like_a_mention_is_shown_as_it_is(shaped: dict[str, Any]) -> None:
+    _, body = encode_plain(row("alice", data=(("users", shaped),)))
+    assert decode("alice", None, body).data == (("users", shaped),)
+
+
+def test_a_record_that_no_reader_would_take_is_reduced() -> None:
+    _, body = encode_plain(row("alice", reason="x" * (LONGEST_BODY + 1)))
+    found = decode("alice", None, body)
+    assert (found.event, found.reason) == ("opened", "reduced: it was not as records are")

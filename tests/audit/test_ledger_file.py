@@ -133,6 +133,14 @@ def test_a_file_that_is_moved_while_it_is_written_to_is_noticed(path: Path) -> N
         assert again.size == 1
 
 
+def test_a_log_that_is_taken_away_while_it_is_written_to_is_noticed(path: Path) -> None:
+    with closing(LedgerFile.open(path, sealed=False)) as file:
+        file.append([(BOB, b"one")])
+        path.with_name("audit.db-wal").unlink()
+        with pytest.raises(LedgerFileError, match="-wal"):
+            file.append([(BOB, b"two")])
+
+
 def test_another_ledger_in_its_place_is_not_the_same(path: Path) -> None:
     write(path, b"one")
     [(stream,)] = query(path, "SELECT stream FROM ledger")

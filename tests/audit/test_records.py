@@ -32,6 +32,7 @@ from ucm_middleware import (
     hookimpl,
     managed_user_context,
 )
+from ucm_middleware.audit.denials import EACH, KINDS
 from ucm_middleware.audit.records import AuditRecord, Event, Row, UserMention
 from ucm_middleware.guard import EVERYONE
 from ucm_middleware.testing import RecordingLedger
@@ -632,6 +633,26 @@ class TestDenialsAndRefusals:
         assert data == {"action": "bind", "asked_for": "bob"}
         assert isinstance(data["asked_for"], UserMention)
         assert ledger.select(user="bob") == []
+
+    def test_a_flood_of_visitors_does_not_hide_what_a_user_is_denied(
+        self, make_manager: MakeManager, ledger: RecordingLedger
+    ) -> None:
+        manager = make_manager(ledger=ledger, max_anonymous_contexts=5000)
+
+        def deny(context: UserExecutionContext) -> None:
+            with managed_user_context(context), pytest.raises(CrossUserAccessError):
+                manager.get_context("bob")
+
+        for _ in range(KINDS + 10):
+            deny(visitor(manager))
+        deny(manager.create_isolated_context("mallory"))
+        [record] = ledger.select("denied", user="mallory")
+        assert dict(record.data)["asked_for"] == "bob"
+        manager.get_system_trail()
+        manager._trail.tell_counted()
+        [counted] = ledger.select("denied", user=None)
+        assert (counted.actor_id, dict(counted.data)["of"]) == (None, "anonymous users")
+        assert dict(counted.data)["count"] == KINDS + 10 - EACH
 
     @pytest.mark.parametrize("use", ["resource", "key"])
     def test_so_is_an_identity_for_a_settled_visitor(

@@ -172,3 +172,19 @@ def test_a_folder_that_becomes_read_only_between_two_openings(folder: Path) -> N
             assert "can only be read" in refusal_of(ledger, 2)
             folder.chmod(0o700)
             goes_on(ledger, 1, 2)
+
+
+def test_a_folder_that_cannot_be_reached(folder: Path) -> None:
+    with closing(started(folder)) as ledger:
+        append(ledger, 1)
+        ledger.flush()
+        with as_nobody_in_particular(folder):
+            folder.chmod(0o000)
+            unreachable = r"\.db: cannot be reached: Permission denied; give this process access to its folder"
+            with pytest.raises(LedgerFileError, match=unreachable):
+                started(folder)
+            append(ledger, 2)
+            with pytest.raises(LedgerUnavailableError, match=unreachable):
+                ledger.flush()
+            folder.chmod(0o700)
+            goes_on(ledger, 1, 2)

@@ -54,12 +54,7 @@ def create_database(path: Path, form: Form, fill: Callable[[sqlite3.Connection],
 
 def exists(path: Path) -> bool:
     """Whether there is anything. Raises LedgerFileError where that cannot be found out."""
-    try:
-        return path.exists()
-    except OSError as error:
-        raise LedgerFileError(
-            str(path), f"cannot be reached: {error.strerror}", "give this process access to its folder"
-        ) from error
+    return _identity(path) is not None
 
 
 def open_database(path: Path, form: Form, *, read_only: bool = False) -> sqlite3.Connection:
@@ -113,12 +108,24 @@ def errors_of(path: Path) -> Generator[None]:
         raise LedgerFileError(str(path), problem, remedy) from error
 
 
-def identity_of(path: Path) -> tuple[int, int] | None:
-    """Which file is there, whatever is written to it; None for no file."""
+def identity_of(path: Path) -> tuple[tuple[int, int] | None, ...]:
+    """Which file is there, and which log beside it, whatever is written to them; None for none.
+
+    While a connection is open, SQLite leaves both in their places. Raises LedgerFileError where that cannot be found
+    out.
+    """
+    return tuple(map(_identity, (path, Path(f"{path}-wal"))))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise LedgerFileError(
+            str(path), f"cannot be reached: {error.strerror}", "give this process access to its folder"
+        ) from error
     return found.st_dev, found.st_ino
 
 

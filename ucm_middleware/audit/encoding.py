@@ -2,13 +2,22 @@
 
 import json
 import logging
+import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, Protocol, cast
 
-from ucm_middleware.audit.records import FOR_A_CONNECTION, AuditRecord, Data, Row, UserMention, without_mentions
+from ucm_middleware.audit.records import (
+    FOR_A_CONNECTION,
+    MENTIONING,
+    AuditRecord,
+    Data,
+    Row,
+    UserMention,
+    without_mentions,
+)
 from ucm_middleware.ids import core_text
 
 logger = logging.getLogger(__name__)
@@ -19,9 +28,7 @@ NOBODY: Final = bytes(SUBJECT_LENGTH)
 LONGEST_BODY: Final = 8 * 1024 * 1024
 """Bytes. What is longer is reduced: a reader may refuse rows of more than 16 MiB, and trails are held in memory."""
 
-MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "findings", "user_id", "users"})
-"""The members of ``data`` in which users are named. Elsewhere what looks like a subject is the application's."""
-
+_TOKEN: Final = re.compile("[0-9a-f]{32}")
 _quoted: Final = encode_basestring_ascii
 _to_json: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -192,8 +199,8 @@ def _with_names(value: object, name_of: Names) -> object:
     if not isinstance(value, dict):
         return value
     members = cast("dict[str, object]", value)
-    if members.keys() == {"subject"}:
-        name = name_of(bytes.fromhex(cast("str", members["subject"])))
+    if members.keys() == {"subject"} and isinstance(token := members["subject"], str) and _TOKEN.fullmatch(token):
+        name = name_of(bytes.fromhex(token))
         return "erased" if name is None else UserMention(name)
     return {name: _with_names(item, name_of) for name, item in members.items()}
 

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Final
 
 from ucm_middleware.audit.chain import HASH_LENGTH, Chain, genesis, link
-from ucm_middleware.audit.database import LEDGER, create_database, errors_of, open_database, transaction
+from ucm_middleware.audit.database import (
+    LEDGER,
+    create_database,
+    errors_of,
+    exists,
+    identity_of,
+    open_database,
+    transaction,
+)
 from ucm_middleware.errors import LedgerFileError
 
 TAIL: Final = 256
@@ -62,7 +70,7 @@ class LedgerFile:
         self.stream = stream
         self._connection = connection
         self._chain = chain
-        self._identity = _identity(path)
+        self._identity = identity_of(path)
 
     @classmethod
     def open(cls, path: Path, *, sealed: bool, stream: str | None = None, must_exist: bool = False) -> "LedgerFile":
@@ -72,7 +80,7 @@ class LedgerFile:
         Raises LedgerFileError for what ``open_database`` refuses, for a ledger that was begun with keys and is opened
         without or the other way round, for another stream, and when its end is not as it was written.
         """
-        if stream is None and not must_exist and not path.exists():
+        if stream is None and not must_exist and not exists(path):
             create_database(path, LEDGER, lambda connection: _fill(connection, sealed=sealed))
         connection = open_database(path, LEDGER)
         try:
@@ -96,11 +104,11 @@ class LedgerFile:
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Add records, all or none; they are on the disk when this returns. Raises LedgerFileError."""
-        if _identity(self.path) != self._identity:
+        if identity_of(self.path) != self._identity:
             raise LedgerFileError(
                 str(self.path),
-                "was moved or deleted while records were written to it",
-                "put it back, together with the file beside it that ends in -wal; writing goes on by itself",
+                "was moved or deleted while records were written to it, or the file beside it that ends in -wal was",
+                "put them back together; writing goes on by itself",
             )
         execute = self._connection.execute
         with errors_of(self.path), transaction(self._connection):  # from here on no other process can append
@@ -171,11 +179,3 @@ def _bad_tail(path: Path, problem: str) -> LedgerFileError:
         f"was changed or damaged: {problem}",
         "keep it as evidence, see what `ucm audit verify` says, and begin another one",
     )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino

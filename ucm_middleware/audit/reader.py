@@ -62,7 +62,8 @@ class Stored:
             "outcome": record.outcome,
             "user": record.user_id,
             "subject": None if self.subject is None else self.subject.hex(),
-            "actor": "trusted code" if record.actor_id == TRUSTED_CODE else record.actor_id,
+            "actor": record.actor_id or None,
+            "trusted_code": True if record.actor_id == TRUSTED_CODE else None,
             "id": f"{record.record_id:032x}" if record.record_id else None,
             "context": record.context_id,
             "request": record.request_id,
@@ -82,9 +83,12 @@ class Stored:
 class LedgerReader:
     """A ledger file, open to be read: what was durable when it was first asked."""
 
-    __slots__ = ("_connection", "_vault", "is_sealed", "stream")
+    __slots__ = ("_connection", "_path", "_vault", "is_sealed", "stream")
 
-    def __init__(self, connection: sqlite3.Connection, stream: str, is_sealed: bool, vault: Vault | None) -> None:
+    def __init__(
+        self, path: Path, connection: sqlite3.Connection, stream: str, is_sealed: bool, vault: Vault | None
+    ) -> None:
+        self._path = path
         self.is_sealed = is_sealed
         self._connection = connection
         self._vault = vault
@@ -107,7 +111,7 @@ class LedgerReader:
             if keys is not None:
                 vault = stack.enter_context(closing(Vault.open_existing(keys, stream, secrets, read_only=True)))
             connection.execute("BEGIN")  # one state of the ledger, until it is closed
-            yield cls(connection, stream, sealed, vault)
+            yield cls(path, connection, stream, sealed, vault)
 
     def trail(self, user_id: str | None, shown: int = SHOWN) -> Trail | None:
         """One user's newest records; None for a user that the ledger has nothing of. Of None, what is nobody's."""
@@ -152,7 +156,7 @@ class LedgerReader:
             for sequence, token, body, digest in chunk:
                 user_id, subject = behind.get(token, (None, None))
                 record = self._decoded(user_id, subject, body)
-                is_open = b'"sealed":' not in body or subject is not None
+                is_open = not self.is_sealed or token == NOBODY or subject is not None
                 yield Stored(self.stream, sequence, None if token == NOBODY else token, digest, record, is_open)
 
     def _parts(self, token: bytes) -> Iterator[list[bytes]]:
@@ -162,7 +166,14 @@ class LedgerReader:
             yield [body for _, body in part]
 
     def _decoded(self, user_id: str | None, subject: Subject | None, body: bytes) -> AuditRecord:
-        return decode(user_id, subject, body, self._name_of)
+        try:
+            return decode(user_id, subject, body, self._name_of)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise LedgerFileError(
+                str(self._path),
+                f"has a record that cannot be read ({type(error).__name__})",
+                "it was damaged or changed: see what `ucm audit verify` says",
+            ) from None
 
     def _name_of(self, token: bytes) -> str | None:
         return None if self._vault is None else self._vault.name_of(token)

@@ -63,6 +63,10 @@ Row = tuple[
 """The fields of a record, in order. Only what is read becomes a record: making one costs thrice what a tuple does."""
 
 
+MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "findings", "user_id", "users"})
+"""The members of ``data`` in which users are named. Elsewhere what looks like a subject is the application's."""
+
+
 class UserMention(str):
     """A user id in the data of a record: a durable ledger does not write it down as text, so that it can be erased."""
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Final, cast, get_args
 
-from ucm_middleware.audit.records import AuditRecord, Data, Event, Outcome
+from ucm_middleware.audit.records import MENTIONING, AuditRecord, Data, Event, Outcome
 from ucm_middleware.audit.redaction import for_record, text_for_record
 from ucm_middleware.errors import InvalidContextError
 from ucm_middleware.isolation import type_name
@@ -13,7 +13,7 @@ REPORTED: Final[tuple[Event, ...]] = ("event_sent", "agent_run", "transaction")
 """What adapters do for a user; everything else the core sees itself."""
 
 _OUTCOMES: Final = frozenset(get_args(Outcome))
-_OWN_NAMES: Final = frozenset({*AuditRecord._fields, "context_id", "request_id", "thread_id", "run_id"})
+_OWN_NAMES: Final = MENTIONING | {*AuditRecord._fields, "context_id", "request_id", "thread_id", "run_id"}
 
 
 def checked_report(
@@ -36,7 +36,7 @@ def checked_report(
         if not isinstance(name, str) or not name.isprintable() or not name:
             raise InvalidContextError("data", "has a name that is empty, or no printable text", "rename it")
         if name in _OWN_NAMES:
-            raise InvalidContextError(f"data[{name!r}]", "is a field that every record has", "rename it")
+            raise InvalidContextError(f"data[{name!r}]", "is the name of a field that records have", "rename it")
     return (
         event,
         cast("Outcome", outcome),

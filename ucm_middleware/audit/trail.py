@@ -10,7 +10,7 @@ from itertools import count
 from os import urandom
 from typing import Any, Final, cast
 
-from ucm_middleware.audit.denials import Denials, Kind
+from ucm_middleware.audit.denials import OTHERS, Denials, Kind
 from ucm_middleware.audit.journal import Journal
 from ucm_middleware.audit.ledger import DurableLedger, Ledger
 from ucm_middleware.audit.records import (
@@ -40,6 +40,7 @@ from ucm_middleware.errors import (
     UserContextError,
 )
 from ucm_middleware.forking import renewed_after_fork
+from ucm_middleware.ids import RESERVED_PREFIX
 from ucm_middleware.lifetime import Journal as JournalPort
 from ucm_middleware.lifetime import Lifetime
 from ucm_middleware.sharing import Finding
@@ -57,6 +58,9 @@ _REFUSALS: Final[tuple[tuple[type[UserContextError], str], ...]] = (
     (CrossUserAccessError, "foreign"),
 )
 _BY_RESOLVER: Final = "resolver"
+
+ANONYMOUS: Final = RESERVED_PREFIX
+"""Stands for all anonymous users where their denials are counted."""
 
 SHOWN_FINDINGS: Final = 100
 """How many breaches of isolation one look puts on record."""
@@ -228,7 +232,7 @@ class AuditTrail:
         if actor is not None and (host := actor._host) is not None:  # perhaps another manager
             host.journal_of(actor).denied()
         action = text_for_record(action)
-        if not self._denials.has_record((None if actor is None else actor._user_id, "denied", action)):
+        if not self._denials.has_record((_whose(actor), "denied", action)):
             return
         data = ("action", action), *_asked_for(asked_for)
         if actor is None:
@@ -264,9 +268,12 @@ class AuditTrail:
         if event == "refused":
             self._about_nobody(event, "denied", word, user_id=user_id, data=data)
         else:
-            actor_id = TRUSTED_CODE if user_id is None else None
             data = (("action", word), *data)
-            self._about_nobody(event, "denied", user_id=user_id, actor_id=actor_id, data=data)
+            if user_id == ANONYMOUS:
+                self._about_nobody(event, "denied", data=(("of", "anonymous users"), *data))
+            else:
+                actor_id = TRUSTED_CODE if user_id is None and word is not OTHERS else None
+                self._about_nobody(event, "denied", user_id=user_id, actor_id=actor_id, data=data)
 
     def privileged(self, actor: UserExecutionContext | None, reason: str, users: Sequence[str] | None) -> None:
         """Someone was granted access to others' contexts, or to everyone's.
@@ -416,6 +423,13 @@ class AuditTrail:
                 record_id=self._next_id(),
             )
         )
+
+
+def _whose(actor: UserExecutionContext | None) -> str | None:
+    """Whose denials are counted together: all anonymous users', since each request may be a new one."""
+    if actor is None:
+        return None
+    return ANONYMOUS if actor._anonymous else actor._user_id
 
 
 def _newest_metadata(records: Sequence[AuditRecord]) -> dict[str, Any]:
