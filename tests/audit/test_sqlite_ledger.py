@@ -372,3 +372,15 @@ def test_erasing_makes_the_anonymous_past_of_a_user_unreadable_too(make_sealed: 
 def test_without_keys_nobody_can_be_erased(make_plain: MakeLedger) -> None:
     with pytest.raises(ConfigurationError, match="keys"):
         make_plain().erase("alice", reason="asked for it")
+
+
+def test_a_link_is_followed_to_where_the_log_is(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
+    with closing(SQLiteLedger(tmp_path / "link.db", keys=None)) as ledger:
+        ledger.start(ring())
+        ledger.append(row("alice", 1))
+        ledger.flush()
+        (tmp_path / "real.db-wal").unlink()
+        ledger.append(row("alice", 2))
+        with pytest.raises(LedgerUnavailableError, match="-wal"):
+            ledger.flush()

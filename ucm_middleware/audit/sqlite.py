@@ -23,7 +23,10 @@ CAPACITY: Final = 65_536
 """How many records may wait in line."""
 
 PATIENCE: Final = 30.0
-"""Seconds that synchronous code waits for room, and the end of the process for the last records."""
+"""Seconds that synchronous code waits for room, or until what is in line is written."""
+
+STOP_PATIENCE: Final = 5.0
+"""Seconds that a stop, and so the end of the process, tries to write the last records while that fails."""
 
 
 class SQLiteLedger:
@@ -42,8 +45,8 @@ class SQLiteLedger:
     """
 
     def __init__(self, path: str | Path, *, keys: str | Path | None, capacity: int = CAPACITY) -> None:
-        self.path = Path(path).absolute()  # wherever the process goes
-        self.keys = None if keys is None else Path(keys).absolute()
+        self.path = Path(path).resolve()  # wherever the process goes; SQLite keeps its log beside what a link leads to
+        self.keys = None if keys is None else Path(keys).resolve()
         if self.keys == self.path:
             raise ConfigurationError(f"keys must be another file than the ledger, not {keys!s} too")
         self.capacity = _checked_capacity(capacity)
@@ -77,7 +80,7 @@ class SQLiteLedger:
             store.close()
         # From now on it must be this one: a ledger that disappears is not silently followed by an empty one.
         self._writer = writer = Writer(partial(_Store, self.path, self.keys, secrets, store.stream))
-        weakref.finalize(self, writer.stop, PATIENCE)
+        weakref.finalize(self, writer.stop, STOP_PATIENCE)
         # Imported here and below: the package itself needs nothing of it.
         from multiprocessing.util import register_after_fork
 
@@ -136,7 +139,7 @@ class SQLiteLedger:
     def close(self) -> None:
         """Write what is in line, and let go of the file. It is opened again for the next record."""
         if self._writer is not None:
-            self._writer.stop(PATIENCE)
+            self._writer.stop(STOP_PATIENCE)
 
     def _started(self) -> Writer:
         if self._writer is None:
@@ -148,7 +151,7 @@ def _stop_at_exit(writer: Writer) -> None:
     """In a forked child of multiprocessing, which ends without the exit handlers of the interpreter."""
     from multiprocessing.util import Finalize
 
-    Finalize(writer, writer.stop, (PATIENCE,), exitpriority=0)
+    Finalize(writer, writer.stop, (STOP_PATIENCE,), exitpriority=0)
 
 
 def _checked_capacity(capacity: object) -> int:
@@ -166,7 +169,12 @@ class _Store:
         self._file = file = LedgerFile.open(path, sealed=keys is not None, stream=stream)
         self.stream = file.stream
         try:
-            self._vault = None if keys is None else Vault.open(keys, file.stream, secrets, must_exist=file.size > 0)
+            if keys is None:
+                self._vault = None
+            elif stream is None:
+                self._vault = Vault.open(keys, file.stream, secrets, must_exist=file.size > 0)
+            else:  # opened again: only a start makes a key file, or puts it under another secret
+                self._vault = Vault.open_existing(keys, file.stream, secrets)
         except BaseException:
             file.close()
             raise
