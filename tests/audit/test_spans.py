@@ -824,11 +824,9 @@ class TestMetrics:
         assert sdk.metric("ucm.record.unexported") == 3
         assert sdk.metric("ucm.record.unexported", ucm_event="denied") == 1
 
-    async def test_without_a_tracer_provider_no_record_has_an_exported_span(
-        self, monkeypatch: pytest.MonkeyPatch, make_manager: MakeManager
-    ) -> None:
-        with installed(Sdk()) as sdk:
-            monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", trace.NoOpTracerProvider())
+    async def test_without_a_tracer_provider_no_record_has_an_exported_span(self, make_manager: MakeManager) -> None:
+        with installed(Sdk()) as sdk, pytest.MonkeyPatch.context() as patch:  # undone before what it lies on
+            patch.setattr("opentelemetry.trace._TRACER_PROVIDER", trace.NoOpTracerProvider())
             await exchange(serving(make_manager()), request())
             assert sdk.metric("ucm.record.unexported") == 2
             assert sdk.metric("ucm.record.unexported", ucm_event="closed") == 1

@@ -1,6 +1,7 @@
 """SQLiteLedger under the port, and under a manager."""
 
 import gc
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from support.contexts import MakeManager, events, running_as
 from support.ledger import SECRET, bodies, bytes_of, query, ring, row
 from support.waiting import wait_until
 from ucm_middleware import ConfigurationError, CrossUserAccessError, LedgerFileError, LedgerUnavailableError
-from ucm_middleware.audit import DurableLedger, SQLiteLedger, UserMention
+from ucm_middleware.audit import DurableLedger, SQLiteLedger, UserMention, sqlite
 from ucm_middleware.audit.file import PART_BITS
 from ucm_middleware.audit.reader import SHOWN
 from ucm_middleware.audit.records import Event
@@ -374,7 +375,8 @@ def test_without_keys_nobody_can_be_erased(make_plain: MakeLedger) -> None:
         make_plain().erase("alice", reason="asked for it")
 
 
-def test_a_link_is_followed_to_where_the_log_is(tmp_path: Path) -> None:
+def test_a_link_is_followed_to_where_the_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "STOP_PATIENCE", 0.01)
     (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
     with closing(SQLiteLedger(tmp_path / "link.db", keys=None)) as ledger:
         ledger.start(ring())
@@ -384,3 +386,32 @@ def test_a_link_is_followed_to_where_the_log_is(tmp_path: Path) -> None:
         ledger.append(row("alice", 2))
         with pytest.raises(LedgerUnavailableError, match="-wal"):
             ledger.flush()
+
+
+def test_a_log_that_is_taken_away_loses_nothing_while_the_process_lives(make: MakeLedger) -> None:
+    ledger = make()
+    ledger.append(row("alice", 1))
+    ledger.flush()
+    ledger.path.with_name("audit.db-wal").unlink()
+    ledger.append(row("alice", 2))
+    with pytest.raises(LedgerUnavailableError, match="-wal"):
+        ledger.flush()
+    wait_until(lambda: ledger.problem is None, "it is written again")
+    assert numbers(ledger, "alice") == [1, 2]
+
+
+def test_records_that_were_acknowledged_and_are_gone_are_not_written_over(
+    make: MakeLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "STOP_PATIENCE", 0.01)
+    ledger = make()
+    for file in tmp_path.glob("*.db"):
+        shutil.copy(file, tmp_path / f"{file.name}.before")
+    ledger.append(row("alice", 1))
+    ledger.close()
+    for file in tmp_path.glob("*.before"):  # what a restored backup does
+        file.replace(file.with_suffix(""))
+    ledger.append(row("alice", 2))
+    problem = "has 0 records, and 1 were acknowledged in this process"
+    wait_until(lambda: problem in (ledger.problem or ""), "what is missing is told")
+    assert query(ledger.path, "SELECT size FROM ledger") == [(0,)]

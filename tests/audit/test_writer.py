@@ -333,3 +333,5 @@ def test_what_the_writer_itself_comes_upon_waits_for_nobody(shelf: Shelf) -> Non
     writer._open_store = Finalizing
     writer.append(row(number=1))
     wait_until(lambda: shelf.numbers == [1] and not writer.lag, "it is written")
+    assert writer._stopped is not None
+    writer._stopped.join()

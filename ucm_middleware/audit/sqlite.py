@@ -3,19 +3,20 @@
 import threading
 import weakref
 from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from ucm_middleware.audit.encoding import encode_plain, encode_sealed, users_in
 from ucm_middleware.audit.erasure import erase_user
-from ucm_middleware.audit.file import LedgerFile
+from ucm_middleware.audit.file import Entry, LedgerFile
 from ucm_middleware.audit.ledger import Trail
 from ucm_middleware.audit.reader import LedgerReader
 from ucm_middleware.audit.records import Row, UserMention
 from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.audit.writer import Writer
-from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
+from ucm_middleware.errors import ConfigurationError, LedgerFileError, LedgerUnavailableError
 from ucm_middleware.forking import quiet_during_fork
 from ucm_middleware.secret import SecretRing
 
@@ -79,7 +80,7 @@ class SQLiteLedger:
             store = _Store(self.path, self.keys, secrets)
             store.close()
         # From now on it must be this one: a ledger that disappears is not silently followed by an empty one.
-        self._writer = writer = Writer(partial(_Store, self.path, self.keys, secrets, store.stream))
+        self._writer = writer = Writer(partial(_Store, self.path, self.keys, secrets, store.known))
         weakref.finalize(self, writer.stop, STOP_PATIENCE)
         # Imported here and below: the package itself needs nothing of it.
         from multiprocessing.util import register_after_fork
@@ -160,18 +161,34 @@ def _checked_capacity(capacity: object) -> int:
     return capacity
 
 
+@dataclass(slots=True)
+class _Known:
+    """What a process knows of its ledger, whenever it opens it again."""
+
+    stream: str
+    size: int
+
+
 class _Store:
     """The files, open: what the writer's thread writes to."""
 
-    __slots__ = ("_file", "_vault", "stream")
+    __slots__ = ("_file", "_vault", "known")
 
-    def __init__(self, path: Path, keys: Path | None, secrets: SecretRing, stream: str | None = None) -> None:
-        self._file = file = LedgerFile.open(path, sealed=keys is not None, stream=stream)
-        self.stream = file.stream
+    def __init__(self, path: Path, keys: Path | None, secrets: SecretRing, known: _Known | None = None) -> None:
+        self._file = file = LedgerFile.open(
+            path, sealed=keys is not None, stream=None if known is None else known.stream
+        )
+        self.known = _Known(file.stream, file.size) if known is None else known
         try:
+            if file.size < self.known.size:
+                raise LedgerFileError(
+                    str(path),
+                    f"has {file.size} records, and {self.known.size} were acknowledged in this process",
+                    "put back the file beside it that ends in -wal, or restart to go on without them",
+                )
             if keys is None:
                 self._vault = None
-            elif stream is None:
+            elif known is None:
                 self._vault = Vault.open(keys, file.stream, secrets, must_exist=file.size > 0)
             else:  # opened again: only a start makes a key file, or puts it under another secret
                 self._vault = Vault.open_existing(keys, file.stream, secrets)
@@ -180,14 +197,17 @@ class _Store:
             raise
 
     def write(self, rows: Sequence[Row]) -> None:
+        self._file.append(self._entries(rows))
+        self.known.size = self._file.size
+
+    def _entries(self, rows: Sequence[Row]) -> list[Entry]:
         if self._vault is None:
-            self._file.append([encode_plain(row) for row in rows])
-            return
+            return [encode_plain(row) for row in rows]
         subjects = self._vault.of({user_id for row in rows for user_id in users_in(row)})
         for row in rows:
             if row[0] == "bound":
                 _bind(self._vault, row)
-        self._file.append([encode_sealed(row, subjects) for row in rows])
+        return [encode_sealed(row, subjects) for row in rows]
 
     def close(self) -> None:
         if self._vault is not None:
