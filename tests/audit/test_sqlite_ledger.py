@@ -19,7 +19,6 @@ from ucm_middleware.audit import DurableLedger, SQLiteLedger, UserMention, sqlit
 from ucm_middleware.audit.file import PART_BITS
 from ucm_middleware.audit.reader import SHOWN
 from ucm_middleware.audit.records import Event
-from ucm_middleware.audit.writer import THREAD_NAME
 from ucm_middleware.environment import IsolatedEnvironment
 
 MakeLedger = Callable[..., SQLiteLedger]
@@ -329,10 +328,13 @@ def test_a_ledger_that_is_let_go_of_writes_what_it_has(tmp_path: Path) -> None:
     ledger.start(ring())
     for number in range(100):
         ledger.append(row("alice", number))
+    assert ledger._writer is not None
+    thread = ledger._writer._thread
+    assert thread is not None
     del ledger
     gc.collect()
     assert len(bodies(tmp_path / "audit.db")) == 100
-    assert THREAD_NAME not in [thread.name for thread in threading.enumerate()]
+    assert not thread.is_alive()
 
 
 def test_what_cannot_be_encoded_does_not_stop_the_others(make: MakeLedger) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -250,16 +250,14 @@ def test_none_is_started_before_there_is_something_to_write(shelf: Shelf) -> Non
     assert shelf.opened == 0
 
 
-def names(values: Callable[[], Sequence[threading.Thread]]) -> list[str]:
-    return [thread.name for thread in values()]
-
-
 def test_its_thread_ends_with_it(shelf: Shelf) -> None:
     writer = Writer(shelf.open)
     writer.append(row())
-    assert module.THREAD_NAME in names(threading.enumerate)
+    thread = writer._thread
+    assert thread is not None
+    assert (thread.name, thread.is_alive()) == (module.THREAD_NAME, True)
     writer.stop(20)
-    assert module.THREAD_NAME not in names(threading.enumerate)
+    assert not thread.is_alive()
 
 
 class Reporter(logging.Filter):
