@@ -30,7 +30,8 @@ def check_wheel() -> None:
     installed = distribution("ucm-middleware")
     plugin = {"_ucm_middleware_pytest.py", "__pycache__"}  # beside the package; the module says why
     own = {"ucm_middleware", *plugin, f"ucm_middleware-{installed.version}.dist-info"}
-    strangers = {file.parts[0] for file in installed.files or ()} - own
+    # The command stands where commands do, outside of site-packages.
+    strangers = {file.parts[0] for file in installed.files or () if file.name not in {"ucm", "ucm.exe"}} - own
     if strangers:
         sys.exit(
             f"the wheel installs {sorted(strangers)} beside ucm_middleware and its pytest plugin, expected nothing else"
