@@ -323,17 +323,16 @@ def give_away(path: Path, mode: int) -> None:
 def test_one_that_can_only_be_read(what: str, while_open: bool, folder: Path) -> None:
     """Whoever is in it can be read; everything else is refused. Also while others write."""
     path = folder / "keys.db"
-    vault = Vault.open(path, STREAM, ring())
-    vault.of(["alice", "bob"])
-    if not while_open:
-        vault.close()
-    before = sorted(os.listdir(folder))
-    for file in folder.iterdir():
-        give_away(file, 0o600 if what == "folder" else 0o400)
-    give_away(folder, 0o700 if what == "file" else 0o500)
-    assert without_rights(READ_ONLY, str(path), "file" if what == "file" else "folder") == f"{before}\n"
-    folder.chmod(0o700)
-    vault.close()
+    with closing(Vault.open(path, STREAM, ring())) as vault:
+        vault.of(["alice", "bob"])
+        if not while_open:
+            vault.close()
+        before = sorted(os.listdir(folder))
+        for file in folder.iterdir():
+            give_away(file, 0o600 if what == "folder" else 0o400)
+        give_away(folder, 0o700 if what == "file" else 0o500)
+        assert without_rights(READ_ONLY, str(path), "file" if what == "file" else "folder") == f"{before}\n"
+        folder.chmod(0o700)
     with closing(Vault.open(path, STREAM, ring())) as again:
         assert again.find("alice") is not None
 
