@@ -53,14 +53,14 @@ class TestWhatIsDestroyed:
 
     def test_what_was_bound_to_them_too(self, vault: Vault) -> None:
         for anonymous, user in (("anonymous_1", ALICE), ("anonymous_2", ALICE), ("anonymous_3", "bob")):
-            vault.bind(anonymous, user)
+            vault.bind({anonymous: user})
         tokens = {user: subject.token for user, subject in vault.of(["anonymous_1", "anonymous_2", ALICE]).items()}
         assert set(vault.erase(ALICE)) == set(tokens.values())
         assert [vault.find(user) for user in tokens] == [None, None, None]
         assert vault.find("anonymous_3") is not None
 
     def test_an_anonymous_one_alone(self, vault: Vault) -> None:
-        vault.bind("anonymous_1", ALICE)
+        vault.bind({"anonymous_1": ALICE})
         assert len(vault.erase("anonymous_1")) == 1
         assert vault.find(ALICE) is not None
 
@@ -73,7 +73,7 @@ class TestWhatIsDestroyed:
 class TestNoByteIsLeft:
     def test_where_the_row_shared_its_page(self, vault: Vault, path: Path) -> None:
         vault.of([ALICE, *users(3)])
-        vault.bind("anonymous_1", ALICE)
+        vault.bind({"anonymous_1": ALICE})
         gone = [rows_of(path)[user] for user in (ALICE, "anonymous_1")]
         assert [row.traces_in(content_of(path)) for row in gone] == [{"lookup", "sealed"}] * 2
         vault.erase(ALICE)
@@ -97,7 +97,7 @@ class TestNoByteIsLeft:
         while not copied:
             vault.of(users(1500, number))
             for user in users(1500, number)[::100]:
-                vault.bind(user, "bob")
+                vault.bind({user: "bob"})
             number += 1500
             with closing(sqlite3.connect(path)) as connection:
                 assert connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0

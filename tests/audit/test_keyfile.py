@@ -264,7 +264,7 @@ for secrets in (ring(), ring(OTHER, SECRET)):
     with closing(Vault.open(path, STREAM, secrets, must_exist=True)) as vault:
         alice = vault.of(["alice"])["alice"]
         assert vault.name_of(alice.token) == "alice"
-        for use in (lambda: vault.of(["carol"]), lambda: vault.bind("bob", "alice"), lambda: vault.erase("alice")):
+        for use in (lambda: vault.of(["carol"]), lambda: vault.bind({"bob": "alice"}), lambda: vault.erase("alice")):
             said = refused(use)
             assert "can only be read, and something was to be written to it; make it and its folder" in said, said
         assert vault.find("carol") is None

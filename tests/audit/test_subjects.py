@@ -131,20 +131,29 @@ class TestSealing:
 class TestBinding:
     def test_is_what_the_file_says(self, vault: Vault, path: Path) -> None:
         before = vault.of(["anonymous_1"])["anonymous_1"].token
-        vault.bind("anonymous_1", "alice")
-        vault.bind("anonymous_1", "alice")
-        vault.bind("anonymous_2", "alice")
+        vault.bind({"anonymous_1": "alice"})
+        vault.bind({"anonymous_1": "alice"})
+        vault.bind({"anonymous_2": "alice"})
         rows = rows_of(path)
         assert rows["anonymous_1"].token == before
         assert rows["anonymous_1"].bound_to == rows["anonymous_2"].bound_to == rows["alice"].token
         assert rows["alice"].bound_to is None
 
     def test_to_a_second_user_is_refused(self, vault: Vault, path: Path) -> None:
-        vault.bind("anonymous_1", "alice")
+        vault.bind({"anonymous_1": "alice"})
         with pytest.raises(IdentityConflictError, match="bound to another user"):
-            vault.bind("anonymous_1", "bob")
+            vault.bind({"anonymous_1": "bob"})
         assert rows_of(path)["anonymous_1"].bound_to == rows_of(path)["alice"].token
         assert vault.find("bob") is None
+
+    def test_many_are_bound_at_once_or_none(self, vault: Vault, path: Path) -> None:
+        visitors = {f"anonymous_{number}": f"user-{number % 3}" for number in range(20)}
+        vault.bind(visitors)
+        rows = rows_of(path)
+        assert all(rows[visitor].bound_to == rows[user].token for visitor, user in visitors.items())
+        with pytest.raises(IdentityConflictError):
+            vault.bind({"anonymous_20": "alice", "anonymous_0": "alice"})
+        assert "anonymous_20" not in rows_of(path)
 
 
 class TestSeveralProcesses:
@@ -207,7 +216,7 @@ class TestNothingIsKept:
         del batch
         vault.of(["alice", "bob"])
         vault.find("alice")
-        vault.bind("anonymous_1", "alice")
+        vault.bind({"anonymous_1": "alice"})
         assert len(subjects()) == before
 
     def test_of_one_that_is_closed(self, vault: Vault) -> None:
@@ -217,7 +226,7 @@ class TestNothingIsKept:
             lambda: vault.of(["alice"]),
             lambda: vault.find("alice"),
             lambda: vault.name_of(bytes(16)),
-            lambda: vault.bind("anonymous_1", "alice"),
+            lambda: vault.bind({"anonymous_1": "alice"}),
             lambda: vault.erase("alice"),
         ):
             with pytest.raises(LedgerFileError, match="is closed"):

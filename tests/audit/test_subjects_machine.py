@@ -76,9 +76,9 @@ class KeyFile(RuleBasedStateMachine):
         others = {name for name, known in self.known.items() if visitor in known.visitors} - {user}
         if others:
             with pytest.raises(IdentityConflictError):
-                self.vaults[which].bind(visitor, user)
+                self.vaults[which].bind({visitor: user})
             return
-        self.vaults[which].bind(visitor, user)
+        self.vaults[which].bind({visitor: user})
         for name, subject in self.vaults[1 - which].of([visitor, user]).items():
             self.learn(name, subject)
         self.known[user].visitors.add(visitor)

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,8 +99,9 @@ class SQLiteLedger:
 
     def append(self, row: Row) -> None:
         """As the port says. Raises LedgerUnavailableError when the line is full and cannot be written."""
-        writer = self._started()
-        if writer.lag >= self.capacity and row[0] != "closed":
+        writer = self._writer or self._started()
+        # First what is never less than the lag, and costs a third of it.
+        if writer.waiting() + len(writer.rows) >= self.capacity and row[0] != "closed" and writer.lag >= self.capacity:
             writer.wait_passed(PATIENCE)
         writer.append(row)
 
@@ -204,9 +205,8 @@ class _Store:
         if self._vault is None:
             return [encode_plain(row) for row in rows]
         subjects = self._vault.of({user_id for row in rows for user_id in users_in(row)})
-        for row in rows:
-            if row[0] == "bound":
-                _bind(self._vault, row)
+        if bound := dict(pair for row in rows if row[0] == "bound" for pair in _bound(row)):
+            self._vault.bind(bound)
         return [encode_sealed(row, subjects) for row in rows]
 
     def close(self) -> None:
@@ -215,9 +215,9 @@ class _Store:
         self._file.close()
 
 
-def _bind(vault: Vault, row: Row) -> None:
-    """What is on record of an anonymous one is the user's that it learned, and is erased with it."""
+def _bound(row: Row) -> Iterator[tuple[str, str]]:
+    """The anonymous one and the user that it learned: what is on record of the one is erased with the other."""
     anonymous_id = row[2]
     for name, value in row[11]:
         if name == "user_id" and isinstance(value, UserMention) and anonymous_id is not None:
-            vault.bind(anonymous_id, value)
+            yield anonymous_id, value

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ucm_middleware.audit import database
 from ucm_middleware.audit.database import errors_of, transaction
+from ucm_middleware.audit.encoding import SUBJECT_LENGTH
 from ucm_middleware.audit.keyfile import RESTORE, open_key_file, start_key_file
 from ucm_middleware.audit.sealing import cipher_of, seal, unseal
 from ucm_middleware.errors import ErasureIncompleteError, IdentityConflictError, LedgerFileError
@@ -24,10 +25,11 @@ from ucm_middleware.secret import Secret, SecretRing
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-TOKEN_BYTES: Final = 16
 KEY_BYTES: Final = 32
 
 _OF_USER: Final = "lookup = :lookup OR bound_to = (SELECT subject FROM subjects WHERE lookup = :lookup)"
+
+_BIND: Final = "UPDATE subjects SET bound_to = :user WHERE subject = :anonymous AND ifnull(bound_to, :user) = :user"
 
 _AT_ONCE: Final = 250  # how many users one statement asks for; SQLite may be built with a limit of 999
 
@@ -130,21 +132,20 @@ class Vault:
                     found[token] = user_id, Subject(token, cipher_of(secret), self._path)
         return found
 
-    def bind(self, anonymous_id: str, user_id: str) -> None:
-        """An anonymous subject learned its user: whoever erases that user erases it too.
+    def bind(self, users: Mapping[str, str]) -> None:
+        """Anonymous subjects, by their ids, learned their users: whoever erases a user erases those too.
 
-        Durable on return; the same again changes nothing. Raises IdentityConflictError when it has another user.
+        Durable on return; the same again changes nothing. Raises IdentityConflictError, and binds none, when one has
+        another user.
         """
-        wanted = self._lookups((anonymous_id, user_id))
+        wanted = self._lookups((*users, *users.values()))
         with self._database() as connection, transaction(connection):
             subjects = self._known_or_new(connection, wanted)
-            pair = {"anonymous": subjects[anonymous_id].token, "user": subjects[user_id].token}
-            bound = connection.execute(
-                "UPDATE subjects SET bound_to = :user WHERE subject = :anonymous AND ifnull(bound_to, :user) = :user",
-                pair,
-            )
-            if not bound.rowcount:
-                raise IdentityConflictError(f"subject {pair['anonymous'].hex()} is bound to another user than this one")
+            for anonymous_id, user_id in users.items():
+                token = subjects[anonymous_id].token
+                bound = connection.execute(_BIND, {"anonymous": token, "user": subjects[user_id].token})
+                if not bound.rowcount:
+                    raise IdentityConflictError(f"subject {token.hex()} is bound to another user than this one")
 
     def subjects_of(self, user_id: str) -> tuple[bytes, ...]:
         """The subjects that ``erase`` would erase."""
@@ -228,7 +229,7 @@ class Vault:
             (
                 (
                     lookup,
-                    token := urandom(TOKEN_BYTES),
+                    token := urandom(SUBJECT_LENGTH),
                     seal(self._cipher, urandom(KEY_BYTES) + user_id.encode(), token),
                 )
                 for lookup, user_id in wanted.items()

@@ -40,7 +40,7 @@ from ucm_middleware.errors import (
     UserContextError,
 )
 from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.ids import RESERVED_PREFIX
+from ucm_middleware.ids import RESERVED_PREFIX, Core
 from ucm_middleware.lifetime import Journal as JournalPort
 from ucm_middleware.lifetime import Lifetime
 from ucm_middleware.sharing import Finding
@@ -58,6 +58,9 @@ _REFUSALS: Final[tuple[tuple[type[UserContextError], str], ...]] = (
     (CrossUserAccessError, "foreign"),
 )
 _BY_RESOLVER: Final = "resolver"
+
+Where = tuple[str, Core, str | Core, str | None, str | None]
+"""In whose trail, and the ids of the context: its core; the request's, the thread's and the run's, as given."""
 
 ANONYMOUS: Final = RESERVED_PREFIX
 """Stands for all anonymous users where their denials are counted."""
@@ -355,23 +358,9 @@ class AuditTrail:
         user_id: str | None = None,
     ) -> None:
         """A record of something in a context; in the trail of its user, or of another one that is named."""
-        self._append(
-            AuditRecord(
-                event,
-                time.time(),
-                context._user_id if user_id is None else user_id,
-                None,
-                context._core,
-                context._request_id,
-                context._thread_id,
-                context._run_id,
-                outcome,
-                reason,
-                seconds,
-                data,
-                self._next_id(),
-            )
-        )
+        user_id = context._user_id if user_id is None else user_id
+        where = user_id, context._core, context._request_id, context._thread_id, context._run_id
+        self._in(where, event, outcome, reason, seconds, data)
 
     def _of_resource(
         self,
@@ -383,20 +372,28 @@ class AuditTrail:
         data: Data = (),
     ) -> None:
         """A record of a resource of a context, which may be gone."""
+        where = journal.user_id, journal.core, journal.request_id, journal.thread_id, journal.run_id
+        self._in(where, event, outcome, reason, None, (("name", text_for_record(name)), *data))
+
+    def _in(
+        self, where: Where, event: Event, outcome: Outcome, reason: str | None, seconds: float | None, data: Data
+    ) -> None:
+        user_id, core, request_id, thread_id, run_id = where
         self._append(
             AuditRecord(
                 event,
                 time.time(),
-                journal.user_id,
+                user_id,
                 None,
-                journal.core,
-                journal.request_id,
-                journal.thread_id,
-                journal.run_id,
+                core,
+                request_id,
+                thread_id,
+                run_id,
                 outcome,
                 reason,
-                data=(("name", text_for_record(name)), *data),
-                record_id=self._next_id(),
+                seconds,
+                data,
+                self._next_id(),
             )
         )
 

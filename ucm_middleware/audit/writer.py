@@ -67,12 +67,12 @@ class Writer:
         "_lock",
         "_open_store",
         "_put",
-        "_rows",
         "_stopped",
         "_store",
         "_thread",
         "_writing",
         "problem",
+        "rows",
         "waiting",
     )
 
@@ -102,7 +102,8 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._stopped: threading.Thread | None = None
         self._barriers: set[Barrier] = set()  # those in line
-        self._rows: list[Row] = []  # in hand: taken from the line, and not written yet
+        self.rows: list[Row] = []
+        """In hand: taken from the line, and not written yet."""
         self.problem: str | None = None
         self._line: SimpleQueue[Row | Barrier] = SimpleQueue()  # its put is reentrant too
         self._put, self.waiting = self._line.put, self._line.qsize
@@ -144,15 +145,13 @@ class Writer:
             if thread is threading.current_thread():  # a finalizer that the writer itself came upon
                 return
             thread.join(timeout)
-            if self._rows:
-                logger.critical(
-                    "%d audit records are not written: %s", len(self._rows), self.problem or "it takes long"
-                )
+            if self.rows:
+                logger.critical("%d audit records are not written: %s", len(self.rows), self.problem or "it takes long")
 
     @property
     def lag(self) -> int:
         """How many rows are not written yet."""
-        return max(0, self.waiting() - len(self._barriers)) + len(self._rows)
+        return max(0, self.waiting() - len(self._barriers)) + len(self.rows)
 
     def passed(self) -> "asyncio.Future[None]":
         """What to await until what is in line now is durable. Raises LedgerUnavailableError."""
@@ -182,7 +181,7 @@ class Writer:
     def _run(self, predecessor: threading.Thread | None) -> None:
         if predecessor is not None:
             predecessor.join()  # what it has in hand comes before whatever is in line
-        rows = self._rows
+        rows = self.rows
         last_try: float | None = None
         pause = FIRST_PAUSE
         while last_try is None or rows or self.waiting():  # what came behind the last barrier is written too
@@ -237,15 +236,15 @@ class Writer:
 
     def _write_here(self) -> None:
         """Write what is in line in this thread, since there can be no other any more."""
-        barriers = _take(self._line, self._rows)
+        barriers = _take(self._line, self.rows)
         self._barriers.difference_update(barriers)
         try:
-            if self._rows:
-                self._write(self._rows)
+            if self.rows:
+                self._write(self.rows)
         except Exception as error:  # noqa: BLE001 - as in the thread
-            self._report(error, len(self._rows))
+            self._report(error, len(self.rows))
         else:
-            self._rows.clear()
+            self.rows.clear()
         _release(barriers, self.problem)
         self._let_go()
 

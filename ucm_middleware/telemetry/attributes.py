@@ -1,4 +1,4 @@
-"""What a span says of a record: never data, nor any text that may name a person."""
+"""What a span says of a record: never data, a user id or free text. Ids of requests, threads and runs, as given."""
 
 from typing import Final, get_args
 
