@@ -32,6 +32,9 @@ class _NoLedger:
     def trail(self, user_id: str | None) -> Trail | None:
         return None
 
+    def knows(self, user_id: str) -> bool:
+        return True
+
 
 def _manager() -> UserContextManager:
     return UserContextManager(max_contexts=MOST, max_anonymous_contexts=MOST, ttl=TTL, ledger=_NoLedger())

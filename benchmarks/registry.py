@@ -120,7 +120,7 @@ def measure_table(
     """The table with these contexts in it, while the visitors come and go. The dict has the same keys."""
     plain = Plain([key_of(context) for context in contexts])
     unlimited = 2 * len(contexts) + len(visitors)
-    table = Registry(Limits(10, unlimited, unlimited), monotonic)
+    table = Registry(Limits(10, unlimited, unlimited, 10), monotonic)
     by_pair = isinstance(key_of(contexts[0]), tuple)
 
     def put_in(context: UserExecutionContext, key: Key) -> None:

@@ -88,13 +88,39 @@ class HandleRevokedError(ContextClosedError):
 
 
 class ContextLimitError(UserContextError, RuntimeError):
-    """A limit on live contexts is reached. ``scope`` is "user", "anonymous", "total", "depth" or "children"."""
+    """A limit on live contexts is reached.
+
+    ``scope`` is "user", "connections", "anonymous", "total", "depth" or "children".
+    """
 
     def __init__(self, scope: str, limit: int, remedy: str) -> None:
         super().__init__(f"the limit of {limit} live contexts ({scope}) is reached; {remedy}")
         self.scope = scope
         self.limit = limit
         self.remedy = remedy
+
+
+class InvalidEventError(UserContextError, ValueError):
+    """An event cannot be sent: ``field`` names what is wrong with it, ``rule`` how. Nothing of it was sent."""
+
+    def __init__(self, field: str, rule: str, remedy: str) -> None:
+        super().__init__(f"{field}: {rule}; {remedy}")
+        self.field = field
+        self.rule = rule
+        self.remedy = remedy
+
+
+class MessageLimitError(UserContextError):
+    """A client sent more than one connection may: ``scope`` is "size", in bytes, or "rate", in messages a second."""
+
+    def __init__(self, scope: str, limit: float) -> None:
+        super().__init__(f"the client sent more than this connection takes ({scope}: {limit:g}); it is closed")
+        self.scope = scope
+        self.limit = limit
+
+
+class OriginError(UserContextError):
+    """A WebSocket handshake with cookies came from a page of a site that is not allowed."""
 
 
 class ContextIsolationError(UserContextError):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from os import getpid, urandom
-from typing import Final, Literal, cast
+from typing import Final, Literal, TypeGuard, cast
 
 from ucm_middleware.environment import ENVIRONMENT_VARIABLE, Environment, process_environment
 from ucm_middleware.errors import InvalidContextError
@@ -282,3 +282,12 @@ class UnifiedIDManager:
         if thread is None:
             raise InvalidContextError("run_id", "is not the id of a run", "give an id made by generate_run_id")
         return thread
+
+
+def is_anonymous_id(value: object) -> TypeGuard[str]:
+    """Whether this is the id of an anonymous context: only the product makes those, and ``validate_id`` refuses
+    them.
+    """
+    return (
+        isinstance(value, str) and value.startswith(RESERVED_PREFIX) and UnifiedIDManager().validate(value, "anonymous")
+    )

@@ -44,6 +44,9 @@ OPEN: Final = State.OPEN
 CLOSING: Final = State.CLOSING
 CLOSED: Final = State.CLOSED
 
+WEBSOCKET: Final = "a WebSocket connection"
+"""What opened the context of one."""
+
 CloseReason = Literal[
     "finished",
     "failed",
@@ -56,6 +59,7 @@ CloseReason = Literal[
     "revoked",
     "shutdown",
     "disconnected",
+    "slow",
 ]
 
 HANDLER_GRACE: Final = 5.0
@@ -63,7 +67,7 @@ HANDLER_GRACE: Final = 5.0
 same.
 """
 
-INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected"})
+INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected", "slow"})
 """The reasons that stop a handler in the middle of its work; after any other it may run on without its context."""
 
 

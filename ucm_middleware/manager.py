@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from contextvars import Context
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeGuard, cast
+from typing import Any, ClassVar, Literal, cast
 
 from ucm_middleware.ambient import Grant
 from ucm_middleware.audit.ledger import DurableLedger, Ledger, NoLedger
@@ -35,13 +35,18 @@ from ucm_middleware.errors import (
     ManagerDrainingError,
     UserContextError,
 )
+from ucm_middleware.events.delivery import Delivery
+from ucm_middleware.events.envelope import TO_ALL, narrowing
+from ucm_middleware.events.hub import Hub
+from ucm_middleware.events.policy import CONTEXT_CHANGED, EventPolicy
 from ucm_middleware.execution import validate_user_context
 from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
-from ucm_middleware.ids import RESERVED_PREFIX, UnifiedIDManager, validate_id
+from ucm_middleware.ids import UnifiedIDManager, is_anonymous_id, validate_id
 from ucm_middleware.keys import OwnerKeys
-from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Journal, Lifetime, loop_is_live, running_loop
+from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Journal, Lifetime, loop_is_live, running_loop
+from ucm_middleware.messenger import Messenger
 from ucm_middleware.plugins import load_hooks
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
@@ -82,10 +87,14 @@ class UserContextManager:
     its handler runs, its outcome before the last of its answer leaves, and 503 answers what cannot be recorded. "off"
     keeps none.
 
+    ``events`` says which events may be sent, and how many may wait. ``max_connections_per_user`` is how many of a
+    user's contexts may be WebSocket connections: fewer than there may be contexts, so that requests find room.
+
     Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
 
     MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
+    MAX_CONNECTIONS_PER_USER: ClassVar[int] = 8
     MAX_CONTEXTS: ClassVar[int] = 100_000
     MAX_ANONYMOUS_CONTEXTS: ClassVar[int] = 10_000
     MANAGED_TTL: ClassVar[float] = 3600.0
@@ -106,11 +115,14 @@ class UserContextManager:
         clock: Callable[[], float] = time.monotonic,
         plugins: Sequence[object] = (),
         telemetry: bool = True,
+        events: EventPolicy | None = None,
+        max_connections_per_user: int | None = None,
     ) -> None:
         limits = Limits(
             _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
             _checked_limit("max_contexts", max_contexts, self.MAX_CONTEXTS),
             _checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
+            _checked_limit("max_connections_per_user", max_connections_per_user, self.MAX_CONNECTIONS_PER_USER),
         )
         _check_audit(audit, ledger)
         if guard not in ("closed", "open"):
@@ -137,6 +149,8 @@ class UserContextManager:
         if self._durable_ledger is not None:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
+        self._hub = Hub(EventPolicy() if events is None else events, clock, self._sweeper.plan)
+        self._messenger = Messenger(self._hub, self._guard, self._trail, self._is_live)
         self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
         self.after_fork()
         renewed_after_fork(self)
@@ -305,7 +319,7 @@ class UserContextManager:
         if self._draining:
             self._refuse_while_draining(user_id)
         core = self.ids.generate_core()
-        where = "a WebSocket connection" if websocket else "an HTTP request"
+        where = WEBSOCKET if websocket else "an HTTP request"
         context = object.__new__(UserExecutionContext)
         if user_id is None:
             lifetime = Lifetime.begin(UNBOUND, where, variables)
@@ -333,6 +347,82 @@ class UserContextManager:
             self.hooks.context_opened(context)
         return context
 
+    # Events.
+
+    async def send_event(
+        self,
+        user_id: str,
+        event: str,
+        data: object = None,
+        *,
+        thread_id: str | None = None,
+        run_id: str | None = None,
+        connection_id: str | None = None,
+    ) -> Delivery:
+        """Send an event to every live connection of a user, in the order of all events for that user.
+
+        ``data`` is what JSON has. Each of the others narrows it to the user's connections of that thread or run, or to
+        the one with that ``websocket_client_id``. A slow connection delays nobody else; see ``EventPolicy``.
+
+        Raises InvalidEventError when nothing was sent, since the type or the data breaks a rule or the user was never
+        here, and CrossUserAccessError for code of another user.
+        """
+        return await self._messenger.send(user_id, event, data, narrowing(thread_id, run_id, connection_id))
+
+    def post_event(
+        self,
+        user_id: str,
+        event: str,
+        data: object = None,
+        *,
+        thread_id: str | None = None,
+        run_id: str | None = None,
+        connection_id: str | None = None,
+    ) -> Delivery:
+        """The same from synchronous code, in any thread. What is answered is then often still queued.
+
+        Raises ConfigurationError on an event loop under the policy "wait", which would block it.
+        """
+        return self._messenger.post(user_id, event, data, narrowing(thread_id, run_id, connection_id))
+
+    async def notify_context_change(self, user_id: str, change: Mapping[str, object]) -> Delivery:
+        """Tell every live connection of a user that something about the user changed: a "context_changed" event."""
+        return await self._messenger.send(user_id, CONTEXT_CHANGED, change, TO_ALL)
+
+    def follow(self, context: UserExecutionContext, *ids: str) -> None:
+        """Send the connection of a context the events of these threads and runs too, of the same user.
+
+        It has those of its own thread and run in any case. Raises ContextNotFoundError for a context without a live
+        connection, InvalidContextError for a bad id, and for more than a hundred.
+        """
+        self._guard.require(context.user_id, "follow")
+        self._hub.follow(context, *(validate_id(one, "ids") for one in ids))
+
+    def revoke(self, user_id: str, reason: str) -> int:
+        """Sign a user out: close every live context, and forget the events that were kept. Returns how many there were.
+
+        WebSockets are closed with 1008, running requests cancelled and answered with 401, resources released after
+        that. ``reason`` goes into the audit trail. Whoever still has valid credentials may come back: end those first.
+
+        Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason.
+        """
+        user_id = user_id if is_anonymous_id(user_id) else validate_id(user_id, "user_id")
+        self._guard.require(user_id, "revoke")
+        actor = self._guard.acting_user()
+        if not reason.strip():
+            raise InvalidContextError("reason", "is empty", "say why; it goes into the audit trail")
+        contexts = [context for _, context in self._registry.live_of([user_id])]
+        try:
+            self._trail.user_revoked(actor, user_id, reason, len(contexts))
+        except LedgerUnavailableError:  # nobody stays signed in because a disk is full
+            logger.critical(
+                "that %d contexts of a user are revoked could not be recorded", len(contexts), exc_info=True
+            )
+        self._hub.purge(user_id)
+        for context in contexts:
+            context.close("revoked")
+        return len(contexts)
+
     # What is there.
 
     def get_active_contexts(self) -> dict[Key, dict[str, Any]]:
@@ -359,7 +449,7 @@ class UserContextManager:
 
     def get_audit_trail(self, user_id: str) -> dict[str, Any] | None:
         """What is on record for one user, before and after their contexts closed; None for a user never seen."""
-        user_id = user_id if _is_anonymous(user_id) else validate_id(user_id, "user_id")
+        user_id = user_id if is_anonymous_id(user_id) else validate_id(user_id, "user_id")
         self._guard.require(user_id, "get_audit_trail")
         return self._trail.of(user_id)
 
@@ -428,6 +518,7 @@ class UserContextManager:
         """
         closed = 0
         self._trail.tell_due()
+        self._hub.sweep()
         while due := self._registry.take_due():
             for context in due:
                 closed += 1
@@ -485,6 +576,8 @@ class UserContextManager:
             self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
+        if context._websocket_client_id is not None:
+            self._hub.leave(context)
         if context._lifetime.reason in CUT_OFF and (context._parent is None or context._parent.is_open):
             try:
                 self._trail.cut_off(context)
@@ -493,6 +586,8 @@ class UserContextManager:
 
     def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._registry.remove(context)
+        if context._websocket_client_id is not None:
+            self._hub.leave(context)
         self._record_end(context, metadata)
 
     def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
@@ -520,6 +615,8 @@ class UserContextManager:
                 "the context closed, or got another identity, at the same moment; open a new one"
             )
         self._trail.bound(context, anonymous_id)
+        if context._websocket_client_id is not None:
+            self._hub.move(context, anonymous_id)
         self.hooks.context_bound(context, anonymous_id)
 
     def end_within(self, context: UserExecutionContext, seconds: float) -> None:
@@ -670,6 +767,9 @@ class UserContextManager:
                 return
         threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
 
+    def _is_live(self, user_id: str) -> bool:
+        return bool(self._registry.live_of([user_id]))
+
     def _live(self) -> int:
         return len(self._registry)
 
@@ -677,7 +777,7 @@ class UserContextManager:
         return 0 if self._durable_ledger is None else self._durable_ledger.lag
 
     def _next_wake(self) -> float | None:
-        wakes = self._registry.next_wake(), self._trail.next_wake()
+        wakes = self._registry.next_wake(), self._trail.next_wake(), self._hub.next_wake()
         return min((wake for wake in wakes if wake is not None), default=None)
 
     def _plan(self, deadline: float | None) -> None:
@@ -714,19 +814,10 @@ def _checked_key(key: object) -> Key:
             raise InvalidContextError("key", "is a tuple of another length than two", "give (user_id, request_id)")
         user_id = pair[0]
         return (
-            user_id if _is_anonymous(user_id) else validate_id(user_id, "user_id"),
+            user_id if is_anonymous_id(user_id) else validate_id(user_id, "user_id"),
             validate_id(pair[1], "request_id"),
         )
-    return str.__str__(key) if _is_anonymous(key) else validate_id(key, "key")
-
-
-def _is_anonymous(value: object) -> TypeGuard[str]:
-    """Whether this is the id of an anonymous context: only the product makes those, and ``validate_id`` refuses
-    them.
-    """
-    return (
-        isinstance(value, str) and value.startswith(RESERVED_PREFIX) and UnifiedIDManager().validate(value, "anonymous")
-    )
+    return str.__str__(key) if is_anonymous_id(key) else validate_id(key, "key")
 
 
 def _check_audit(audit: object, ledger: Ledger | None) -> None:

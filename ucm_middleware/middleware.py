@@ -38,6 +38,9 @@ from ucm_middleware.messages import Messages
 from ucm_middleware.principal import Principal
 from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
+from ucm_middleware.websocket.asgi import AsgiConnection
+from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE, MessageLimits
+from ucm_middleware.websocket.origins import Origins
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +78,10 @@ class UserContextMiddleware:
     whose client has gone is cancelled; up to 16 messages of its body are read ahead to notice. When the
     server announces the shutdown, contexts that are still open get ``drain_timeout`` seconds more; servers announce it
     after a wait of their own, see ``UserContextManager.drain``.
+
+    Of WebSockets: ``allowed_origins`` are the sites, besides the one that is asked, whose pages may open one with
+    cookies. A message of more than ``max_message_size`` bytes, and more than ``message_rate`` messages a second in the
+    long run, close the connection. With ``context_per_message``, each message is handled in a child context of its own.
     """
 
     def __init__(
@@ -88,6 +95,10 @@ class UserContextMiddleware:
         keep: Sequence[ContextVar[Any]] = (),
         cancel_on_disconnect: bool = False,
         drain_timeout: float = 10.0,
+        allowed_origins: Sequence[str] = (),
+        max_message_size: int = MAX_MESSAGE_SIZE,
+        message_rate: float | None = MESSAGE_RATE,
+        context_per_message: bool = False,
     ) -> None:
         self.app = app
         self.manager = UserContextManager() if manager is None else manager
@@ -101,6 +112,9 @@ class UserContextMiddleware:
         self.keep = tuple(keep)
         self.cancel_on_disconnect = cancel_on_disconnect
         self.drain_timeout = checked_drain_timeout(drain_timeout)
+        self.context_per_message = context_per_message
+        self._origins = Origins(allowed_origins)
+        self._message_limits = MessageLimits(max_message_size, message_rate)
         hooks = self.manager.hooks
         self._is_wrapped = bool(hooks.around_context or hooks.around_message)
         self._ledger = self.manager._durable_ledger
@@ -164,6 +178,8 @@ class UserContextMiddleware:
             # Another manager's context: the app between the two middlewares goes on seeing its own.
             scope = {**scope, "state": dict(scope["state"])}
         try:
+            if scope["type"] == "websocket":
+                self._origins.require(scope["headers"])
             found = None if self.identify is None else self.identify(HTTPConnection(scope))
             if type(found) is str:
                 context = self._open(scope, self._validated(found))
@@ -249,15 +265,18 @@ class UserContextMiddleware:
         token = ambient.set(context)
         if (telemetry := self.manager.telemetry).spans is not None:
             receive, send = telemetry.around(context, scope, receive, send)
+        app_send = send  # a refusal goes past what the app may no longer say
+        if scope["type"] == "websocket":
+            receive, app_send = self._connected(context, scope, receive, send)
         try:
             if self._strict_ledger is not None:
                 await self._strict_ledger.durable()
             if self._is_wrapped:
                 receive = await self._wrapped(context, scope, receive)
             if self._strict_ledger is None:
-                await self.app(scope, receive, send)
+                await self.app(scope, receive, app_send)
             else:
-                answer = RecordedAnswer(context, self.manager._trail, self._strict_ledger, scope, send)
+                answer = RecordedAnswer(context, self.manager._trail, self._strict_ledger, scope, app_send)
                 await self.app(scope, receive, answer.send)
                 await answer.finish()
         except (Exception, asyncio.CancelledError) as error:
@@ -287,6 +306,20 @@ class UserContextMiddleware:
             leave(token)
             if ahead is not None:
                 ahead.stop()
+
+    def _connected(
+        self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send
+    ) -> tuple[Receive, Send]:
+        connection = AsgiConnection(
+            context,
+            self.manager._hub,
+            self._message_limits,
+            receive,
+            send,
+            scope.get("query_string", b""),
+            per_message=self.context_per_message,
+        )
+        return connection.receive, connection.send
 
     async def _wrapped(self, context: UserExecutionContext, scope: Scope, receive: Receive) -> Receive:
         """Enter what plugins wrap the context with. Returns a ``receive`` that does so for messages."""

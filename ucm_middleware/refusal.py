@@ -15,6 +15,8 @@ from ucm_middleware.errors import (
     InvalidContextError,
     LedgerUnavailableError,
     ManagerDrainingError,
+    MessageLimitError,
+    OriginError,
     UnauthenticatedError,
     UserContextError,
 )
@@ -23,6 +25,7 @@ from ucm_middleware.types import Scope, Send
 logger = logging.getLogger(__name__)
 
 POLICY_VIOLATION: Final = 1008
+MESSAGE_TOO_BIG: Final = 1009
 TRY_AGAIN_LATER: Final = 1013
 BODILESS: Final = frozenset({204, 205, 304})
 
@@ -54,6 +57,7 @@ _BY_ERROR: Final[tuple[tuple[type[UserContextError], Refusal], ...]] = (
     (CrossUserAccessError, Refusal(403, POLICY_VIOLATION, "Not allowed.")),
     (ContextLimitError, Refusal(429, TRY_AGAIN_LATER, "Too many open requests and connections.", _RETRY)),
     (ManagerDrainingError, _DRAINING),
+    (OriginError, Refusal(403, POLICY_VIOLATION, "Not allowed.")),
     (LedgerUnavailableError, _UNRECORDED),
 )
 
@@ -61,6 +65,11 @@ _BY_REASON: Final = {
     "expired": Refusal(504, POLICY_VIOLATION, "The time for this request has run out."),
     "revoked": _UNAUTHENTICATED,
     "shutdown": _DRAINING,
+    "slow": Refusal(503, TRY_AGAIN_LATER, "The connection does not keep up."),
+}
+_BY_SCOPE: Final = {
+    "size": Refusal(413, MESSAGE_TOO_BIG, "The message is too big."),
+    "rate": Refusal(429, POLICY_VIOLATION, "Too many messages."),
 }
 
 
@@ -70,6 +79,8 @@ def refusal_for(error: BaseException) -> Refusal | None:
         # Only what a client can have given: data that cannot be copied, say, is the application's own, and so are its
         # keys.
         return Refusal(400, POLICY_VIOLATION, f"{error.field}: {error.rule}") if error.field in _ID_FIELDS else None
+    if isinstance(error, MessageLimitError):
+        return _BY_SCOPE[error.scope]
     if isinstance(error, ContextClosedError):
         return _BY_REASON.get(error.reason)
     return next((refusal for kind, refusal in _BY_ERROR if isinstance(error, kind)), None)

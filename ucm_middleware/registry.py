@@ -13,7 +13,7 @@ from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextClosedError, ContextLimitError, CrossUserAccessError
 from ucm_middleware.expiry import front
 from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.lifetime import OPEN, UNBOUND, CloseReason, Lifetime
+from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Lifetime
 from ucm_middleware.population import Place, Population
 
 P = ParamSpec("P")
@@ -33,14 +33,17 @@ SLICE: Final = 256
 
 
 class Limits:
-    """How many live root contexts there may be: of one user, of all named users, and of anonymous ones."""
+    """How many live root contexts there may be: of one user, of all named users, and of anonymous ones; and how many of
+    one user's may be WebSocket connections.
+    """
 
-    __slots__ = ("anonymous", "per_user", "total")
+    __slots__ = ("anonymous", "connections", "per_user", "total")
 
-    def __init__(self, per_user: int, total: int, anonymous: int) -> None:
+    def __init__(self, per_user: int, total: int, anonymous: int, connections: int) -> None:
         self.per_user = per_user
         self.total = total
         self.anonymous = anonymous
+        self.connections = connections
 
 
 @dataclass(slots=True)
@@ -231,7 +234,7 @@ class Registry:
             if ttl != population.ttl:  # sooner or later the table is for those of whom there come more
                 for other in front(population.lone, 1):
                     self._unfold_owner(other)
-            self._make_room(owner, population, displaced)
+            self._make_room(context, owner, population, displaced)
         else:
             keys = context.registry_keys
         place = None
@@ -349,7 +352,7 @@ class Registry:
                 return displaced
             old = context._user_id
             self._unfold_owner(user_id)
-            self._make_room(user_id, named, displaced)
+            self._make_room(context, user_id, named, displaced)
             # The binding calls, and cannot be undone: so there is a place for the context with both, until it is made.
             if self._write(Change(version, context, user_id, named, context.registry_keys, {}, {context: None}, None)):
                 break
@@ -501,10 +504,14 @@ class Registry:
                     self._by_key[left[0]] = squatter
                 return
 
-    def _make_room(self, owner: str, population: Population, displaced: Displaced) -> None:
+    def _make_room(
+        self, context: UserExecutionContext, owner: str, population: Population, displaced: Displaced
+    ) -> None:
         """Check the limits. Contexts that have expired do not count: they are displaced."""
         per_user, limit = self.limits.per_user, population.limit
         mine = self._by_owner.get(owner)
+        if population is self._named and mine is not None and _is_connection(context):
+            self._make_room_for_connection(context, mine, displaced)
         if population is self._named and mine is not None and len(mine) >= per_user:
             displaced.update((context, "expired") for context in list(mine) if not self._is_live(context))
             if len(mine) - sum(context in mine for context in displaced) >= per_user:
@@ -519,6 +526,17 @@ class Registry:
         if live - sum(self._population_of(context) is population for context in displaced) >= limit:
             scope = "total" if population is self._named else "anonymous"
             raise ContextLimitError(scope, limit, "the server is at its limit; try again shortly")
+
+    def _make_room_for_connection(
+        self, context: UserExecutionContext, mine: dict[UserExecutionContext, None], displaced: Displaced
+    ) -> None:
+        most = self.limits.connections
+        others = [other for other in list(mine) if other is not context and _is_connection(other)]
+        if len(others) < most:
+            return
+        displaced.update((other, "expired") for other in others if not self._is_live(other))
+        if sum(other not in displaced for other in others) >= most:
+            raise ContextLimitError("connections", most, "close one of this user's connections first")
 
     def _is_live(self, context: UserExecutionContext) -> bool:
         lifetime = context._lifetime
@@ -539,6 +557,10 @@ class Registry:
 
 def _keys_of(context: UserExecutionContext) -> tuple[Key, ...]:
     return context.registry_keys or ((context.user_id, context.request_id),)
+
+
+def _is_connection(context: UserExecutionContext) -> bool:
+    return context._lifetime.opened_by == WEBSOCKET
 
 
 def _shown(

@@ -28,6 +28,10 @@ class Ledger(Protocol):
         """The trail of one user, None for a user never seen; of ``None``, the records that stand in no user's trail."""
         ...
 
+    def knows(self, user_id: str) -> bool:
+        """Whether there is a trail of this user."""
+        ...
+
 
 class NoLedger:
     """Keeps nothing: the trail is switched off."""
@@ -40,6 +44,10 @@ class NoLedger:
     def trail(self, user_id: str | None) -> Trail | None:
         """Nobody was ever seen."""
         return None
+
+    def knows(self, user_id: str) -> bool:
+        """Nobody can tell, so nobody is said to be unknown."""
+        return True
 
 
 @runtime_checkable

@@ -66,6 +66,12 @@ class MemoryLedger:
         records = sorted((*system.records, *refused.records), key=lambda record: record.at)
         return Trail(None, tuple(records), system.dropped + refused.dropped)
 
+    def knows(self, user_id: str) -> bool:
+        """Whether there is a trail of this user."""
+        with self._lock:
+            self._sort_in()
+            return user_id in self._users_like(user_id)
+
     def _trail(self, key: Key, rows: list[Row]) -> Trail:
         dropped, opening = self._dropped.get(key, (0, None))
         opening = _newest_opening(rows) or opening

@@ -141,6 +141,16 @@ class LedgerReader:
             return None
         return Trail(opening, tuple(records[-shown:]), number - len(records[-shown:]))
 
+    def knows(self, user_id: str) -> bool:
+        """Whether the ledger has anything of a user."""
+        if self._vault is None:
+            token = plain_token(user_id)
+        elif (subject := self._vault.find(user_id)) is None:
+            return False
+        else:
+            token = subject.token
+        return next(self._parts(token), None) is not None
+
     @property
     def size(self) -> int:
         """How many records there are."""

@@ -125,6 +125,13 @@ class SQLiteLedger:
         with self._reading, LedgerReader.open(self.path, self.keys, self._secrets) as reader:
             return reader.trail(user_id)
 
+    def knows(self, user_id: str) -> bool:
+        """As the port says, and as ``trail``."""
+        self.flush()
+        assert self._secrets is not None
+        with self._reading, LedgerReader.open(self.path, self.keys, self._secrets) as reader:
+            return reader.knows(user_id)
+
     def erase(self, user_id: str, *, reason: str) -> int:
         """Make all that is on record of a user unreadable for good, by destroying their keys; see the docs on erasure.
 

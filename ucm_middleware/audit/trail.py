@@ -71,6 +71,9 @@ SHOWN_FINDINGS: Final = 100
 SETTLE_TIMEOUT: Final = 10.0
 """Seconds that synchronous code waits in strict mode for a record to be durable."""
 
+_SENT: Final[tuple[Outcome, str | None]] = "ok", None
+_FULL: Final[tuple[Outcome, str | None]] = "failed", "full"
+
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 
 
@@ -230,6 +233,25 @@ class AuditTrail:
         report = checked_report(event, outcome, reason, seconds, data)
         self._about(context, *report)
 
+    def event_sent(self, actor: UserExecutionContext | None, user_id: str, data: Data, *, is_full: bool) -> None:
+        """An event was put in line for a user's connections. With ``is_full``, one of them loses an event by it."""
+        outcome, reason = _FULL if is_full else _SENT
+        if actor is not None and actor._user_id == user_id:
+            self._about(actor, "event_sent", outcome, reason, data=data)
+        else:
+            actor_id = TRUSTED_CODE if actor is None else actor._user_id
+            self._about_nobody("event_sent", outcome, reason, user_id=user_id, actor_id=actor_id, data=data)
+
+    def user_revoked(self, actor_id: str | None, user_id: str, reason: str, contexts: int) -> None:
+        """A user is signed out everywhere. Each context has a record of its own besides."""
+        by = TRUSTED_CODE if actor_id is None else None if actor_id == user_id else actor_id
+        data: Data = (("contexts", contexts),)
+        self._about_nobody("revoked", "ok", text_for_record(reason), user_id=user_id, actor_id=by, data=data)
+
+    def knows(self, user_id: str) -> bool:
+        """Whether a user was ever seen."""
+        return self._ledger.knows(user_id)
+
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: AskedFor) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
         if actor is not None and (host := actor._host) is not None:  # perhaps another manager
@@ -292,7 +314,7 @@ class AuditTrail:
         else:
             self._about(actor, "privileged", reason=reason, data=data)
         for user_id in users or ():
-            if user_id != actor_id and self._ledger.trail(user_id) is not None:  # a typo makes no user
+            if user_id != actor_id and self._ledger.knows(user_id):  # a typo makes no user
                 self._about_nobody("privileged", "ok", reason, user_id=user_id, actor_id=actor_id)
 
     def settle(self) -> None:

@@ -46,3 +46,7 @@ class RecordingLedger:
             return None
         opening = next((record for record in reversed(records) if record.event == "opened"), None)
         return Trail(None if user_id is None else opening, tuple(records), dropped=0)
+
+    def knows(self, user_id: str) -> bool:
+        """As the port says: whether there is a trail of this user."""
+        return any(record.user_id == user_id for record in self._records)

@@ -1,0 +1,34 @@
+"""What became of an event."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DropReason = Literal["full", "oldest", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """An event that a connection does not get. ``why``: "full", it did not keep up and is closed; "oldest", the event
+    made room for a newer one; "gone", the connection ended.
+    """
+
+    connection_id: str
+    sequence: int
+    why: DropReason
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What became of an event by the time of the answer.
+
+    ``delivered`` counts the connections whose server took it, ``queued`` those for which it waits. ``dropped`` names
+    what connections lose through it. With ``kept``, it can be replayed for a while to connections that come back.
+    ``epoch`` and ``sequence`` are what they name it by.
+    """
+
+    epoch: str
+    sequence: int
+    delivered: int
+    queued: int
+    dropped: tuple[Dropped, ...]
+    kept: bool

@@ -1,0 +1,143 @@
+"""An event as it stands on the wire: JSON, serialised once for all who get it."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+from ucm_middleware.audit.records import iso
+from ucm_middleware.errors import InvalidEventError
+from ucm_middleware.events.policy import TYPE_RULE, EventPolicy, is_type
+from ucm_middleware.ids import validate_id
+from ucm_middleware.isolation import key_text, type_name
+
+# As text, not as escapes: users write in all scripts. What is no number in JSON is refused.
+_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+FRAME: Final = 96
+"""Bytes that the names of an envelope's fields, its epoch and its sequence take at most, roughly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowing:
+    """To which of a user's connections an event goes: those of a thread, a run, or one by its id; None for any."""
+
+    thread_id: str | None = None
+    run_id: str | None = None
+    connection_id: str | None = None
+
+
+TO_ALL: Final = Narrowing()
+
+
+def narrowing(thread_id: str | None, run_id: str | None, connection_id: str | None) -> Narrowing:
+    """The narrowing to all of these. Raises InvalidContextError for what is no id."""
+    if thread_id is None and run_id is None and connection_id is None:
+        return TO_ALL
+    ids = {"thread_id": thread_id, "run_id": run_id, "connection_id": connection_id}
+    return Narrowing(**{name: None if value is None else validate_id(value, name) for name, value in ids.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The thread, the run and the request that an event comes from, as far as there are any."""
+
+    thread_id: str | None = None
+    run_id: str | None = None
+    request_id: str | None = None
+
+
+@dataclass(slots=True)
+class Event:
+    """An event that has its place in its user's order. ``at`` is a reading of the manager's clock."""
+
+    sequence: int
+    text: str
+    size: int
+    at: float
+    narrowing: Narrowing
+
+
+class Draft:
+    """An event that is checked and serialised, and lacks only its place in the order."""
+
+    __slots__ = ("_head", "_size", "_tail", "narrowing", "type")
+
+    def __init__(
+        self, event: object, data: object, user_id: str, origin: Origin, narrowing: Narrowing, policy: EventPolicy
+    ) -> None:
+        """Raises InvalidEventError for a type or data that break a rule."""
+        self.type = _checked_type(event, policy)
+        self.narrowing = narrowing
+        about = {
+            "type": self.type,
+            "user_id": user_id,
+            "thread_id": origin.thread_id,
+            "run_id": origin.run_id,
+            "request_id": origin.request_id,
+            "timestamp": iso(time.time()),
+        }
+        self._head = _encode(about)[:-1]
+        self._tail = _encoded(data)
+        self._size = self._checked_size(policy.max_size)
+
+    def numbered(self, epoch: str, sequence: int, at: float) -> Event:
+        """The event, with its place."""
+        text = f'{self._head},"epoch":"{epoch}","sequence":{sequence},"data":{self._tail}}}'
+        return Event(sequence, text, self._size, at, self.narrowing)
+
+    def _checked_size(self, most: int) -> int:
+        try:
+            size = len(self._head.encode()) + len(self._tail.encode()) + FRAME
+        except UnicodeEncodeError:
+            raise InvalidEventError(
+                "data", "has text that is no Unicode: half of a surrogate pair", "mend the text"
+            ) from None
+        if size > most:
+            raise InvalidEventError(
+                "data", f"makes an event of {size} bytes, and {most} are allowed", "send less, or a reference to it"
+            )
+        return size
+
+
+def _checked_type(event: object, policy: EventPolicy) -> str:
+    if not is_type(event):
+        raise InvalidEventError("event", f"must be {TYPE_RULE}", "give the type of the event, such as 'message'")
+    name = cast("str", event)
+    if policy.types is not None and name not in policy.types:
+        raise InvalidEventError(
+            "event", f"{name!r} is of no declared type", f"send one of {', '.join(sorted(policy.types))}, or declare it"
+        )
+    return name
+
+
+def _encoded(data: object) -> str:
+    try:
+        return _encode(data)
+    except (TypeError, ValueError, RecursionError):
+        path, problem = _culprit(data, "data", 0) or ("data", "nests too deeply, or contains itself")
+        raise InvalidEventError(path, problem, "give plain values that JSON has") from None
+
+
+def _culprit(value: Any, path: str, depth: int) -> tuple[str, str] | None:
+    """Where the first value is that JSON has not, and what it is. Never the value."""
+    if value is None or isinstance(value, str | bool | int):
+        return None
+    if depth > 100:
+        return "data", "nests too deeply, or contains itself"
+    if isinstance(value, float):
+        return None if value - value == 0 else (path, "is no finite number")
+    if isinstance(value, dict):
+        for name, item in cast("Mapping[object, object]", value).items():
+            if not isinstance(name, str | int | float | bool | None):
+                return path, f"has a key that is a {type_name(name)}, not text"
+            if found := _culprit(item, f"{path}[{key_text(name)}]", depth + 1):
+                return found
+        return None
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(cast("Sequence[object]", value)):
+            if found := _culprit(item, f"{path}[{index}]", depth + 1):
+                return found
+        return None
+    return path, f"is a {type_name(value)}, which JSON has not"

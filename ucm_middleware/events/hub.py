@@ -1,0 +1,236 @@
+"""The hub: from an event for a user to each of that user's connections, and to nobody else's."""
+
+# pyright: reportPrivateUsage=false
+# The fields of a context are read where they are.
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import ContextNotFoundError, InvalidContextError
+from ucm_middleware.events.channel import MAX_FOLLOWED, Channel, Connection
+from ucm_middleware.events.delivery import Delivery, Dropped
+from ucm_middleware.events.envelope import TO_ALL, Draft, Event, Origin
+from ucm_middleware.events.policy import EVENTS_MISSED, EventPolicy
+from ucm_middleware.forking import renewed_after_fork
+
+
+@dataclass(slots=True)
+class Sent:
+    """An event that is on its way. ``full`` are the connections that must be closed for it."""
+
+    event: Event
+    epoch: str
+    waiting: list[Connection]
+    dropped: list[Dropped]
+    full: list[UserExecutionContext]
+    kept: bool
+
+    def delivery(self) -> Delivery:
+        """What has become of it by now."""
+        number = self.event.sequence
+        delivered = sum(connection.outbox.sent >= number for connection in self.waiting)
+        gone = [
+            Dropped(connection.id, number, "gone")
+            for connection in self.waiting
+            if connection.outbox.is_over and connection.outbox.sent < number
+        ]
+        queued = len(self.waiting) - delivered - len(gone)
+        return Delivery(self.epoch, number, delivered, queued, (*self.dropped, *gone), self.kept)
+
+
+class Hub:
+    """Thread-safe. One lock, which is held for the few steps that give an event its place and put it in line.
+
+    ``clock`` is monotonic, in seconds; ``plan`` sees to it that ``sweep`` is called at a reading of it.
+    """
+
+    __slots__ = ("__weakref__", "_channels", "_clock", "_keeping", "_kept_size", "_lock", "_plan", "policy")
+
+    def __init__(self, policy: EventPolicy, clock: Callable[[], float], plan: Callable[[float], None]) -> None:
+        self.policy = policy
+        self._clock = clock
+        self._plan = plan
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: the connections are the parent's."""
+        # Reentrant: a finalizer that sends an event may come in between.
+        self._lock = threading.RLock()
+        self._channels: dict[str, Channel] = {}
+        # Those that keep events, in the order of their newest: so the first of them is due first.
+        self._keeping: dict[str, Channel] = {}
+        self._kept_size = 0
+
+    @property
+    def lock(self) -> threading.RLock:
+        """What outboxes share with the hub."""
+        return self._lock
+
+    def knows(self, user_id: str) -> bool:
+        """Whether the user has a connection, or events that are kept."""
+        return user_id in self._channels
+
+    def send(self, user_id: str, draft: Draft) -> Sent:
+        """Put an event in line for each connection of the user that it is for, and keep it."""
+        with self._lock:
+            channel = self._channel(user_id)
+            event = channel.number(draft, self._clock())
+            sent = Sent(event, channel.epoch, [], [], [], self._keep(user_id, channel, event))
+            for connection in tuple(channel.connections.values()):
+                if event.narrowing is TO_ALL or connection.gets(event.narrowing):
+                    self._put(connection, event, sent)
+            self._forget_idle(user_id, channel)
+        for connection in sent.waiting:
+            connection.outbox.wake()
+        return sent
+
+    def _put(self, connection: Connection, event: Event, sent: Sent) -> None:
+        lost = connection.outbox.put(event)
+        for sequence, why in lost:
+            sent.dropped.append(Dropped(connection.id, sequence, why))
+            if why == "full":
+                sent.full.append(connection.context)
+        if not lost or lost[-1][1] == "oldest":
+            sent.waiting.append(connection)
+
+    # Connections.
+
+    def join(self, connection: Connection) -> None:
+        """Send this connection what was kept after its last event, and from now on its user's events."""
+        context = connection.context
+        with self._lock:
+            channel = self._channel(context.user_id)
+            self._replay(connection, channel)
+            channel.connections[context._core] = connection
+        if context.lifetime.is_open:
+            connection.outbox.wake()
+        else:  # closed in the middle of this, and whoever closed it may have found no connection
+            self.leave(context)
+
+    def move(self, context: UserExecutionContext, old_id: str) -> None:
+        """A connection's context, which was anonymous, has learned its user."""
+        with self._lock:
+            old = self._channels.get(old_id)
+            connection = None if old is None else old.connections.pop(context._core, None)
+            if old is not None:
+                self._forget_idle(old_id, old)
+        if connection is not None:
+            self.join(connection)
+
+    def leave(self, context: UserExecutionContext) -> None:
+        """The context is about to close: nothing is sent to its connection any more."""
+        with self._lock:
+            user_id = context._user_id
+            channel = self._channels.get(user_id)
+            connection = None if channel is None else channel.connections.pop(context._core, None)
+            if channel is not None:
+                self._forget_idle(user_id, channel)
+            if connection is not None:
+                connection.outbox.end()
+
+    def follow(self, context: UserExecutionContext, *ids: str) -> None:
+        """Let a connection have the events of these threads and runs too.
+
+        Raises ContextNotFoundError without a live connection, InvalidContextError for too many.
+        """
+        with self._lock:
+            connection = self.connection_of(context)
+            if connection is None:
+                raise ContextNotFoundError(
+                    "this context has no live connection: follow once it is accepted, and before it is closed"
+                )
+            followed = connection.followed.union(ids)
+            if len(followed) > MAX_FOLLOWED:
+                raise InvalidContextError(
+                    "ids", f"are {len(followed)}, and a connection follows {MAX_FOLLOWED} at most", "leave some out"
+                )
+            connection.followed = followed
+
+    def connection_of(self, context: UserExecutionContext) -> Connection | None:
+        """The connection of a context; None before it is accepted, and once it is over."""
+        channel = self._channels.get(context.user_id)
+        return None if channel is None else channel.connections.get(context._core)
+
+    def _replay(self, connection: Connection, channel: Channel) -> None:
+        after = connection.after
+        if after is None or connection.context.is_anonymous:  # then there is nothing yet that it could have missed
+            return
+        connection.after = None
+        channel_events = channel.since(after)
+        if channel_events is None:
+            about = {"epoch": after.epoch, "sequence": after.sequence}
+            draft = Draft(EVENTS_MISSED, about, connection.context.user_id, Origin(), TO_ALL, self.policy)
+            # With the newest number there is: what comes after it is live.
+            channel_events = [draft.numbered(channel.epoch, channel.sequence, self._clock())]
+        for event in channel_events:
+            if connection.gets(event.narrowing):
+                connection.outbox.put_anyway(event)
+
+    # What is kept.
+
+    def purge(self, user_id: str) -> None:
+        """Forget what was kept for a user, and let no number that was given be one to come back with."""
+        with self._lock:
+            channel = self._channels.get(user_id)
+            if channel is None:
+                return
+            self._kept_size -= channel.kept_size
+            fresh = Channel()
+            fresh.connections = channel.connections
+            self._keeping.pop(user_id, None)
+            self._channels[user_id] = fresh
+            self._forget_idle(user_id, fresh)
+
+    def sweep(self) -> None:
+        """Forget what was kept for long enough."""
+        with self._lock:
+            due = self._clock() - self.policy.keep_seconds
+            while self._keeping:
+                user_id = next(iter(self._keeping))
+                channel = self._keeping[user_id]
+                if channel.kept[-1].at > due:
+                    return
+                self._kept_size -= channel.drop_before(due)
+                self._stop_keeping_if_empty(user_id, channel)
+
+    def next_wake(self) -> float | None:
+        """When ``sweep`` has something to do, on the hub's clock."""
+        with self._lock:
+            for channel in self._keeping.values():
+                return channel.kept[-1].at + self.policy.keep_seconds
+        return None
+
+    def _keep(self, user_id: str, channel: Channel, event: Event) -> bool:
+        policy = self.policy
+        if policy.keep_events == 0 or event.size > min(policy.keep_bytes, policy.keep_total_bytes):
+            return False
+        was_idle = not self._keeping
+        self._kept_size -= channel.drop_before(event.at - policy.keep_seconds)
+        self._kept_size += channel.keep(event, policy)
+        self._keeping.pop(user_id, None)
+        self._keeping[user_id] = channel  # now the last of them
+        while self._kept_size > policy.keep_total_bytes:
+            first = next(iter(self._keeping))
+            self._kept_size -= self._keeping[first].drop_oldest()
+            self._stop_keeping_if_empty(first, self._keeping[first])
+        if was_idle:
+            self._plan(event.at + policy.keep_seconds)
+        return True
+
+    def _stop_keeping_if_empty(self, user_id: str, channel: Channel) -> None:
+        if not channel.kept:
+            del self._keeping[user_id]
+            self._forget_idle(user_id, channel)
+
+    def _channel(self, user_id: str) -> Channel:
+        channel = self._channels.get(user_id)
+        if channel is None:
+            self._channels[user_id] = channel = Channel()
+        return channel
+
+    def _forget_idle(self, user_id: str, channel: Channel) -> None:
+        if not channel.connections and not channel.kept and self._channels.get(user_id) is channel:
+            del self._channels[user_id]

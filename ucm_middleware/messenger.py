@@ -1,0 +1,117 @@
+"""Sends events to a user: who may, what they carry, what is on record of it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import Context
+from functools import partial
+from typing import Final
+
+from ucm_middleware.audit.records import Data
+from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.current import ambient_context
+from ucm_middleware.errors import ConfigurationError, InvalidEventError
+from ucm_middleware.events.delivery import Delivery
+from ucm_middleware.events.envelope import Draft, Narrowing, Origin
+from ucm_middleware.events.hub import Hub, Sent
+from ucm_middleware.guard import Guard
+from ucm_middleware.ids import is_anonymous_id, validate_id
+from ucm_middleware.lifetime import running_loop
+
+NOWHERE: Final = Origin()
+
+
+class Messenger:
+    """Stands between those who send and the hub. ``is_live`` says whether a user has a live context."""
+
+    __slots__ = ("_guard", "_hub", "_is_live", "_trail")
+
+    def __init__(self, hub: Hub, guard: Guard, trail: AuditTrail, is_live: Callable[[str], bool]) -> None:
+        self._hub = hub
+        self._guard = guard
+        self._trail = trail
+        self._is_live = is_live
+
+    async def send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
+        """Send, and give the connections on this loop the time to take it. Under the policy "wait": wait for room."""
+        sent = self._send(user_id, event, data, narrowing)
+        if sent.waiting:
+            if self._hub.policy.when_full == "wait":
+                await self._wait_for_room(sent)
+            await asyncio.sleep(0)  # the tasks that send it have just been made, and come before this one again
+        return sent.delivery()
+
+    def post(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
+        """Send from a thread without an event loop. Under the policy "wait" it blocks until there is room."""
+        if self._hub.policy.when_full == "wait" and running_loop() is not None:
+            raise ConfigurationError(
+                "post_event would block the event loop that runs here, since when_full is 'wait'; await send_event"
+            )
+        sent = self._send(user_id, event, data, narrowing)
+        if self._hub.policy.when_full == "wait":
+            self._block_for_room(sent)
+        return sent.delivery()
+
+    def _send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Sent:
+        hub = self._hub
+        if not hub.knows(user_id):
+            user_id = self._known(user_id)
+        self._guard.require(user_id, "send_event")
+        actor = ambient_context()
+        origin = NOWHERE
+        if actor is not None and actor.user_id == user_id:
+            origin = Origin(actor.thread_id, actor.run_id, actor.request_id)
+        draft = Draft(event, data, user_id, origin, narrowing, hub.policy)
+        sent = hub.send(user_id, draft)
+        self._trail.event_sent(actor, user_id, _recorded(draft, sent), is_full=bool(sent.dropped))
+        for context in sent.full:
+            context.close("slow")
+        return sent
+
+    def _known(self, user_id: str) -> str:
+        """Raises CrossUserAccessError first, so that nobody learns from it who exists."""
+        user_id = _checked_user(user_id)
+        self._guard.require(user_id, "send_event")
+        if not self._is_live(user_id) and not self._trail.knows(user_id):
+            raise InvalidEventError(
+                "user_id", "is of a user who was never here", "send to users who have connected, or were on record"
+            )
+        return user_id
+
+    async def _wait_for_room(self, sent: Sent) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._hub.policy.wait_seconds
+        for connection in sent.waiting:
+            room = asyncio.Event()
+            connection.outbox.when_room(partial(_set_on, loop, room))
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await room.wait()
+            except TimeoutError:
+                connection.context.close("slow")
+
+    def _block_for_room(self, sent: Sent) -> None:
+        deadline = time.monotonic() + self._hub.policy.wait_seconds
+        for connection in sent.waiting:
+            room = threading.Event()
+            connection.outbox.when_room(room.set)
+            if not room.wait(max(0.0, deadline - time.monotonic())):
+                connection.context.close("slow")
+
+
+def _set_on(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and whoever waited on it has gone
+        loop.call_soon_threadsafe(event.set, context=Context())
+
+
+def _recorded(draft: Draft, sent: Sent) -> Data:
+    """What is on record of an event: never what it says."""
+    data: Data = ("type", draft.type), ("sequence", sent.event.sequence), ("connections", len(sent.waiting))
+    return (*data, ("dropped", len(sent.dropped))) if sent.dropped else data
+
+
+def _checked_user(user_id: object) -> str:
+    """An id that is valid, or that of an anonymous context, which only the product makes."""
+    return str.__str__(user_id) if is_anonymous_id(user_id) else validate_id(user_id, "user_id")

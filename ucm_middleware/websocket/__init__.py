@@ -1,0 +1,1 @@
+"""WebSocket connections: what each may send, where its pages may come from, and how events reach it."""

@@ -1,0 +1,81 @@
+"""Which sites' pages may open a WebSocket with a user's cookies.
+
+A browser sends cookies with a handshake whichever site the page is of that asks for it, and no CORS rule applies. It
+also sends the page's ``Origin``, which no script can forge: RFC 6455, section 10.2.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from ucm_middleware.errors import ConfigurationError, OriginError
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+_PORTS: Final = {"http": 80, "https": 443}
+
+
+class Origins:
+    """Allows a handshake without cookies, one without an Origin, as programs send it, one from the site that is asked
+    itself, and one from an origin of the list, such as "https://app.example.com".
+
+    Raises ConfigurationError for what is no origin.
+    """
+
+    __slots__ = ("_allowed",)
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        if isinstance(allowed, str):
+            raise ConfigurationError("allowed_origins must be a list of origins, not one text")
+        self._allowed = frozenset(_checked(origin) for origin in allowed)
+
+    def require(self, headers: Headers) -> None:
+        """Raises OriginError for a handshake that may not bring cookies with it. Names are in lower case."""
+        given = [(name, value.decode("latin-1")) for name, value in headers if name in (b"origin", b"host", b"cookie")]
+        if not any(name == b"cookie" for name, _ in given):
+            return
+        origins = [value for name, value in given if name == b"origin"]
+        if not origins:
+            return
+        if len(origins) == 1:
+            origin = _origin(origins[0])
+            if origin is not None and (origin in self._allowed or _site(origin) in _hosts(given, origin)):
+                return
+        raise OriginError(
+            "a page of another origin opened a WebSocket with the user's cookies; if it is one of yours, name its "
+            f"origin in allowed_origins. It gave {origins[0][:200]!r}"
+        )
+
+
+def _checked(allowed: object) -> tuple[str, str, int]:
+    origin = _origin(allowed) if isinstance(allowed, str) else None
+    if origin is None:
+        raise ConfigurationError(
+            f"{allowed!r} in allowed_origins is no origin; give scheme and host, such as 'https://app.example.com'"
+        )
+    return origin
+
+
+def _origin(text: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port; None for what is no origin, such as the "null" of a sandboxed page."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    if port is None or not parts.hostname or parts.path or parts.query or parts.fragment or parts.username is not None:
+        return None
+    return parts.scheme, parts.hostname, port
+
+
+def _site(origin: tuple[str, str, int]) -> tuple[str, int]:
+    return origin[1:]
+
+
+def _hosts(given: list[tuple[bytes, str]], origin: tuple[str, str, int]) -> list[tuple[str, int]]:
+    """What the handshake calls the site that it asks. Without a port, it is the one of the origin's scheme."""
+    hosts = [value for name, value in given if name == b"host"]
+    if len(hosts) != 1:
+        return []
+    asked = _origin(f"{origin[0]}://{hosts[0]}")
+    return [] if asked is None else [_site(asked)]
