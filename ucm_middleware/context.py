@@ -428,6 +428,30 @@ class UserExecutionContext(ResourceHolder):
             raise IdentityConflictError("the context closed, or was bound or used, at the same moment; open a new one")
         self._end_within(seconds_left)
 
+    def refresh(self, user: Principal | str) -> None:
+        """Let newer credentials of the same user take the place of those that the context was opened with.
+
+        The context lives as long as they hold, and no longer than its own time. So a WebSocket outlives a token that
+        was renewed in time. Raises IdentityConflictError for another user and for an anonymous context,
+        UnauthenticatedError for credentials that have expired, ContextClosedError after teardown, CrossUserAccessError
+        for code of another user.
+        """
+        self.require_usable()
+        principal = user if isinstance(user, Principal) else Principal(user)
+        if self.is_anonymous or principal.user_id != self._user_id:
+            if self._host is not None:
+                self._host.bind_refused(self, principal.user_id)
+            raise IdentityConflictError(
+                "the credentials are not of this context's user; an anonymous context is given one with bind()"
+            )
+        seconds_left = principal.seconds_left()
+        if self._host is not None:
+            self._host.renew_credentials(self, seconds_left)
+        else:
+            latest = None if seconds_left is None else time.monotonic() + seconds_left
+            self._lifetime.renew(latest, time.monotonic)
+        self.require_usable()  # it may have reached its deadline meanwhile
+
     def record(
         self,
         event: Literal["event_sent", "agent_run", "transaction"],

@@ -71,6 +71,10 @@ class ContextHost(Protocol):
         """The credentials behind a context hold no longer than that."""
         ...
 
+    def renew_credentials(self, context: "UserExecutionContext", seconds: float | None) -> None:
+        """Others have taken their place, which hold for so long; None for no end."""
+        ...
+
     def require_owner(self, user_id: str, action: str) -> None:
         """Raise CrossUserAccessError when the code that asks may not touch this user's contexts."""
         ...

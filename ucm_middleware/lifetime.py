@@ -140,6 +140,7 @@ class Lifetime(Timed):
     __slots__ = (
         "_cancelling",
         "_clock",
+        "_given",
         "_latest",
         "closing",
         "journal",
@@ -160,6 +161,8 @@ class Lifetime(Timed):
     variables: Context | None
     closing: Closing | None
     journal: Journal | None  # made by the manager when there is something to write down; most contexts never have one
+    # The deadline that there would be without credentials that end; only where those do.
+    _given: float | None
     _latest: float | None
     _clock: Callable[[], float] | None
     resources: list[Resource] | None
@@ -177,7 +180,7 @@ class Lifetime(Timed):
         lifetime.opened_by = opened_by
         lifetime.variables = variables
         lifetime.wait = 0.0
-        lifetime.reason = lifetime.deadline = lifetime._latest = lifetime._clock = None
+        lifetime.reason = lifetime.deadline = lifetime._given = lifetime._latest = lifetime._clock = None
         lifetime.resources = lifetime.closing = lifetime.loop = lifetime.task = lifetime.journal = None
         return lifetime
 
@@ -227,16 +230,17 @@ class Lifetime(Timed):
         opened_by = self.opened_by
         return opened_by if isinstance(opened_by, str) else f"{opened_by[0]}:{opened_by[1]}"
 
-    def expire_at(self, deadline: float, clock: Callable[[], float]) -> float:
-        """Set the deadline, a reading of ``clock``; never later than ``limit`` allows. Returns what it is now."""
-        self._clock = clock
-        self.deadline = deadline if self._latest is None else min(deadline, self._latest)
-        return self.deadline
-
     def limit(self, latest: float, clock: Callable[[], float]) -> None:
         """Set the latest deadline that there may ever be: the credentials end then."""
-        self._latest = latest if self._latest is None else min(latest, self._latest)
-        self.expire_at(latest if self.deadline is None else self.deadline, clock)
+        self.renew(latest if self._latest is None else min(latest, self._latest), clock)
+
+    def renew(self, latest: float | None, clock: Callable[[], float]) -> None:
+        """Put another in its place, which may be later, or None for credentials without an end."""
+        if self._latest is None:
+            self._given = self.deadline
+        self._clock = clock
+        self._latest = latest
+        self.deadline = min((at for at in (self._given, latest) if at is not None), default=None)
 
     def begin_closing(self, reason: CloseReason) -> bool:
         """Move to closing. True for exactly one caller."""

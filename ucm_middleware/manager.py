@@ -622,6 +622,11 @@ class UserContextManager:
     def end_within(self, context: UserExecutionContext, seconds: float) -> None:
         self._plan(self._registry.limit(context, seconds))
 
+    def renew_credentials(self, context: UserExecutionContext, seconds: float | None) -> None:
+        self._guard.require(context.user_id, "refresh")
+        self._trail.refreshed(context)
+        self._plan(self._registry.renew(context, seconds))
+
     def require_owner(self, user_id: str, action: str) -> None:
         self._guard.require(user_id, action)
 

@@ -11,9 +11,10 @@ from ucm_middleware.expiry import Deadlines, Timed, front
 class Place(Timed):
     """A place in a queue of deadlines that nobody has taken yet: a deadline, its clock, and when to look at it."""
 
-    __slots__ = ("clock", "queue")
+    __slots__ = ("clock", "given", "queue")
 
     clock: Callable[[], float] | None
+    given: float | None  # the deadline without credentials that end
     queue: dict[Timed, UserExecutionContext]
 
 
@@ -44,6 +45,7 @@ class Population:
         place = Place()
         place.deadline = deadline
         place.clock = clock
+        place.given = deadline
         place.queue = self.deadlines.queue_for(place, now, deadline - now)
         return place
 

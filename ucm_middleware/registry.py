@@ -242,6 +242,7 @@ class Registry:
             now = self.clock()
             deadline = now + ttl if lifetime._latest is None else min(now + ttl, lifetime._latest)
             place = population.place_for(deadline, now, self.clock)
+            place.given = now + ttl
         elif is_new:  # its user's credentials may end
             place = self._place_of(lifetime, population)
         keys = tuple(dict.fromkeys((*keys, *names)))
@@ -273,6 +274,7 @@ class Registry:
             if lifetime.wait in queues and lifetime in queues[lifetime.wait]:
                 del queues[lifetime.wait][lifetime]
             lifetime._clock = place.clock
+            lifetime._given = place.given
             lifetime.deadline = place.deadline
             lifetime.wait = place.wait
             lifetime.wake = place.wake
@@ -409,10 +411,23 @@ class Registry:
 
         Returns its deadline; None for a context that is not in, or not yet: it will be put in with its deadline.
         """
-        lifetime = context._lifetime
         is_in = self._unfold(context)  # first: a deadline brought forward does not fit in the order of the lone ones
-        lifetime.limit(self.clock() + seconds, self.clock)
+        context._lifetime.limit(self.clock() + seconds, self.clock)
+        return self._moved(context, is_in)
+
+    @_exclusive
+    def renew(self, context: UserExecutionContext, seconds: float | None) -> float | None:
+        """The same with credentials that take the place of those before, and may hold longer; None for no end."""
+        is_in = self._unfold(context)
+        context._lifetime.renew(None if seconds is None else self.clock() + seconds, self.clock)
+        return self._moved(context, is_in)
+
+    def _moved(self, context: UserExecutionContext, is_in: bool) -> float | None:
+        """Queue a context anew, whose deadline has changed. Returns the deadline, None for one that is not in."""
+        lifetime = context._lifetime
         self._version += 1  # who is just putting it in must look at its deadline again
+        if is_in and lifetime.deadline is None:
+            self._population_of(context).deadlines.discard(lifetime)
         while is_in and not self._write(self._queued(context)):
             pass
         return lifetime.deadline if is_in else None
@@ -552,7 +567,11 @@ class Registry:
     def _place_of(self, lifetime: Lifetime, population: Population) -> Place | None:
         """Where the deadline waits that a context has already."""
         deadline = lifetime.deadline
-        return None if deadline is None else population.place_for(deadline, self.clock(), lifetime._clock)
+        if deadline is None:
+            return None
+        place = population.place_for(deadline, self.clock(), lifetime._clock)
+        place.given = lifetime._given
+        return place
 
 
 def _keys_of(context: UserExecutionContext) -> tuple[Key, ...]:

@@ -14,6 +14,7 @@ Event = Literal[
     "opened",
     "child_opened",
     "bound",
+    "refreshed",
     "resource_entered",
     "resource_exited",
     "resource_failed",

@@ -152,6 +152,10 @@ class AuditTrail:
         self._about(context, "bound", data=(("anonymous_id", UserMention(anonymous_id)),))
         self._about(context, "bound", data=(("user_id", UserMention(context.user_id)),), user_id=anonymous_id)
 
+    def refreshed(self, context: UserExecutionContext) -> None:
+        """The credentials behind a context were replaced by others of the same user."""
+        self._about(context, "refreshed")
+
     def answered(self, context: UserExecutionContext, status: int | None) -> None:
         """The answer is about to be complete: an HTTP status, or a close code of a WebSocket."""
         self._about(context, "answered", data=(("status", status),))
