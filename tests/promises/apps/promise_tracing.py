@@ -111,6 +111,7 @@ async def outstay(request: Request) -> JSONResponse:
 
 
 async def sign_out(request: Request) -> JSONResponse:
+    current_context().refresh(current_context().user_id)
     manager.create_isolated_context(current_context().user_id).close("revoked")
     return JSONResponse({})
 
