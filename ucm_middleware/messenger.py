@@ -56,7 +56,7 @@ class Messenger:
 
     def _send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Sent:
         hub = self._hub
-        if not hub.knows(user_id):
+        if not isinstance(user_id, str) or not hub.knows(user_id):  # pyright: ignore[reportUnnecessaryIsInstance]
             user_id = self._known(user_id)
         self._guard.require(user_id, "send_event")
         actor = ambient_context()
@@ -65,7 +65,8 @@ class Messenger:
             origin = Origin(actor.thread_id, actor.run_id, actor.request_id)
         draft = Draft(event, data, user_id, origin, narrowing, hub.policy)
         sent = hub.send(user_id, draft)
-        self._trail.event_sent(actor, user_id, _recorded(draft, sent), is_full=bool(sent.dropped))
+        is_full = any(lost.why != "gone" for lost in sent.dropped)
+        self._trail.event_sent(actor, user_id, _recorded(draft, sent), is_full=is_full)
         for context in sent.full:
             context.close("slow")
         return sent

@@ -76,6 +76,7 @@ class Hub:
     def send(self, user_id: str, draft: Draft) -> Sent:
         """Put an event in line for each connection of the user that it is for, and keep it."""
         with self._lock:
+            was_keeping = bool(self._keeping)
             channel = self._channel(user_id)
             event = channel.number(draft, self._clock())
             sent = Sent(event, channel.epoch, [], [], [], self._keep(user_id, channel, event))
@@ -85,6 +86,8 @@ class Hub:
             self._forget_idle(user_id, channel)
         for connection in sent.waiting:
             connection.outbox.wake()
+        if sent.kept and not was_keeping:  # without the lock: whoever sweeps has one of its own, and then takes this
+            self._plan(event.at + self.policy.keep_seconds)
         return sent
 
     def _put(self, connection: Connection, event: Event, sent: Sent) -> None:
@@ -159,13 +162,14 @@ class Hub:
         if after is None or connection.context.is_anonymous:  # then there is nothing yet that it could have missed
             return
         connection.after = None
-        channel_events = channel.since(after)
-        if channel_events is None:
+        self._kept_size -= channel.drop_before(self._clock() - self.policy.keep_seconds)
+        events = channel.since(after)
+        if events is None:
             about = {"epoch": after.epoch, "sequence": after.sequence}
             draft = Draft(EVENTS_MISSED, about, connection.context.user_id, Origin(), TO_ALL, self.policy)
             # With the newest number there is: what comes after it is live.
-            channel_events = [draft.numbered(channel.epoch, channel.sequence, self._clock())]
-        for event in channel_events:
+            events = [draft.numbered(channel.epoch, channel.sequence, self._clock())]
+        for event in events:
             if connection.gets(event.narrowing):
                 connection.outbox.put_anyway(event)
 
@@ -191,7 +195,7 @@ class Hub:
             while self._keeping:
                 user_id = next(iter(self._keeping))
                 channel = self._keeping[user_id]
-                if channel.kept[-1].at > due:
+                if channel.kept and channel.kept[-1].at > due:
                     return
                 self._kept_size -= channel.drop_before(due)
                 self._stop_keeping_if_empty(user_id, channel)
@@ -200,14 +204,14 @@ class Hub:
         """When ``sweep`` has something to do, on the hub's clock."""
         with self._lock:
             for channel in self._keeping.values():
-                return channel.kept[-1].at + self.policy.keep_seconds
+                newest = channel.kept[-1].at if channel.kept else self._clock() - self.policy.keep_seconds
+                return newest + self.policy.keep_seconds
         return None
 
     def _keep(self, user_id: str, channel: Channel, event: Event) -> bool:
         policy = self.policy
         if policy.keep_events == 0 or event.size > min(policy.keep_bytes, policy.keep_total_bytes):
             return False
-        was_idle = not self._keeping
         self._kept_size -= channel.drop_before(event.at - policy.keep_seconds)
         self._kept_size += channel.keep(event, policy)
         self._keeping.pop(user_id, None)
@@ -216,8 +220,6 @@ class Hub:
             first = next(iter(self._keeping))
             self._kept_size -= self._keeping[first].drop_oldest()
             self._stop_keeping_if_empty(first, self._keeping[first])
-        if was_idle:
-            self._plan(event.at + policy.keep_seconds)
         return True
 
     def _stop_keeping_if_empty(self, user_id: str, channel: Channel) -> None:

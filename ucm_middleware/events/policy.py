@@ -38,8 +38,8 @@ class EventPolicy:
     one connection. A connection whose queue is full is closed with 1013 ("close"), loses its oldest events
     ("drop_oldest"), or holds up whoever sends to it, for ``wait_seconds`` at most, before it is closed ("wait").
 
-    Of each user, the ``keep_events`` newest events, ``keep_bytes`` at most, are kept for ``keep_seconds`` after the
-    newest; of all users together ``keep_total_bytes``. Keeping none is 0 events.
+    Of each user, the ``keep_events`` newest events, ``keep_bytes`` at most, are kept for ``keep_seconds``; of all users
+    together ``keep_total_bytes``. Keeping none is 0 events.
 
     Raises ConfigurationError for what breaks a rule.
     """
