@@ -333,3 +333,38 @@ def test_what_the_writer_itself_comes_upon_waits_for_nobody(shelf: Shelf) -> Non
     wait_until(lambda: shelf.numbers == [1] and not writer.lag, "it is written")
     assert writer._stopped is not None
     writer._stopped.join()
+
+
+async def test_nobody_waits_for_a_disk_that_hangs(
+    writer: Writer, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with standing_still(shelf, writer):
+        writer.append(row(number=1))
+        before = writer.passed()
+        assert writer.trouble is None  # it may still be through in time
+        monkeypatch.setattr(module, "STUCK_AFTER", 0.0)
+        with pytest.raises(LedgerUnavailableError, match="does its disk hang"):
+            writer.passed()
+        with pytest.raises(LedgerUnavailableError, match="does its disk hang"):
+            await before
+        with pytest.raises(LedgerUnavailableError, match="does its disk hang"):
+            writer.wait_passed(20)
+    wait_until(lambda: writer.lag == 0, "the disk has come back")
+    assert writer.trouble is None
+    await writer.passed()
+    assert shelf.numbers == [0, 1]
+
+
+async def test_those_whose_records_are_in_hand_are_told_too(
+    writer: Writer, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with standing_still(shelf, writer):
+        writer.append(row(number=1))
+        waiting = writer.passed()
+        first, shelf.gate = shelf.gate, threading.Event()
+        first.set()
+        wait_until(lambda: shelf.attempts == 2 and writer.waiting() == 0, "both are in hand")
+        monkeypatch.setattr(module, "STUCK_AFTER", 0.0)
+        assert writer.trouble is not None
+        with pytest.raises(LedgerUnavailableError, match="does its disk hang"):
+            await waiting

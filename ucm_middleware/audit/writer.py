@@ -24,6 +24,9 @@ FIRST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 2.0
 """Seconds between attempts to write, while that fails."""
 
+STUCK_AFTER = 10.0
+"""Seconds that one transaction may take until nobody waits for it any more: a disk may hang and never fail."""
+
 
 class Store(Protocol):
     """Where a batch of records is made durable."""
@@ -63,6 +66,8 @@ class Writer:
     __slots__ = (
         "__weakref__",
         "_barriers",
+        "_begun",
+        "_in_hand",
         "_line",
         "_lock",
         "_open_store",
@@ -102,6 +107,8 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._stopped: threading.Thread | None = None
         self._barriers: set[Barrier] = set()  # those in line
+        self._in_hand: list[Barrier] = []  # those that stood behind what is just being written
+        self._begun: float | None = None  # when that began
         self.rows: list[Row] = []
         """In hand: taken from the line, and not written yet."""
         self.problem: str | None = None
@@ -155,16 +162,16 @@ class Writer:
 
     def passed(self) -> "asyncio.Future[None]":
         """What to await until what is in line now is durable. Raises LedgerUnavailableError."""
-        if self.problem is not None:
-            raise LedgerUnavailableError(self.problem)
+        if (trouble := self.trouble) is not None:
+            raise LedgerUnavailableError(trouble)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stand(future)
         return future
 
     def wait_passed(self, timeout: float) -> None:
         """The same in a thread, for so many seconds at most."""
-        if self.problem is not None:
-            raise LedgerUnavailableError(self.problem)
+        if (trouble := self.trouble) is not None:
+            raise LedgerUnavailableError(trouble)
         if self._thread is threading.current_thread():  # likewise: it would wait for itself
             return
         barrier = ThreadBarrier()
@@ -175,6 +182,21 @@ class Writer:
             )
         if barrier.error is not None:
             raise barrier.error
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing can be written at the moment. Whoever is the first to ask after a disk has hung for too long lets
+        go of those who wait for it.
+        """
+        begun = self._begun
+        if begun is None or self.problem is not None or time.monotonic() - begun < STUCK_AFTER:
+            return self.problem
+        stuck = (
+            f"the audit ledger has been writing for more than {STUCK_AFTER:g} seconds and is not through: "
+            "does its disk hang, or another process hold the file?"
+        )
+        _release([*self._barriers, *self._in_hand], stuck)
+        return stuck
 
     # In the thread.
 
@@ -188,6 +210,7 @@ class Writer:
             # While writing fails, all that waits: whoever stands behind a barrier is told at once.
             barriers = _take(self._line, rows, MAX_BATCH if self.problem is None else sys.maxsize, wait=not rows)
             self._barriers.difference_update(barriers)
+            self._in_hand = barriers
             last_try = last_try or next(filter(None, map(_last_try, barriers)), None)
             try:
                 if rows:
@@ -213,6 +236,7 @@ class Writer:
 
     def _write(self, rows: Sequence[Row]) -> None:
         with self._writing:
+            self._begun = time.monotonic()
             try:
                 if self._store is None:
                     self._store = self._open_store()
@@ -220,6 +244,8 @@ class Writer:
             except BaseException:
                 self._let_go()
                 raise
+            finally:
+                self._begun = None
 
     def _let_go(self) -> None:
         store, self._store = self._store, None
@@ -288,7 +314,7 @@ def _release(barriers: list[Barrier], problem: str | None) -> None:
 
 def _settle(futures: Iterable[asyncio.Future[None]], problem: str | None) -> None:
     for future in futures:
-        if future.done():  # whoever waited was cancelled
+        if future.done():  # whoever waited was cancelled, or told already
             continue
         if problem is None:
             future.set_result(None)
