@@ -405,12 +405,12 @@ def test_a_log_that_is_taken_away_loses_nothing_while_the_process_lives(make: Ma
 def test_records_that_were_acknowledged_and_are_gone_are_not_written_over(
     make: MakeLedger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sqlite, "STOP_PATIENCE", 0.01)
     ledger = make()
     for file in tmp_path.glob("*.db"):
         shutil.copy(file, tmp_path / f"{file.name}.before")
     ledger.append(row("alice", 1))
     ledger.close()
+    monkeypatch.setattr(sqlite, "STOP_PATIENCE", 0.01)  # only now: until it is closed, nothing may be put back
     for file in tmp_path.glob("*.before"):  # what a restored backup does
         file.replace(file.with_suffix(""))
     ledger.append(row("alice", 2))
