@@ -57,15 +57,14 @@ def _checked(allowed: object) -> tuple[str, str, int]:
 
 
 def _origin(text: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port; None for what is no origin, such as the "null" of a sandboxed page."""
+    """Scheme, host and port, 0 where the scheme has none. None for what is no origin, such as a sandboxed page's "null"."""
     try:
         parts = urlsplit(text)
-        port = parts.port or _PORTS.get(parts.scheme)
+        port = parts.port or _PORTS.get(parts.scheme, 0)
     except ValueError:
         return None
-    if port is None or not parts.hostname or parts.path or parts.query or parts.fragment or parts.username is not None:
-        return None
-    return parts.scheme, parts.hostname, port
+    rest = parts.path or parts.query or parts.fragment or parts.username is not None
+    return None if rest or not parts.scheme or not parts.hostname else (parts.scheme, parts.hostname, port)
 
 
 def _site(origin: tuple[str, str, int]) -> tuple[str, int]:
@@ -75,7 +74,7 @@ def _site(origin: tuple[str, str, int]) -> tuple[str, int]:
 def _hosts(given: list[tuple[bytes, str]], origin: tuple[str, str, int]) -> list[tuple[str, int]]:
     """What the handshake calls the site that it asks. Without a port, it is the one of the origin's scheme."""
     hosts = [value for name, value in given if name == b"host"]
-    if len(hosts) != 1:
+    if len(hosts) != 1 or origin[0] not in _PORTS:  # the pages of an app or an extension are on no host
         return []
     asked = _origin(f"{origin[0]}://{hosts[0]}")
     return [] if asked is None else [_site(asked)]
