@@ -57,7 +57,7 @@ def _checked(allowed: object) -> tuple[str, str, int]:
 
 
 def _origin(text: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port, 0 where the scheme has none. None for what is no origin, such as a sandboxed page's "null"."""
+    """Scheme, host and port, 0 where the scheme has none. None for no origin, such as the "null" of sandboxed pages."""
     try:
         parts = urlsplit(text)
         port = parts.port or _PORTS.get(parts.scheme, 0)
