@@ -96,14 +96,14 @@ Make = Callable[[Path, int], Contender]
 """Makes one in a folder, for so many records."""
 
 
-def new_rows(number: int, users: int = USERS) -> list[Row]:
-    """The openings of so many contexts, each in a span of its own."""
+def new_rows(number: int, users: int = USERS, start: int = 0) -> list[Row]:
+    """The openings of so many contexts, each in a span of its own, of users in turn from the one at ``start`` on."""
     new_core = UnifiedIDManager().generate_core
     chance = random.Random(3)
     rows: list[Row] = []
-    for at in range(number):
+    for at in range(start, start + number):
         core, trace_id, span_id = new_core(), chance.getrandbits(128), chance.getrandbits(64)
-        user, ids = _user(at % users), (new_core(), trace_id, span_id)
+        user, ids = user_name(at % users), (new_core(), trace_id, span_id)
         rows.append(("opened", time(), user, None, core, core, None, None, "ok", None, None, FOR_A_CONNECTION, *ids))
     return rows
 
@@ -191,7 +191,7 @@ def measure_reading(records: int, *, sealed: bool, folder: Path | None) -> Readi
         trails: list[float] = []
         for number in random.Random(3).sample(range(min(records, TRAIL_USERS)), min(records, ASKED)):
             begun = perf_counter()
-            trail = ledger.trail(_user(number))
+            trail = ledger.trail(user_name(number))
             trails.append(perf_counter() - begun)
             assert trail is not None
         ledger.close()
@@ -224,7 +224,8 @@ def measure_appends(rounds: int, folder: Path | None) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in took.items()}
 
 
-def _user(number: int) -> str:
+def user_name(number: int) -> str:
+    """How the users are called, from 0 on."""
     return f"user-{number:06}"
 
 
