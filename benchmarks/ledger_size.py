@@ -130,7 +130,7 @@ def main() -> None:
             ],
         )
     figures = {str(records): {name: asdict(own) for name, own in runs.items()} for records, runs in found.items()}
-    finish(options, figures, missed_limits(found))
+    finish(options, {"records": figures}, missed_limits(found))
 
 
 if __name__ == "__main__":

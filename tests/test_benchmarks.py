@@ -223,6 +223,14 @@ print(json.dumps(missed_limits({SPANS: span, **bad}, {"plain": Reading(11, 1), "
 """
 
 
+TOO_MUCH_MEMORY = """
+from benchmarks.ledger_size import Run, missed_limits
+
+good, bad = {"verify": Run(1, 1, 160)}, {"verify": Run(1, 1, 161), "export": Run(1, 1, 9)}
+print(*missed_limits({10: good, 20: bad}), sep="\\n")
+"""
+
+
 class TestLedger:
     def test_records_are_written_beside_spans_read_and_verified(self, tmp_path: Path) -> None:
         options = ("--rounds", "2", "--records", "192", "--kept", "300", "--folder", str(tmp_path))
@@ -249,6 +257,28 @@ class TestLedger:
             "plain records: 10 a second, at least 30,000",
             "sealed records: 11 a second, at least 12,000",
         ]
+
+
+class TestLedgerSize:
+    def test_each_command_is_run_over_a_ledger_that_is_deleted(self, tmp_path: Path) -> None:
+        options = ("--records", "300", "--users", "20", "--folder", str(tmp_path))
+        found = figures("ledger_size", *options, folder=tmp_path)["records"]["300"]
+        commands = {"keygen", "verify", "checkpoint", "verify --checkpoints", "show --user", "export"}
+        assert set(found) == {"append all", *commands}
+        assert all(min(run.values()) > 0 for run in found.values())
+        assert [file.name for file in tmp_path.iterdir()] == ["figures.json"]
+
+    def test_a_command_that_fails_is_named(self, tmp_path: Path) -> None:
+        done = run("-m", "benchmarks.ledger_size", "--plain", "--records", "0", "--folder", str(tmp_path))
+        assert done.returncode == 1
+        assert "has no records yet" in done.stderr
+        assert "audit verify" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_too_much_memory_is_named(self) -> None:
+        done = run("-c", TOO_MUCH_MEMORY)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "memory of `verify` over 20 records: 161 MiB, at most 160\n"
 
 
 class TestWire:
