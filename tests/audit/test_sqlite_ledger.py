@@ -409,6 +409,7 @@ def test_records_that_were_acknowledged_and_are_gone_are_not_written_over(
     for file in tmp_path.glob("*.db"):
         shutil.copy(file, tmp_path / f"{file.name}.before")
     ledger.append(row("alice", 1))
+    ledger.flush()
     ledger.close()
     monkeypatch.setattr(sqlite, "STOP_PATIENCE", 0.01)  # only now: until it is closed, nothing may be put back
     for file in tmp_path.glob("*.before"):  # what a restored backup does
@@ -417,3 +418,4 @@ def test_records_that_were_acknowledged_and_are_gone_are_not_written_over(
     problem = "has 0 records, and 1 were acknowledged in this process"
     wait_until(lambda: problem in (ledger.problem or ""), "what is missing is told")
     assert query(ledger.path, "SELECT size FROM ledger") == [(0,)]
+    ledger.close()  # as long as it has little patience
