@@ -27,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(patch.undo)
 
 
+def pytest_report_header() -> str:
+    from support.servers import ALL_SERVER_KINDS, SERVER_KINDS
+
+    left_out = [kind for kind in ALL_SERVER_KINDS if kind not in SERVER_KINDS]
+    return f"servers: {', '.join(SERVER_KINDS)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
+
+
 @pytest.fixture
 def threads_switch_often() -> Iterator[None]:
     """The interpreter goes to another thread wherever it may."""

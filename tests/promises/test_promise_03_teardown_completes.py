@@ -166,7 +166,7 @@ def test_at_shutdown_what_is_under_way_may_end_before_the_app_does(
     assert entries[-1] == {"what": "app shutdown", "live": 0}
 
 
-@pytest.mark.parametrize("kind", IMPATIENT)
+@pytest.mark.parametrize("kind", [kind for kind in SERVER_KINDS if kind in IMPATIENT])
 def test_at_shutdown_what_does_not_end_is_torn_down_before_the_app_is(
     kind: str, server_factory: ServerFactory, tmp_path: Path
 ) -> None:

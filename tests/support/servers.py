@@ -1,5 +1,6 @@
 """The kinds of server that the promises are proved on: the public helper's, and uvicorn with each of its parts."""
 
+import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from ucm_middleware.testing.server import HOST, Server, ServerKind
 from ucm_middleware.testing.server import start_server as start_public_server
 
-__all__ = ["HOST", "SERVER_KINDS", "Server", "start_server"]
+__all__ = ["ALL_SERVER_KINDS", "HOST", "SERVER_KINDS", "Server", "chosen_kinds", "start_server"]
 
 _KINDS: dict[str, tuple[ServerKind, tuple[str, ...]]] = {
     "uvicorn-h11": ("uvicorn", ("--http", "h11", "--loop", "asyncio")),
@@ -17,7 +18,21 @@ _KINDS: dict[str, tuple[ServerKind, tuple[str, ...]]] = {
     "granian": ("granian", ()),
 }
 
-SERVER_KINDS = tuple(_KINDS)
+ALL_SERVER_KINDS = tuple(_KINDS)
+
+
+def chosen_kinds(names: str | None) -> tuple[str, ...]:
+    """The kinds that a list with blanks between names, all of them without one. Raises ValueError for a wrong name."""
+    if names is None:
+        return ALL_SERVER_KINDS
+    chosen = names.split()
+    if not chosen or not set(chosen) <= set(ALL_SERVER_KINDS):
+        raise ValueError(f"UCM_TEST_SERVERS must name some of {', '.join(ALL_SERVER_KINDS)}, not {names!r}")
+    return tuple(kind for kind in ALL_SERVER_KINDS if kind in chosen)
+
+
+SERVER_KINDS = chosen_kinds(os.environ.get("UCM_TEST_SERVERS"))
+"""What each test of all kinds of server runs on: `tox.ini` sets the variable where some are to do."""
 
 
 @contextmanager
