@@ -6,7 +6,7 @@ name; the cancellation reaches whoever runs the request, alone; nothing of the r
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,13 +36,6 @@ EXIT_MOMENTS = tuple(f"exit of {name}" for name in NAMES)
 VARIABLE: ContextVar[str] = ContextVar("VARIABLE", default="")
 DEADLINE = 0.002  # seconds that a resource gets which will not need fewer
 TURNS = 4  # of the loop: more than any cancellation needs to arrive
-
-
-@pytest.fixture
-def _quick_collection() -> Iterator[None]:
-    gc.freeze()  # so that the test collects only what it made itself
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -547,7 +540,6 @@ def test_cancelled(cancel: str, host: str, enter: Enter, moment: str) -> None:
 
 
 @pytest.mark.ucm_leaks("a resource is never released, and that is reported")
-@pytest.mark.usefixtures("_quick_collection")
 @pytest.mark.parametrize(
     ("cancel", "host", "enter", "moment"), cases(["asyncio.run"], HOSTS, HANDLER_MOMENTS + EXIT_MOMENTS)
 )

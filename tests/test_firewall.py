@@ -541,11 +541,9 @@ class TestScope:
 @pytest.fixture
 def _no_collection() -> Iterator[None]:
     gc.collect()
-    gc.freeze()
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 async def garbage_of(request: Callable[[], Awaitable[object]]) -> list[str]:

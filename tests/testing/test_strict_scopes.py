@@ -2,9 +2,13 @@
 
 import pytest
 
+from ucm_middleware.testing.context_watch import SETTLING
+
 PRELUDE = """
 import asyncio, os, threading
 import pytest
+
+from ucm_middleware.testing.context_watch import SETTLING
 from ucm_middleware import ContextLimitError, UserContextManager, create_isolated_execution_context
 from ucm_middleware.testing import context_watch
 
@@ -117,6 +121,38 @@ def test_the_thread_closes():
 """,
     )
     result.assert_outcomes(passed=1)
+
+
+def test_looks_stay_short_and_see_what_comes_later(pytester: pytest.Pytester) -> None:
+    result = session(
+        pytester,
+        """
+import gc
+from ucm_middleware.testing.context_watch import SETTLING
+
+@pytest.fixture(scope="class")
+def context():
+    context = manager.create_isolated_context("alice")
+    yield context
+
+def test_thaws():
+    gc.unfreeze()
+    assert gc.get_freeze_count() == 0
+
+class TestWithAContextOfTheirs:
+    @pytest.mark.parametrize("number", range(SETTLING))
+    def test_frozen_it_would_be_overlooked(self, context, number): assert gc.get_freeze_count() == 0
+
+@pytest.mark.parametrize("number", range(SETTLING))
+def test_nothing(number): pass
+
+def test_leaks():
+    assert gc.get_freeze_count() > 10_000
+    manager.create_isolated_context("bob")
+""",
+    )
+    result.assert_outcomes(passed=2 * SETTLING + 2, errors=2)
+    result.stdout.fnmatch_lines(["*user 'alice'*; made by the class-scoped fixture 'context'", "*user 'bob'*"])
 
 
 def test_a_test_that_fails_anyway_is_told_both(pytester: pytest.Pytester) -> None:

@@ -16,6 +16,9 @@ from ucm_middleware.testing.waiting import wait_until
 GRACE: Final = 5.0
 """Seconds that a teardown under way in another thread gets to end. A server's client has its answer before that."""
 
+SETTLING: Final = 100
+"""After how many looks what has gathered meanwhile, such as modules and caches, is taken out of those to come."""
+
 NOBODY: Final = Owner("")
 """Has what was there before the tests, and what has been reported."""
 
@@ -27,9 +30,10 @@ class ContextWatch:
     ``stop``. A context that is in nobody's name belongs to the test that is running.
     """
 
-    __slots__ = ("_dropped", "_owners")
+    __slots__ = ("_dropped", "_looks", "_owners")
 
     def __init__(self) -> None:
+        self._looks = 0
         self._owners: dict[int, Owner] = {}  # by id(): the finalizer takes out whatever goes
         self._dropped: list[tuple[str, Owner | None]] = []
 
@@ -90,12 +94,24 @@ class ContextWatch:
                 self._dropped.append((problem, owner))
             else:
                 found.append(_told(problem, owner))
+        self._looks += 1
+        if self._looks % SETTLING == 0:
+            self._settle()
         return found
 
     def overlook(self) -> None:
         """Whatever a test has left behind is nobody's from now on."""
         self._owners.update((id(context), NOBODY) for context in self._left())
         self._dropped = [(problem, owner) for problem, owner in self._dropped if _is_kept(owner)]
+
+    def _settle(self) -> None:
+        """Freeze what there is, if no context among it can be asked about any more.
+
+        Done again and again, since a look takes as long as there are objects, and any test may thaw all of them.
+        """
+        gc.collect()  # what is frozen is not collected either
+        if all(self._owners.get(id(each)) is NOBODY or problem_of(each) is None for each in existing_contexts()):
+            gc.freeze()
 
     def _left(self) -> list[UserExecutionContext]:
         return [
