@@ -30,6 +30,8 @@ from ucm_middleware import (
 )
 from ucm_middleware.types import Message, Receive, Scope, Send
 
+pytestmark = pytest.mark.no_cover  # see pyproject.toml
+
 NAMES = ("outer", "middle", "inner")
 HANDLER_MOMENTS = ("before", "between", "entering", "body")
 EXIT_MOMENTS = tuple(f"exit of {name}" for name in NAMES)

@@ -17,6 +17,8 @@ from ucm_middleware import Principal, UserContextManager, UserExecutionContext, 
 from ucm_middleware.errors import ContextLimitError, UserContextError
 from ucm_middleware.registry import Registry
 
+pytestmark = pytest.mark.no_cover  # see pyproject.toml
+
 TABLE = {"ucm_middleware.registry", "ucm_middleware.expiry"}
 MOST = 400
 """More calls than anything here makes."""

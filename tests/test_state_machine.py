@@ -871,6 +871,8 @@ def _is_of(event: dict[str, Any], known: Known) -> bool:
     return bool(event.get("request_id") == known.context.request_id and event.get("run_id") == known.context.run_id)
 
 
+pytestmark = pytest.mark.no_cover  # see pyproject.toml
+
 # Some of what it enters does not let go in time.
 TestContexts = pytest.mark.ucm_leaks("some resources never let go")(ContextMachine.TestCase)
 TestContexts.settings = settings(

@@ -313,7 +313,7 @@ fights = st.tuples(*[st.tuples(st.sampled_from(["close_it", "child", "resource"]
 """All of them want something of the newest context."""
 
 
-pytestmark = pytest.mark.usefixtures("threads_switch_often")
+pytestmark = [pytest.mark.usefixtures("threads_switch_often"), pytest.mark.no_cover]
 
 
 # Not shrunk: what fails once in some order of the threads need not fail again.

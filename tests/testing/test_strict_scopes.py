@@ -7,8 +7,6 @@ from ucm_middleware.testing.context_watch import SETTLING
 PRELUDE = """
 import asyncio, os, threading
 import pytest
-
-from ucm_middleware.testing.context_watch import SETTLING
 from ucm_middleware import ContextLimitError, UserContextManager, create_isolated_execution_context
 from ucm_middleware.testing import context_watch
 
