@@ -53,7 +53,7 @@ class Interruption:
 class House:
     """A manager with contexts of a few users in every form, and what can be done to them.
 
-    The manager may be that of a house that is closed: to make one takes longer than all the rest.
+    The manager may be that of a house that is closed, with a table as new: to make one takes longer than all the rest.
     """
 
     def __init__(self, closed: "House | None" = None) -> None:
@@ -62,9 +62,10 @@ class House:
             self.manager = UserContextManager(
                 max_contexts_per_user=3, max_contexts=6, max_anonymous_contexts=2, clock=self.clock
             )
-            self.manager._sweeper._planned = -1.0  # whatever it is asked for, it is awake already: no thread
         else:
             self.clock, self.manager = closed.clock, closed.manager
+            self.manager._registry.after_fork()
+        self.manager._sweeper._planned = -1.0  # whatever it is asked for, it is awake already: no thread
         self.all: list[UserExecutionContext] = []
         self.lone = self.open("alice", "r-1")
         self.first, self.second = self.open("bob", "r-1"), self.open("bob", "r-2")
