@@ -614,9 +614,11 @@ class UserContextManager:
             raise IdentityConflictError(
                 "the context closed, or got another identity, at the same moment; open a new one"
             )
-        self._trail.bound(context, anonymous_id)
-        if context._websocket_client_id is not None:
-            self._hub.move(context, anonymous_id)
+        try:
+            self._trail.bound(context, anonymous_id)
+        finally:  # what cannot be recorded has happened all the same, and under the old id nobody would find it again
+            if context._websocket_client_id is not None:
+                self._hub.move(context, anonymous_id)
         self.hooks.context_bound(context, anonymous_id)
 
     def end_within(self, context: UserExecutionContext, seconds: float) -> None:

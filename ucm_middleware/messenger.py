@@ -56,7 +56,7 @@ class Messenger:
 
     def _send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Sent:
         hub = self._hub
-        if not isinstance(user_id, str) or not hub.knows(user_id):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if type(user_id) is not str or not hub.knows(user_id):
             user_id = self._known(user_id)
         self._guard.require(user_id, "send_event")
         actor = ambient_context()
@@ -84,18 +84,22 @@ class Messenger:
     async def _wait_for_room(self, sent: Sent) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hub.policy.wait_seconds
-        for connection in sent.waiting:
+        for connection, _ in sent.waiting:
+            outbox = connection.outbox
+            if not outbox.is_full:
+                continue
             room = asyncio.Event()
-            connection.outbox.when_room(partial(_set_on, loop, room))
+            outbox.when_room(partial(_set_on, loop, room))
             try:
                 async with asyncio.timeout_at(deadline):
                     await room.wait()
             except TimeoutError:
-                connection.context.close("slow")
+                if outbox.is_full:  # else it has just got room, or its turn came when the time was over
+                    connection.context.close("slow")
 
     def _block_for_room(self, sent: Sent) -> None:
         deadline = time.monotonic() + self._hub.policy.wait_seconds
-        for connection in sent.waiting:
+        for connection, _ in sent.waiting:
             room = threading.Event()
             connection.outbox.when_room(room.set)
             if not room.wait(max(0.0, deadline - time.monotonic())):

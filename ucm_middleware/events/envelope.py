@@ -19,6 +19,10 @@ FRAME: Final = 96
 """Bytes that the names of an envelope's fields, its epoch and its sequence take at most, roughly."""
 
 
+MOST_BITS: Final = 14_000
+"""Of a number. Somewhat above, the interpreter refuses to write it in decimal, for the time that this takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Narrowing:
     """To which of a user's connections an event goes: those of a thread, a run, or one by its id; None for any."""
@@ -122,8 +126,10 @@ def _encoded(data: object) -> str:
 
 def _culprit(value: Any, path: str, depth: int) -> tuple[str, str] | None:
     """Where the first value is that JSON has not, and what it is. Never the value."""
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | bool):
         return None
+    if isinstance(value, int):
+        return None if value.bit_length() < MOST_BITS else (path, "is a number of thousands of digits")
     if depth > 100:
         return "data", "nests too deeply, or contains itself"
     if isinstance(value, float):
@@ -132,6 +138,8 @@ def _culprit(value: Any, path: str, depth: int) -> tuple[str, str] | None:
         for name, item in cast("Mapping[object, object]", value).items():
             if not isinstance(name, str | int | float | bool | None):
                 return path, f"has a key that is a {type_name(name)}, not text"
+            if isinstance(name, float) and name - name != 0:
+                return path, "has a key that is no finite number"
             if found := _culprit(item, f"{path}[{key_text(name)}]", depth + 1):
                 return found
         return None

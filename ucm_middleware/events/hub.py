@@ -18,11 +18,13 @@ from ucm_middleware.forking import renewed_after_fork
 
 @dataclass(slots=True)
 class Sent:
-    """An event that is on its way. ``full`` are the connections that must be closed for it."""
+    """An event that is on its way: the connections in whose line it stands, and its place there. ``full`` are those
+    that must be closed for it.
+    """
 
     event: Event
     epoch: str
-    waiting: list[Connection]
+    waiting: list[tuple[Connection, int]]
     dropped: list[Dropped]
     full: list[UserExecutionContext]
     kept: bool
@@ -30,11 +32,11 @@ class Sent:
     def delivery(self) -> Delivery:
         """What has become of it by now."""
         number = self.event.sequence
-        delivered = sum(connection.outbox.sent >= number for connection in self.waiting)
+        delivered = sum(connection.outbox.sent >= place for connection, place in self.waiting)
         gone = [
             Dropped(connection.id, number, "gone")
-            for connection in self.waiting
-            if connection.outbox.is_over and connection.outbox.sent < number
+            for connection, place in self.waiting
+            if connection.outbox.is_over and connection.outbox.sent < place
         ]
         queued = len(self.waiting) - delivered - len(gone)
         return Delivery(self.epoch, number, delivered, queued, (*self.dropped, *gone), self.kept)
@@ -46,7 +48,7 @@ class Hub:
     ``clock`` is monotonic, in seconds; ``plan`` sees to it that ``sweep`` is called at a reading of it.
     """
 
-    __slots__ = ("__weakref__", "_channels", "_clock", "_keeping", "_kept_size", "_lock", "_plan", "policy")
+    __slots__ = ("__weakref__", "_channels", "_clock", "_keeping", "_kept_size", "_lock", "_plan", "_wake", "policy")
 
     def __init__(self, policy: EventPolicy, clock: Callable[[], float], plan: Callable[[float], None]) -> None:
         self.policy = policy
@@ -63,6 +65,7 @@ class Hub:
         # Those that keep events, in the order of their newest: so the first of them is due first.
         self._keeping: dict[str, Channel] = {}
         self._kept_size = 0
+        self._wake: float | None = None
 
     @property
     def lock(self) -> threading.RLock:
@@ -76,7 +79,7 @@ class Hub:
     def send(self, user_id: str, draft: Draft) -> Sent:
         """Put an event in line for each connection of the user that it is for, and keep it."""
         with self._lock:
-            was_keeping = bool(self._keeping)
+            wake = self._wake
             channel = self._channel(user_id)
             event = channel.number(draft, self._clock())
             sent = Sent(event, channel.epoch, [], [], [], self._keep(user_id, channel, event))
@@ -84,10 +87,10 @@ class Hub:
                 if event.narrowing is TO_ALL or connection.gets(event.narrowing):
                     self._put(connection, event, sent)
             self._forget_idle(user_id, channel)
-        for connection in sent.waiting:
+        if wake is None and (wake := self._wake) is not None:
+            self._plan(wake)  # not with the lock held: the sweeper has a lock of its own
+        for connection, _ in sent.waiting:
             connection.outbox.wake()
-        if sent.kept and not was_keeping:  # without the lock: whoever sweeps has one of its own, and then takes this
-            self._plan(event.at + self.policy.keep_seconds)
         return sent
 
     def _put(self, connection: Connection, event: Event, sent: Sent) -> None:
@@ -97,7 +100,7 @@ class Hub:
             if why == "full":
                 sent.full.append(connection.context)
         if not lost or lost[-1][1] == "oldest":
-            sent.waiting.append(connection)
+            sent.waiting.append((connection, connection.outbox.placed))
 
     # Connections.
 
@@ -106,8 +109,8 @@ class Hub:
         context = connection.context
         with self._lock:
             channel = self._channel(context.user_id)
-            self._replay(connection, channel)
             channel.connections[context._core] = connection
+            self._replay(connection, channel)
         if context.lifetime.is_open:
             connection.outbox.wake()
         else:  # closed in the middle of this, and whoever closed it may have found no connection
@@ -162,16 +165,18 @@ class Hub:
         if after is None or connection.context.is_anonymous:  # then there is nothing yet that it could have missed
             return
         connection.after = None
+        user_id = connection.context.user_id
         self._kept_size -= channel.drop_before(self._clock() - self.policy.keep_seconds)
+        self._stop_keeping_if_empty(user_id, channel)
         events = channel.since(after)
         if events is None:
             about = {"epoch": after.epoch, "sequence": after.sequence}
-            draft = Draft(EVENTS_MISSED, about, connection.context.user_id, Origin(), TO_ALL, self.policy)
+            draft = Draft(EVENTS_MISSED, about, user_id, Origin(), TO_ALL, self.policy)
             # With the newest number there is: what comes after it is live.
             events = [draft.numbered(channel.epoch, channel.sequence, self._clock())]
         for event in events:
             if connection.gets(event.narrowing):
-                connection.outbox.put_anyway(event)
+                connection.outbox.replay(event)
 
     # What is kept.
 
@@ -195,18 +200,18 @@ class Hub:
             while self._keeping:
                 user_id = next(iter(self._keeping))
                 channel = self._keeping[user_id]
-                if channel.kept and channel.kept[-1].at > due:
+                if channel.kept[-1].at > due:
+                    self._wake = channel.kept[-1].at + self.policy.keep_seconds
                     return
                 self._kept_size -= channel.drop_before(due)
                 self._stop_keeping_if_empty(user_id, channel)
+            self._wake = None
 
     def next_wake(self) -> float | None:
-        """When ``sweep`` has something to do, on the hub's clock."""
-        with self._lock:
-            for channel in self._keeping.values():
-                newest = channel.kept[-1].at if channel.kept else self._clock() - self.policy.keep_seconds
-                return newest + self.policy.keep_seconds
-        return None
+        """When ``sweep`` may have something to do, on the hub's clock. It takes no lock: whoever asks may hold one that
+        a sender waits for.
+        """
+        return self._wake
 
     def _keep(self, user_id: str, channel: Channel, event: Event) -> bool:
         policy = self.policy
@@ -220,11 +225,13 @@ class Hub:
             first = next(iter(self._keeping))
             self._kept_size -= self._keeping[first].drop_oldest()
             self._stop_keeping_if_empty(first, self._keeping[first])
+        if self._wake is None:
+            self._wake = event.at + policy.keep_seconds
         return True
 
     def _stop_keeping_if_empty(self, user_id: str, channel: Channel) -> None:
         if not channel.kept:
-            del self._keeping[user_id]
+            self._keeping.pop(user_id, None)
             self._forget_idle(user_id, channel)
 
     def _channel(self, user_id: str) -> Channel:

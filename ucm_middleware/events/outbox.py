@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from contextvars import Context
 from typing import Final
 
@@ -22,20 +23,39 @@ HELD_UP: Final = 2
 class Outbox(ABC):
     """Events for one connection, in order. The hub's lock is held in ``put``, and its lock guards the queue.
 
-    ``sent`` is the sequence of the newest event that the connection's server took.
+    ``placed`` counts the events that were ever put in line here, which gives each a place in it; ``sent`` is the place
+    of the newest one that the connection's server took. A sequence would not do: they begin anew when a connection is
+    bound to its user, and when that user's events are purged.
     """
 
-    __slots__ = ("_lock", "_policy", "_queue", "_size", "_waiters", "is_over", "is_sending", "sent")
+    __slots__ = (
+        "_extra_events",
+        "_extra_size",
+        "_lock",
+        "_policy",
+        "_queue",
+        "_sending",
+        "_size",
+        "_waiters",
+        "is_over",
+        "is_sending",
+        "placed",
+        "sent",
+    )
 
     def __init__(self, policy: EventPolicy, lock: threading.RLock) -> None:
         self._policy = policy
         self._lock = lock
         self._queue: deque[Event] = deque()
         self._size = 0
+        self._extra_events = 0
+        self._extra_size = 0
         self._waiters: tuple[Callable[[], object], ...] = ()
         self.is_over = False
         self.is_sending = False
+        self.placed = 0
         self.sent = 0
+        self._sending = 0
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -43,30 +63,45 @@ class Outbox(ABC):
     @property
     def is_full(self) -> bool:
         """Whether more waits than may."""
-        policy = self._policy
-        return len(self._queue) > policy.queue_events or self._size > policy.queue_bytes
+        return self._is_more(1, len(self._queue), self._size)
 
     def put(self, event: Event) -> tuple[tuple[int, DropReason], ...]:
         """Let an event wait. Returns which events are lost by it, and why; "full" means that it took none."""
         if self.is_over:
             return ((event.sequence, "gone"),)
-        policy = self._policy
         queue = self._queue
-        factor = HELD_UP if policy.when_full == "wait" else 1
+        when_full = self._policy.when_full
+        factor = HELD_UP if when_full == "wait" else 1
         lost: list[tuple[int, DropReason]] = []
-        while len(queue) >= policy.queue_events * factor or self._size + event.size > policy.queue_bytes * factor:
-            if policy.when_full != "drop_oldest":
+        while self._is_more(factor, len(queue) + 1, self._size + event.size):
+            if when_full != "drop_oldest":
                 return ((event.sequence, "full"),)
             oldest = queue.popleft()
             self._size -= oldest.size
             lost.append((oldest.sequence, "oldest"))
-        self.put_anyway(event)
+        self._append(event)
         return tuple(lost)
 
-    def put_anyway(self, event: Event) -> None:
-        """Let an event wait that is within another bound, such as that of what is kept."""
+    def replay(self, event: Event) -> None:
+        """Let an event wait that was kept, which has a bound of its own. Until all of this is sent, so much more may
+        wait here: a client that has only come back is not slow.
+        """
+        self._extra_events += 1
+        self._extra_size += event.size
+        self._append(event)
+
+    def _append(self, event: Event) -> None:
         self._queue.append(event)
         self._size += event.size
+        self.placed += 1
+
+    def _is_more(self, factor: int, events: int, size: int) -> bool:
+        """Whether it is more than may wait, so many times over."""
+        policy = self._policy
+        return (
+            events > policy.queue_events * factor + self._extra_events
+            or size > policy.queue_bytes * factor + self._extra_size
+        )
 
     def end(self) -> None:
         """The connection is over: nothing is sent any more."""
@@ -108,6 +143,9 @@ class Outbox(ABC):
                 return None
             event = self._queue.popleft()
             self._size -= event.size
+            self._sending = self.placed - len(self._queue)
+            if not self._queue:
+                self._extra_events = self._extra_size = 0
             if self._waiters and not self.is_full:
                 self._tell_waiters()
             return event
@@ -161,7 +199,7 @@ class TaskOutbox(Outbox):
         try:
             while (event := self._next()) is not None:
                 await self._send(event.text)
-                self.sent = event.sequence
+                self.sent = self._sending
         except Exception as error:  # noqa: BLE001 - whatever servers raise, each in its own way
             self._failed(error)
         finally:
@@ -173,8 +211,9 @@ class TaskOutbox(Outbox):
             return
         if asyncio._get_running_loop() is self._loop:
             task.cancel()
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(task.cancel)
+            return
+        with suppress(RuntimeError):  # its loop is closed, and the task with it
+            self._loop.call_soon_threadsafe(task.cancel, context=Context())
 
 
 class ThreadOutbox(Outbox):
@@ -187,14 +226,18 @@ class ThreadOutbox(Outbox):
         self._send = send
 
     def wake(self) -> None:
-        if self._begin_sending():
+        if not self._begin_sending():
+            return
+        try:
             threading.Thread(target=self._send_all, name="ucm-middleware events", daemon=True).start()
+        except RuntimeError as error:  # there are too many threads; the sender has others to send to
+            self._failed(error)
 
     def _send_all(self) -> None:
         try:
             while (event := self._next()) is not None:
                 self._send(event.text)
-                self.sent = event.sequence
+                self.sent = self._sending
         except Exception as error:  # noqa: BLE001 - whatever the server raises
             self._failed(error)
 
