@@ -1,7 +1,6 @@
 """From an event for a user to each of that user's connections, and to nobody else's."""
 
 import asyncio
-import threading
 
 import pytest
 
@@ -257,39 +256,6 @@ async def test_a_forked_child_begins_anew(make_manager: MakeManager) -> None:
 
 
 # Threads.
-
-
-def test_a_sender_and_the_sweeper_never_wait_for_each_other(make_manager: MakeManager) -> None:
-    """The sweeper asks when to wake with its own lock held, and a sender plans a waking."""
-    manager = make_manager(events=EventPolicy(keep_seconds=60))
-    manager.create_isolated_context("alice")
-    asked, planning = threading.Event(), threading.Event()
-    condition = manager._sweeper._condition
-    plan = manager._hub._plan
-
-    def plan_when_the_sweeper_asks(wake: float) -> None:
-        planning.set()
-        assert asked.wait(15)
-        assert condition.acquire(timeout=15), "the sweeper holds its lock, and waits for the hub's"
-        condition.release()
-        plan(wake)
-
-    manager._hub._plan = plan_when_the_sweeper_asks
-    sender = threading.Thread(target=manager.post_event, args=("alice", "message"))
-    sender.start()
-    assert planning.wait(15)
-
-    def ask() -> None:
-        with condition:
-            asked.set()
-            manager._next_wake()
-
-    sweeper = threading.Thread(target=ask)
-    sweeper.start()
-    for thread in (sweeper, sender):
-        thread.join(5)
-    assert not sweeper.is_alive()
-    assert not sender.is_alive()
 
 
 @pytest.mark.usefixtures("threads_switch_often")

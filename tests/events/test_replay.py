@@ -129,16 +129,34 @@ async def test_an_event_that_is_not_kept_leaves_a_gap_that_is_said(make_manager:
     assert context.is_open
 
 
-async def test_they_are_kept_for_so_long_after_the_newest(manager: UserContextManager, clock: Clock) -> None:
+async def test_they_are_kept_for_so_long(manager: UserContextManager, clock: Clock) -> None:
     first = await manager.send_event("alice", "message", 0)
     clock.advance(59.9)
     await manager.send_event("alice", "message", 1)
-    clock.advance(59.9)
     assert numbers(await come_back(manager, (first.epoch, 0))) == [1, 2]
     clock.advance(0.1)
+    assert numbers(await come_back(manager, (first.epoch, 1))) == [2]
+    assert_missed(await come_back(manager, (first.epoch, 0)), first.epoch, 2, (first.epoch, 0))
+    clock.advance(59.9)
     # While she has connections, her numbers go on.
     assert_missed(await come_back(manager, (first.epoch, 1)), first.epoch, 2, (first.epoch, 1))
     assert (await come_back(manager, (first.epoch, 2))).frames == []
+
+
+async def test_what_is_too_old_but_not_swept_is_not_replayed_and_its_room_is_free(make_manager: MakeManager) -> None:
+    clock = Clock()
+    manager = make_manager(
+        clock=clock, events=EventPolicy(max_size=4096, keep_bytes=4096, keep_total_bytes=4096, keep_seconds=60)
+    )
+    for user in ("alice", "bob"):
+        connect(manager, user)
+    old = await manager.send_event("alice", "message", "x" * 1000)
+    clock.advance(60)
+    assert_missed(await come_back(manager, (old.epoch, 0)), old.epoch, 1, (old.epoch, 0))
+    assert manager._hub._kept_size == 0
+    for _ in range(20):
+        assert (await manager.send_event("bob", "message", "x" * 1000)).kept
+    manager._hub.sweep()
 
 
 async def test_older_ones_go_with_the_next(manager: UserContextManager, clock: Clock) -> None:
