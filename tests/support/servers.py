@@ -8,7 +8,15 @@ from pathlib import Path
 from ucm_middleware.testing.server import HOST, Server, ServerKind
 from ucm_middleware.testing.server import start_server as start_public_server
 
-__all__ = ["ALL_SERVER_KINDS", "HOST", "SERVER_KINDS", "Server", "chosen_kinds", "start_server"]
+__all__ = [
+    "ALL_SERVER_KINDS",
+    "HOST",
+    "SERVER_KINDS",
+    "WEBSOCKET_SERVER_KINDS",
+    "Server",
+    "chosen_kinds",
+    "start_server",
+]
 
 _KINDS: dict[str, tuple[ServerKind, tuple[str, ...]]] = {
     "uvicorn-h11": ("uvicorn", ("--http", "h11", "--loop", "asyncio")),
@@ -34,6 +42,17 @@ def chosen_kinds(names: str | None) -> tuple[str, ...]:
 SERVER_KINDS = chosen_kinds(os.environ.get("UCM_TEST_SERVERS"))
 """What each test of all kinds of server runs on: `tox.ini` sets the variable where some are to do."""
 
+_WEBSOCKET_KINDS: dict[str, tuple[ServerKind, tuple[str, ...]]] = {
+    **{f"uvicorn-{name}": ("uvicorn", ("--ws", name)) for name in ("websockets", "websockets-sansio", "wsproto")},
+    "hypercorn": ("hypercorn", ()),
+    "granian": ("granian", ()),
+}
+
+WEBSOCKET_SERVER_KINDS = tuple(
+    kind for kind, (server, _) in _WEBSOCKET_KINDS.items() if server in {_KINDS[chosen][0] for chosen in SERVER_KINDS}
+)
+"""The same servers by what differs in WebSockets: uvicorn has three implementations of them."""
+
 
 @contextmanager
 def start_server(
@@ -44,8 +63,8 @@ def start_server(
     env: Mapping[str, str | None] | None = None,
     options: Sequence[str] = (),
 ) -> Generator[Server]:
-    """Run `app` on a server of one of `SERVER_KINDS`, which it then goes by."""
-    public_kind, parts = _KINDS[kind]
+    """Run `app` on a server of one of `SERVER_KINDS` or `WEBSOCKET_SERVER_KINDS`, which it then goes by."""
+    public_kind, parts = {**_KINDS, **_WEBSOCKET_KINDS}[kind]
     with start_public_server(app, app_dir=app_dir, kind=public_kind, env=env, options=(*parts, *options)) as server:
         server.kind = kind
         yield server
