@@ -66,9 +66,11 @@ class Messenger:
         draft = Draft(event, data, user_id, origin, narrowing, hub.policy)
         sent = hub.send(user_id, draft)
         is_full = any(lost.why != "gone" for lost in sent.dropped)
-        self._trail.event_sent(actor, user_id, _recorded(draft, sent), is_full=is_full)
-        for context in sent.full:
-            context.close("slow")
+        try:
+            self._trail.event_sent(actor, user_id, _recorded(draft, sent), is_full=is_full)
+        finally:  # also when the ledger is in trouble
+            for context in sent.full:
+                context.close("slow")
         return sent
 
     def _known(self, user_id: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from support.contexts import MakeManager, events
 from support.events import Client, connect, settled
 from support.waiting import wait_until
-from ucm_middleware import ConfigurationError, Dropped, EventPolicy
+from ucm_middleware import ConfigurationError, Dropped, EventPolicy, LedgerUnavailableError
 from ucm_middleware.current import ambient_context
 from ucm_middleware.events.envelope import TO_ALL, Event
 from ucm_middleware.events.outbox import TaskOutbox, ThreadOutbox
@@ -259,6 +259,23 @@ async def test_a_connection_that_does_not_keep_up_is_closed(make_manager: MakeMa
     assert fast.data == list(range(6))
     (record,) = [each for each in events(manager, "alice", "event_sent") if each["outcome"] != "ok"]
     assert (record["reason"], record["dropped"]) == ("full", 1)
+
+
+async def test_it_is_closed_also_when_the_ledger_is_in_trouble(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise LedgerUnavailableError("the disk is full")
+
+    manager = make_manager(events=EventPolicy(queue_events=1))
+    context, slow, _ = connect(manager, "alice")
+    slow.stall()
+    for number in range(2):
+        await manager.send_event("alice", "message", number)
+    monkeypatch.setattr(type(manager._trail), "event_sent", refuse)
+    with pytest.raises(LedgerUnavailableError):
+        await manager.send_event("alice", "message", 2)
+    assert context.lifetime.reason == "slow"
 
 
 async def test_a_connection_may_lose_its_oldest_instead(make_manager: MakeManager) -> None:
