@@ -15,6 +15,7 @@ __all__ = [
     "WEBSOCKET_SERVER_KINDS",
     "Server",
     "chosen_kinds",
+    "start_crowd_server",
     "start_server",
 ]
 
@@ -67,4 +68,12 @@ def start_server(
     public_kind, parts = {**_KINDS, **_WEBSOCKET_KINDS}[kind]
     with start_public_server(app, app_dir=app_dir, kind=public_kind, env=env, options=(*parts, *options)) as server:
         server.kind = kind
+        yield server
+
+
+@contextmanager
+def start_crowd_server(kind: str, app_dir: Path, env: Mapping[str, str]) -> Generator[Server]:
+    """Run `promise_crowd` on "uvicorn"."""
+    assert kind == "uvicorn"
+    with start_public_server("promise_crowd:app", app_dir=app_dir, kind="uvicorn", env=env) as server:
         yield server
