@@ -461,7 +461,7 @@ class TestIdentity:
             assert middleware.manager.get_active_contexts() == {}
 
     async def test_a_refusal_is_on_record_and_in_the_log_and_no_alarm(self, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, "ucm_middleware.middleware")
+        caplog.set_level(logging.INFO, "ucm_middleware.admission")
         manager = UserContextManager(guard="open")
         middleware = UserContextMiddleware(
             Remembering(), manager=manager, identify=lambda _: None, require_identity=True

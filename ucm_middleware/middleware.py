@@ -11,32 +11,22 @@ from functools import partial
 from inspect import isawaitable
 from typing import Any, Final
 
-from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 
+from ucm_middleware.admission import REFUSED, Admission, Refused
 from ucm_middleware.ambient import leave
 from ucm_middleware.answers import RecordedAnswer
 from ucm_middleware.audit.ledger import DurableLedger
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
-from ucm_middleware.errors import (
-    ConfigurationError,
-    ContextLimitError,
-    LedgerUnavailableError,
-    ManagerDrainingError,
-    UnauthenticatedError,
-    UserContextError,
-)
-from ucm_middleware.expiry import checked_ttl
+from ucm_middleware.errors import LedgerUnavailableError
 from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
-from ucm_middleware.ids import validate_id
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager, checked_drain_timeout
 from ucm_middleware.messages import Messages
-from ucm_middleware.principal import Principal
-from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, refusal_for_starlette, send_refusal
+from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 from ucm_middleware.websocket.asgi import AsgiConnection
 from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE, MessageLimits
@@ -48,9 +38,6 @@ CONTEXT: Final = "ucm_middleware.context"
 """The scope key of the context."""
 
 _SHUT_DOWN: Final = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
-
-KNOWN_IDS: Final = 4096
-"""How many user ids are remembered as valid, so that the rules are gone through once for each of them."""
 
 
 class Watch:
@@ -102,13 +89,8 @@ class UserContextMiddleware:
     ) -> None:
         self.app = app
         self.manager = UserContextManager() if manager is None else manager
-        if require_identity and identify is None and not self.manager.hooks.identify:
-            raise ConfigurationError(
-                "require_identity needs identify, or a plugin that identifies: without one no request could be served"
-            )
         self.identify = identify
-        self.require_identity = require_identity
-        self.ttl = self.manager.ttl if ttl is None else checked_ttl(ttl)
+        self._admission = Admission(self.manager, identify, require_identity, ttl)
         self.keep = tuple(keep)
         self.cancel_on_disconnect = cancel_on_disconnect
         self.drain_timeout = checked_drain_timeout(drain_timeout)
@@ -120,7 +102,6 @@ class UserContextMiddleware:
         self._ledger = self.manager._durable_ledger
         self._strict_ledger = self._ledger if self.manager.audit == "strict" else None
         self._begin = self._serve if self._ledger is None else self._serve_when_room
-        self._known_ids: set[int] = set()
         self.manager.serve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -182,14 +163,17 @@ class UserContextMiddleware:
                 self._origins.require(scope["headers"])
             found = None if self.identify is None else self.identify(HTTPConnection(scope))
             if type(found) is str:
-                context = self._open(scope, self._validated(found))
+                admission = self._admission
+                context = admission.open(
+                    admission.validated(found), scope[BOUNDARY].context, scope["type"] == "websocket"
+                )
             elif found is None and self.manager.hooks.identify:
                 return self._serve_when_identified(None, scope, receive, send, sent)
             elif found is not None and isawaitable(found):
                 return self._serve_when_identified(found, scope, receive, send, sent)
             else:
-                context = self._open_for(scope, found)
-        except (UserContextError, HTTPException, WebSocketException) as error:
+                context = self._admission.open_for(found, scope[BOUNDARY].context, scope["type"] == "websocket")
+        except REFUSED as error:
             return self._refuse(error, scope, send)
         return self._run(context, scope, receive, send, sent)
 
@@ -200,62 +184,20 @@ class UserContextMiddleware:
             found = None if waiting is None else await waiting
             if found is None and self.manager.hooks.identify:
                 found = await self.manager.hooks.identify(HTTPConnection(scope))
-            context = self._open_for(scope, found)
-        except (UserContextError, HTTPException, WebSocketException) as error:
+            context = self._admission.open_for(found, scope[BOUNDARY].context, scope["type"] == "websocket")
+        except REFUSED as error:
             await self._refuse(error, scope, send)
         else:
             await self._run(context, scope, receive, send, sent)
 
-    def _open_for(self, scope: Scope, found: object) -> UserExecutionContext:
-        """Open a context for whom the resolver found."""
-        if found is None:
-            if self.require_identity:
-                raise UnauthenticatedError("a user is required here")
-            return self._open(scope, None)
-        if not isinstance(found, Principal):
-            return self._open(scope, self._checked(found))
-        seconds_left = found.seconds_left()
-        context = self._open(scope, found.user_id)
-        if seconds_left is not None:
-            try:
-                self.manager.end_within(context, seconds_left)
-            except BaseException:  # no thread could be started to watch it, and nobody else would close it
-                context.close("failed")
-                raise
-        return context
-
-    def _open(self, scope: Scope, user_id: str | None) -> UserExecutionContext:
-        context = self.manager._open_for_connection(
-            user_id, self.ttl, scope[BOUNDARY].context, scope["type"] == "websocket"
-        )
+    async def _run(
+        self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch
+    ) -> None:
         scope[CONTEXT] = context
         if "state" in scope:
             scope["state"]["user_context"] = context
         else:
             scope["state"] = {"user_context": context}
-        return context
-
-    def _validated(self, user_id: str) -> str:
-        """A user id that is valid, remembered by its hash: no cache keeps anybody's id."""
-        known = self._known_ids
-        if hash(user_id) not in known:
-            validate_id(user_id, "user_id")
-            if len(known) >= KNOWN_IDS:
-                known.clear()
-            known.add(hash(user_id))
-        return user_id
-
-    def _checked(self, found: object) -> str:
-        if isinstance(found, str):
-            return validate_id(found, "user_id")
-        raise ConfigurationError(
-            f"{getattr(self.identify, '__qualname__', self.identify)} answered with a {type(found).__name__}; "
-            "a resolver answers with a Principal, a user id as text, or None"
-        )
-
-    async def _run(
-        self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch
-    ) -> None:
         ahead = None
         if self.cancel_on_disconnect and scope["type"] == "http":
             ahead = ReadAhead(receive, send, partial(context.close, "disconnected"))
@@ -335,27 +277,13 @@ class UserContextMiddleware:
         else:
             context.close(reason, error)
 
-    async def _refuse(
-        self, error: UserContextError | HTTPException | WebSocketException, scope: Scope, send: Send
-    ) -> None:
-        if isinstance(error, UserContextError):
-            refusal, reason = refusal_for(error), str(error)
-            if refusal is None:
-                try:
-                    raise error
-                finally:
-                    del error  # its traceback holds this frame
-        else:  # what people raise in a resolver; here nobody outside would turn it into an answer
-            refusal = refusal_for_starlette(error)
-            reason = f"identify raised {type(error).__name__} ({refusal.status})"
-        logger.info("refused with %d: %s", refusal.status, reason)
+    async def _refuse(self, error: Refused, scope: Scope, send: Send) -> None:
         try:
-            if not isinstance(error, ContextLimitError | ManagerDrainingError):  # those are on record already
-                self.manager.record_refusal(error, reason)
-            if self._strict_ledger is not None:
-                await self._strict_ledger.durable()
-        except LedgerUnavailableError as unavailable:
-            refusal = refusal_for(unavailable) or refusal
+            refusal = self._admission.refused(error)
+        finally:
+            del error  # its traceback holds this frame, where it is raised
+        if self._strict_ledger is not None:
+            refusal = await _unrecorded(self._strict_ledger) or refusal
         await send_refusal(refusal, scope, send, None)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:

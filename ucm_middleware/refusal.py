@@ -129,16 +129,25 @@ async def _send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: s
 
 
 async def _close(refusal: Refusal, send: Send) -> None:
-    # A close frame has room for 123 bytes of text (RFC 6455, section 5.5); what is cut must still be UTF-8.
-    reason = str(refusal.detail).encode()[:123].decode(errors="ignore")
-    await send({"type": "websocket.close", "code": refusal.close_code, "reason": reason})
+    await send({"type": "websocket.close", "code": refusal.close_code, "reason": close_reason(refusal)})
 
 
-async def _respond(refusal: Refusal, kind: str, send: Send) -> None:
+def close_reason(refusal: Refusal) -> str:
+    """What a close frame says of it, which has room for 123 bytes of text: RFC 6455, section 5.5."""
+    return str(refusal.detail).encode()[:123].decode(errors="ignore")  # what is cut must still be UTF-8
+
+
+def http_answer(refusal: Refusal) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers, their names in lower case, and body."""
     headers = [(b"cache-control", b"no-store"), *refusal.headers]
     body = b""
     if refusal.status not in BODILESS:
         body = json.dumps({"detail": refusal.detail}).encode()
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    return headers, body
+
+
+async def _respond(refusal: Refusal, kind: str, send: Send) -> None:
+    headers, body = http_answer(refusal)
     await send({"type": f"{kind}.start", "status": refusal.status, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})

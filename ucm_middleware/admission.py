@@ -1,0 +1,121 @@
+"""Who may come in: from what a resolver found to a context, and from an error to the answer. Common to all servers."""
+
+# Contexts, their manager and the middleware open doors to each other that applications are not shown.
+# pyright: reportPrivateUsage=false
+
+import logging
+from contextvars import Context
+from typing import Final
+
+from starlette.exceptions import HTTPException, WebSocketException
+
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import (
+    ConfigurationError,
+    ContextLimitError,
+    LedgerUnavailableError,
+    ManagerDrainingError,
+    UnauthenticatedError,
+    UserContextError,
+)
+from ucm_middleware.expiry import checked_ttl
+from ucm_middleware.identity import Identify
+from ucm_middleware.ids import validate_id
+from ucm_middleware.manager import UserContextManager
+from ucm_middleware.principal import Principal
+from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_starlette
+
+logger = logging.getLogger(__name__)
+
+KNOWN_IDS: Final = 4096
+"""How many user ids are remembered as valid, so that the rules are gone through once for each of them."""
+
+Refused = UserContextError | HTTPException | WebSocketException
+"""What may be raised before there is a context, and is answered: the package's own errors, and Starlette's."""
+
+REFUSED: Final = (UserContextError, HTTPException, WebSocketException)
+
+
+class Admission:
+    """Opens the contexts of requests and connections. The settings are those of ``UserContextMiddleware``.
+
+    Raises ConfigurationError for settings under which nobody could come in.
+    """
+
+    __slots__ = ("_identify", "_known_ids", "_manager", "_require_identity", "_ttl")
+
+    def __init__(
+        self, manager: UserContextManager, identify: Identify | None, require_identity: bool, ttl: float | None
+    ) -> None:
+        if require_identity and identify is None and not manager.hooks.identify:
+            raise ConfigurationError(
+                "require_identity needs identify, or a plugin that identifies: without one no request could be served"
+            )
+        self._manager = manager
+        self._identify = identify
+        self._require_identity = require_identity
+        self._ttl = manager.ttl if ttl is None else checked_ttl(ttl)
+        self._known_ids: set[int] = set()
+
+    def open_for(self, found: object, variables: Context | None, websocket: bool) -> UserExecutionContext:
+        """Open a context for whom the resolver found. ``variables`` is the Context that its releases run in."""
+        if found is None:
+            if self._require_identity:
+                raise UnauthenticatedError("a user is required here")
+            return self.open(None, variables, websocket)
+        if not isinstance(found, Principal):
+            return self.open(self._checked(found), variables, websocket)
+        seconds_left = found.seconds_left()
+        context = self.open(found.user_id, variables, websocket)
+        if seconds_left is not None:
+            try:
+                self._manager.end_within(context, seconds_left)
+            except BaseException:  # no thread could be started to watch it, and nobody else would close it
+                context.close("failed")
+                raise
+        return context
+
+    def open(self, user_id: str | None, variables: Context | None, websocket: bool) -> UserExecutionContext:
+        """Open a context for a user whose id is valid; an anonymous one for None."""
+        return self._manager._open_for_connection(user_id, self._ttl, variables, websocket)
+
+    def validated(self, user_id: str) -> str:
+        """A user id that is valid, remembered by its hash: no cache keeps anybody's id."""
+        known = self._known_ids
+        if hash(user_id) not in known:
+            validate_id(user_id, "user_id")
+            if len(known) >= KNOWN_IDS:
+                known.clear()
+            known.add(hash(user_id))
+        return user_id
+
+    def _checked(self, found: object) -> str:
+        if isinstance(found, str):
+            return validate_id(found, "user_id")
+        raise ConfigurationError(
+            f"{getattr(self._identify, '__qualname__', self._identify)} answered with a {type(found).__name__}; "
+            "a resolver answers with a Principal, a user id as text, or None"
+        )
+
+    def refused(self, error: Refused) -> Refusal:
+        """What to answer where no context was opened. It is in the log and on record then.
+
+        Raises the error itself where it is the application's own fault.
+        """
+        if isinstance(error, UserContextError):
+            refusal, reason = refusal_for(error), str(error)
+            if refusal is None:
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame
+        else:  # what people raise in a resolver; here nobody outside would turn it into an answer
+            refusal = refusal_for_starlette(error)
+            reason = f"identify raised {type(error).__name__} ({refusal.status})"
+        logger.info("refused with %d: %s", refusal.status, reason)
+        try:
+            if not isinstance(error, ContextLimitError | ManagerDrainingError):  # those are on record already
+                self._manager.record_refusal(error, reason)
+        except LedgerUnavailableError as unavailable:
+            refusal = refusal_for(unavailable) or refusal
+        return refusal
