@@ -128,7 +128,7 @@ class Closing:
         self.claimed = True  # until whoever began the closing has said so
         self.failures: tuple[ReleaseFailure, ...] = ()
         self.interrupted = False
-        self.overdue: asyncio.TimerHandle | None = None
+        self.overdue: asyncio.TimerHandle | threading.Timer | None = None
         self.releasing: Releasing | None = None
         self.stop: BaseException | None = None
         self.waiters: tuple[asyncio.Future[None], ...] = ()
@@ -157,7 +157,7 @@ class Lifetime(Timed):
     opened_by: str | tuple[str, int]
     reason: CloseReason | None
     loop: asyncio.AbstractEventLoop | None
-    task: asyncio.Task[Any] | None
+    task: asyncio.Task[Any] | threading.Thread | None  # what the handler runs in, while it runs
     variables: Context | None
     closing: Closing | None
     journal: Journal | None  # made by the manager when there is something to write down; most contexts never have one
@@ -212,8 +212,10 @@ class Lifetime(Timed):
 
     @property
     def handler_runs_elsewhere(self) -> bool:
-        """Whether a handler is running in the context, in another task than the one that asks."""
+        """Whether a handler is running in the context, in another task or thread than the one that asks."""
         task = self.task
+        if isinstance(task, threading.Thread):
+            return task is not threading.current_thread()
         return task is not None and (running_loop() is None or asyncio.current_task() is not task)
 
     @property
@@ -327,6 +329,10 @@ class Lifetime(Timed):
         if task is not None:
             self._cancelling = task.cancelling()
 
+    def run_in_current_thread(self) -> None:
+        """Note that the handler runs in this thread. Nothing can cancel it: it sees that its context is closed."""
+        self.task = threading.current_thread()
+
     def absorb_interrupt(self) -> bool:
         """Take back the cancellation of an interrupt, in the task of the handler, after it has ended.
 
@@ -345,7 +351,7 @@ class Lifetime(Timed):
     def interrupt(self) -> None:
         """Cancel the handler that runs in this context, unless it is the one that asks."""
         task, loop = self.task, self.loop
-        if task is None or loop is None or not loop_is_live(loop):
+        if task is None or isinstance(task, threading.Thread) or loop is None or not loop_is_live(loop):
             return
         if loop is not running_loop() or asyncio.current_task() is not task:
             with contextlib.suppress(RuntimeError):  # the loop was closed in this very moment

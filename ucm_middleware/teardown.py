@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
@@ -196,17 +197,30 @@ class Closable:
         return node is self
 
     def _tear_down_after_handler(self) -> None:
-        """Leave the teardown to the task that runs the handler, for when it has ended.
+        """Leave the teardown to the task or thread that runs the handler, for when it has ended.
 
         What the handler opened itself stands above the resources here and must be undone first: a connection that went
         back to its pool now would be another user's while this handler still rolls back on it.
         """
-        loop = self._lifetime.loop
+        lifetime = self._lifetime
+        loop = lifetime.loop
+        if isinstance(lifetime.task, threading.Thread) and lifetime.task.is_alive():
+            self._wait_for_thread()
+            return
         if loop is not None and loop_is_live(loop):
             with suppress(RuntimeError):  # the loop was closed in this very moment
                 loop.call_soon_threadsafe(self._wait_for_handler, loop)
                 return
         self._tear_down_overdue()
+
+    def _wait_for_thread(self) -> None:
+        closing = self._lifetime.closing
+        if closing is not None:
+            closing.overdue = timer = threading.Timer(HANDLER_GRACE, self._tear_down_overdue)
+            timer.daemon = True
+            timer.start()
+            if self._lifetime.state is CLOSED:  # looked at last: who closed before found no timer
+                timer.cancel()
 
     def _wait_for_handler(self, loop: asyncio.AbstractEventLoop) -> None:
         closing = self._lifetime.closing

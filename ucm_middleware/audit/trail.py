@@ -326,6 +326,12 @@ class AuditTrail:
         if self._strict is not None:
             self._strict.flush(SETTLE_TIMEOUT)
 
+    def wait_for_room(self) -> None:
+        """Where a durable ledger does not keep up: wait until it does. Raises LedgerUnavailableError."""
+        ledger = self._ledger
+        if isinstance(ledger, DurableLedger) and not ledger.has_room:
+            ledger.flush(SETTLE_TIMEOUT)
+
     def isolation_violated(self, findings: Sequence[Finding]) -> None:
         """Two users' contexts were found to share something.
 

@@ -217,13 +217,19 @@ class TaskOutbox(Outbox):
 
 
 class ThreadOutbox(Outbox):
-    """For a connection that a thread serves: ``send`` blocks, and is called in a thread of its own."""
+    """For a connection that a thread serves: ``send`` blocks, and is called in a thread of its own.
 
-    __slots__ = ("_send",)
+    ``over`` is called once nothing is sent any more, with the hub's lock held: it must not wait.
+    """
 
-    def __init__(self, send: Callable[[str], None], policy: EventPolicy, lock: threading.RLock) -> None:
+    __slots__ = ("_over", "_send")
+
+    def __init__(
+        self, send: Callable[[str], None], over: Callable[[], None], policy: EventPolicy, lock: threading.RLock
+    ) -> None:
         super().__init__(policy, lock)
         self._send = send
+        self._over = over
 
     def wake(self) -> None:
         if not self._begin_sending():
@@ -243,3 +249,4 @@ class ThreadOutbox(Outbox):
 
     def _stop_sending(self) -> None:
         """The connection's own end breaks off what blocks."""
+        self._over()

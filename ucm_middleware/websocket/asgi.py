@@ -56,7 +56,7 @@ class AsgiConnection:
     async def receive(self) -> Message:
         """The next message. Raises MessageLimitError for one that is too much, ContextClosedError once the user may not
         go on."""
-        self._require_not_cut_off()
+        require_not_cut_off(self._context)
         if self._child is not None:
             await self._leave_message()
         message = await self._receive()
@@ -70,7 +70,7 @@ class AsgiConnection:
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on. Events come from when the connection is accepted until it is closed."""
-        self._require_not_cut_off()
+        require_not_cut_off(self._context)
         kind = message["type"]
         if kind == "websocket.accept":
             return self._accept(message)
@@ -93,11 +93,12 @@ class AsgiConnection:
         if child is not None:
             await child.aclose("finished")
 
-    def _require_not_cut_off(self) -> None:
-        """A handler that revokes its own user is not cancelled; it ends here."""
-        lifetime = self._context._lifetime
-        if lifetime.reason is not None and lifetime.reason in INTERRUPTING:
-            raise self._context._closed_error()
+
+def require_not_cut_off(context: UserExecutionContext) -> None:
+    """Raise ContextClosedError in a handler that revoked its own user, say: it is not cancelled; it ends here."""
+    reason = context._lifetime.reason
+    if reason is not None and reason in INTERRUPTING:
+        raise context._closed_error()
 
 
 def last_event(query: bytes) -> LastEvent | None:

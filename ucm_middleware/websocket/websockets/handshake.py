@@ -1,25 +1,44 @@
 """A handshake of the websockets library as ASGI has it, and an answer of ASGI as the library has it."""
 
+import logging
 from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final, cast
 from urllib.parse import unquote
 
 from websockets.asyncio.server import ServerConnection as AsyncioConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
+from websockets.server import ServerProtocol
 from websockets.sync.server import ServerConnection as SyncConnection
 
+from ucm_middleware.errors import ConfigurationError
 from ucm_middleware.refusal import Refusal, http_answer
 from ucm_middleware.types import Scope
+
+logger = logging.getLogger(__name__)
+
+SWITCHING_PROTOCOLS: Final = 101
+
+WITHOUT_CONNECTIONS: Final = (
+    "the handler is served without its connections, so nobody was identified: give serve(...) "
+    "create_connection=handler.create_connection, of the very handler that wrap_handler returned"
+)
+
+
+def wrong_server(kind: str, server: str) -> ConfigurationError:
+    """The error to raise where a handler is served by the other kind of server. It is logged: not every server tells
+    of what its connections raise.
+    """
+    error = ConfigurationError(f"the handler is {kind}: serve it with {server}")
+    logger.error("%s", error)
+    return error
 
 
 def scope_of(connection: AsyncioConnection | SyncConnection, request: Request) -> Scope:
     """What resolvers see: path, query, headers and addresses."""
     path, _, query = request.path.partition("?")
-    headers = [
-        (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in request.headers.raw_items()
-    ]
+    headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in request.headers.raw_items()]
     return {
         "type": "websocket",
         "asgi": {"version": "3.0", "spec_version": "2.5"},
@@ -55,6 +74,12 @@ def refusal_response(refusal: Refusal) -> Response:
     return response_of(refusal.status, headers, body)
 
 
+def limit_size(protocol: ServerProtocol, most: int) -> None:
+    """Let no message be more bytes than that, or than ``serve`` was told: counted as its frames arrive."""
+    declared = protocol.max_message_size
+    protocol.max_message_size = most if declared is None else min(most, declared)
+
+
 def _is_encrypted(connection: AsyncioConnection | SyncConnection) -> bool:
     if isinstance(connection, AsyncioConnection):
         return connection.transport.get_extra_info("ssl_object") is not None
@@ -67,7 +92,7 @@ def _address(connection: AsyncioConnection | SyncConnection, name: str) -> tuple
         address: Any = getattr(connection, name)
     except OSError:
         return None
-    return (address[0], address[1]) if isinstance(address, tuple) else None
+    return cast("tuple[str, int]", address[:2]) if isinstance(address, tuple) else None
 
 
 def _listed(values: Iterable[bytes]) -> list[str]:
