@@ -102,7 +102,7 @@ def sync_ending_of(connection: SyncClientConnection) -> tuple[int, str]:
 async def eventually(condition: Any, what: str) -> None:
     """``wait_until`` for a test whose event loop must go on."""
     async with asyncio.timeout(PATIENCE):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - any condition, not only an event of ours
             await asyncio.sleep(0.005)
     assert condition(), what
 
