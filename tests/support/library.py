@@ -60,7 +60,8 @@ def serving_threads(handler: SyncHandler, **options: Any) -> Iterator[str]:
 
 def sync_client(url: str, user: str | None = None, **options: Any) -> SyncClientConnection:
     headers = {**options.pop("headers", {}), **({} if user is None else {"x-user": user})}
-    return sync_connect(url, additional_headers=headers, proxy=None, **options)
+    connection: SyncClientConnection = sync_connect(url, additional_headers=headers, proxy=None, **options)
+    return connection
 
 
 async def refusal_of(connecting: connect) -> tuple[int, dict[str, str], Any]:

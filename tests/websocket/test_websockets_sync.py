@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
-from websockets.exceptions import InvalidMessage
+from websockets.exceptions import ConnectionClosed, InvalidMessage
 from websockets.http11 import Request, Response
 from websockets.sync.client import ClientConnection
 from websockets.sync.router import Router
@@ -240,7 +240,7 @@ class TestWrapping:
         async def asynchronous(connection: Any) -> None: ...
 
         handler: Any = wrap_handler(asynchronous, manager=manager)
-        with serving_threads(handler) as url, pytest.raises((EOFError, InvalidMessage, OSError)):
+        with serving_threads(handler) as url, pytest.raises((ConnectionClosed, InvalidMessage, OSError)):
             sync_client(url, legacy=True)
         assert "the handler is asynchronous: serve it with websockets.asyncio.server" in caplog.text
 
