@@ -80,13 +80,12 @@ async def run() -> None:
 
 
 def run_sync() -> None:
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     wrapped = wrap_handler(sync_handler, manager=manager, identify=identify)
     with serve_sync(wrapped, "127.0.0.1", 0, create_connection=wrapped.create_connection) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(server.socket.getsockname()[1], flush=True)
-        stop.wait()
+        signal.sigwait({signal.SIGTERM})
         asyncio.run(manager.drain(0.1))
 
 
