@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from support.contexts import MakeManager
 
 pytest_plugins = "pytester"
+collect_ignore = ["browser"]  # needs Chromium and playwright: asked for by its path, as tox's environment of that name does
 
 settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)
 settings.register_profile("soak", settings.get_profile("ucm"), derandomize=False)  # see tests/test_state_machine.py
