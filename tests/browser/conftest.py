@@ -1,4 +1,4 @@
-"""A headless Chromium, of the system: `apt-get install chromium`. Without one nothing here runs, and that is an error."""
+"""A headless Chromium, of the system: `apt-get install chromium`. Without one the run fails."""
 
 import os
 import shutil
@@ -73,7 +73,8 @@ def server() -> Iterator[Server]:
 def page(context: BrowserContext, server: Server) -> Page:
     """The example's page, with its clock at a standstill: nothing reconnects before the test lets time pass."""
     page = context.new_page()
-    page.clock.install()
+    page.clock.install(time=0)
+    page.clock.pause_at(1)
     page.goto(server.url)
     return page
 
