@@ -140,9 +140,13 @@ def test_a_loop_that_is_closed_ends_the_outbox() -> None:
 # A thread.
 
 
+def nothing() -> None:
+    """What is done when a connection that a thread serves is over."""
+
+
 def test_a_thread_sends_while_something_waits_and_no_longer() -> None:
     reader = Reader()
-    outbox = ThreadOutbox(reader.send, EventPolicy(), threading.RLock())
+    outbox = ThreadOutbox(reader.send, nothing, EventPolicy(), threading.RLock())
     reader.reads.clear()
     for number in range(1, 4):
         outbox.put(event(number))
@@ -157,7 +161,7 @@ def test_a_thread_sends_while_something_waits_and_no_longer() -> None:
 def test_what_a_threads_server_raises_ends_its_outbox() -> None:
     reader = Reader()
     reader.error = OSError("the client has gone")
-    outbox = ThreadOutbox(reader.send, EventPolicy(), threading.RLock())
+    outbox = ThreadOutbox(reader.send, nothing, EventPolicy(), threading.RLock())
     outbox.put(event(1))
     outbox.wake()
     wait_until(lambda: outbox.is_over, "it is over")
@@ -166,7 +170,7 @@ def test_what_a_threads_server_raises_ends_its_outbox() -> None:
 def test_a_thread_that_cannot_be_started_ends_its_outbox_and_spares_the_sender(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    outbox = ThreadOutbox(Reader().send, EventPolicy(), threading.RLock())
+    outbox = ThreadOutbox(Reader().send, nothing, EventPolicy(), threading.RLock())
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

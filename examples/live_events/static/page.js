@@ -131,7 +131,7 @@ class Pane {
 
 function told({ status, body }) {
   if (status !== 200) return `${status || "no answer"}, ${body.detail}`;
-  return `delivered ${body.delivered}, queued ${body.queued}, dropped ${body.dropped.length}${body.kept ? ", kept" : ""}`;
+  return `delivered ${body.delivered}, queued ${body.queued}, dropped ${body.dropped}${body.kept ? ", kept" : ""}`;
 }
 
 for (const { path, user } of PANES) {
