@@ -48,9 +48,9 @@ class Guard:
         Raises ContextClosedError for code that outlived its own context.
         """
         context = self._acting()
-        if self.is_granted(user_id):
+        if context is not None and context.user_id == user_id:
             return True
-        return (self._is_open or not self._serving) if context is None else context.user_id == user_id
+        return self.is_granted(user_id) or (context is None and (self._is_open or not self._serving))
 
     def is_granted(self, user_id: str | None) -> bool:
         """Whether the asking code runs in a ``privileged`` block of this guard that names the user."""

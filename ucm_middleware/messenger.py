@@ -37,11 +37,13 @@ class Messenger:
     async def send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
         """Send, and give the connections on this loop the time to take it. Under the policy "wait": wait for room."""
         sent = self._send(user_id, event, data, narrowing)
-        if sent.waiting:
-            if self._hub.policy.when_full == "wait":
-                await self._wait_for_room(sent)
+        if sent.waiting and self._hub.policy.when_full == "wait":
+            await self._wait_for_room(sent)
+        delivery = sent.delivery()
+        if delivery.queued:
             await asyncio.sleep(0)  # the tasks that send it have just been made, and come before this one again
-        return sent.delivery()
+            delivery = sent.delivery()
+        return delivery
 
     def post(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
         """Send from a thread without an event loop. Under the policy "wait" it blocks until there is room."""

@@ -127,6 +127,53 @@ async def test_an_end_breaks_off_what_is_being_sent() -> None:
     assert client.frames == []
 
 
+async def test_a_server_that_looks_at_its_task_does_not_find_the_senders() -> None:
+    tasks: list[object] = []
+
+    async def send(text: str) -> None:
+        async with asyncio.timeout(60):  # which cancels the task it is entered in
+            tasks.append(asyncio.current_task())
+            await asyncio.sleep(0)
+
+    outbox = TaskOutbox(send, asyncio.get_running_loop(), EventPolicy(), threading.RLock())
+    outbox.put(event(1))
+    outbox.wake()
+    await settled()
+    assert len(tasks) == 1
+    assert isinstance(tasks[0], asyncio.Task)
+    assert tasks[0] is not asyncio.current_task()
+
+
+async def test_an_end_in_the_middle_of_its_beginning_breaks_it_off_too() -> None:
+    before = asyncio.all_tasks()
+
+    async def send(text: str) -> None:
+        ending = threading.Thread(target=outbox.end)
+        ending.start()
+        ending.join()
+        await asyncio.Event().wait()
+
+    outbox = TaskOutbox(send, asyncio.get_running_loop(), EventPolicy(), threading.RLock())
+    outbox.put(event(1))
+    outbox.wake()
+    await settled()
+    assert outbox.is_over
+    assert asyncio.all_tasks() == before
+
+
+async def test_nothing_is_held_for_an_empty_queue() -> None:
+    client = Client()
+    outbox, other = (
+        TaskOutbox(client.send, asyncio.get_running_loop(), EventPolicy(), threading.RLock()) for _ in range(2)
+    )
+    outbox.put(event(1))
+    assert (len(outbox), len(other)) == (1, 0)
+    outbox.wake()
+    await settled()
+    assert client.frames == ["1"]
+    assert outbox._queue is other._queue
+
+
 def test_a_loop_that_is_closed_ends_the_outbox() -> None:
     loop = asyncio.new_event_loop()
     outbox = TaskOutbox(Client().send, loop, EventPolicy(), threading.RLock())

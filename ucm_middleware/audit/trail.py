@@ -240,11 +240,37 @@ class AuditTrail:
     def event_sent(self, actor: UserExecutionContext | None, user_id: str, data: Data, *, is_full: bool) -> None:
         """An event was put in line for a user's connections. With ``is_full``, one of them loses an event by it."""
         outcome, reason = _FULL if is_full else _SENT
-        if actor is not None and actor._user_id == user_id:
-            self._about(actor, "event_sent", outcome, reason, data=data)
+        by: str | None = None
+        core: Core | None = None
+        request_id: str | Core | None = None
+        thread_id = run_id = None
+        if actor is None:
+            by = TRUSTED_CODE
+        elif actor._user_id == user_id:
+            core, request_id = actor._core, actor._request_id
+            thread_id, run_id = actor._thread_id, actor._run_id
         else:
-            actor_id = TRUSTED_CODE if actor is None else actor._user_id
-            self._about_nobody("event_sent", outcome, reason, user_id=user_id, actor_id=actor_id, data=data)
+            by = actor._user_id
+        # On the path of each event, so a plain row.
+        self._append(
+            (
+                "event_sent",
+                time.time(),
+                user_id,
+                by,
+                core,
+                request_id,
+                thread_id,
+                run_id,
+                outcome,
+                reason,
+                None,
+                data,
+                self._next_id(),
+                0,
+                0,
+            )
+        )
 
     def user_revoked(self, actor_id: str | None, user_id: str, reason: str, contexts: int) -> None:
         """A user is signed out everywhere. Each context has a record of its own besides."""

@@ -15,6 +15,11 @@ MAX_FOLLOWED: Final = 100
 """How many threads and runs one connection may follow."""
 
 
+NO_IDS: Final[frozenset[str]] = frozenset()
+NO_EVENTS: Final[deque[Event]] = deque(maxlen=0)
+"""Stands for none that are kept: most channels keep none, and a queue takes 760 bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class LastEvent:
     """The last event that a client had. None for what it did not name, or in a way that names none."""
@@ -32,7 +37,7 @@ class Connection:
         self.context = context
         self.outbox = outbox
         self.after = after
-        self.followed: frozenset[str] = frozenset()
+        self.followed = NO_IDS
 
     @property
     def id(self) -> str:
@@ -62,7 +67,7 @@ class Channel:
     def __init__(self) -> None:
         self.connections: dict[Core, Connection] = {}  # by the core of their context
         self.sequence = 0
-        self.kept: deque[Event] = deque()
+        self.kept: deque[Event] = NO_EVENTS
         self.kept_size = 0
         self.epoch = token_hex(8)
 
@@ -74,6 +79,8 @@ class Channel:
     def keep(self, event: Event, policy: EventPolicy) -> int:
         """Keep an event, and of those before it what there is room for. Returns by how many bytes that is more."""
         before = self.kept_size
+        if not self.kept:
+            self.kept = deque()
         self.kept.append(event)
         self.kept_size += event.size
         while len(self.kept) > policy.keep_events or self.kept_size > policy.keep_bytes:
@@ -84,6 +91,8 @@ class Channel:
         """Keep the oldest event no longer. Returns its bytes."""
         oldest = self.kept.popleft()
         self.kept_size -= oldest.size
+        if not self.kept:
+            self.kept = NO_EVENTS
         return oldest.size
 
     def drop_before(self, at: float) -> int:

@@ -1,7 +1,7 @@
 """What became of an event."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 DropReason = Literal["full", "oldest", "gone"]
 
@@ -17,8 +17,7 @@ class Dropped:
     why: DropReason
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """What became of an event by the time of the answer.
 
     ``delivered`` counts the connections whose server took it, ``queued`` those for which it waits. ``dropped`` names

@@ -4,9 +4,11 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from datetime import UTC, datetime
+from functools import lru_cache
+from json.encoder import encode_basestring
+from typing import Any, Final, NamedTuple, cast
 
-from ucm_middleware.audit.records import iso
 from ucm_middleware.errors import InvalidEventError
 from ucm_middleware.events.policy import TYPE_RULE, EventPolicy, is_type
 from ucm_middleware.ids import validate_id
@@ -43,8 +45,7 @@ def narrowing(thread_id: str | None, run_id: str | None, connection_id: str | No
     return Narrowing(**{name: None if value is None else validate_id(value, name) for name, value in ids.items()})
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """The thread, the run and the request that an event comes from, as far as there are any."""
 
     thread_id: str | None = None
@@ -74,15 +75,12 @@ class Draft:
         """Raises InvalidEventError for a type or data that break a rule."""
         self.type = _checked_type(event, policy)
         self.narrowing = narrowing
-        about = {
-            "type": self.type,
-            "user_id": user_id,
-            "thread_id": origin.thread_id,
-            "run_id": origin.run_id,
-            "request_id": origin.request_id,
-            "timestamp": iso(time.time()),
-        }
-        self._head = _encode(about)[:-1]
+        # By hand: the encoder takes four times as long for what is all text.
+        self._head = (
+            f'{{"type":{encode_basestring(self.type)},"user_id":{encode_basestring(user_id)},'
+            f'"thread_id":{_text(origin.thread_id)},"run_id":{_text(origin.run_id)},'
+            f'"request_id":{_text(origin.request_id)},"timestamp":"{_iso(time.time())}"'
+        )
         self._tail = _encoded(data)
         self._size = self._checked_size(policy.max_size)
 
@@ -93,7 +91,7 @@ class Draft:
 
     def _checked_size(self, most: int) -> int:
         try:
-            size = len(self._head.encode()) + len(self._tail.encode()) + FRAME
+            size = _bytes_of(self._head) + _bytes_of(self._tail) + FRAME
         except UnicodeEncodeError:
             raise InvalidEventError(
                 "data", "has text that is no Unicode: half of a surrogate pair", "mend the text"
@@ -114,6 +112,25 @@ def _checked_type(event: object, policy: EventPolicy) -> str:
             "event", f"{name!r} is of no declared type", f"send one of {', '.join(sorted(policy.types))}, or declare it"
         )
     return name
+
+
+def _iso(at: float) -> str:
+    """A time in seconds since the epoch as ISO 8601 in UTC, to the microsecond."""
+    second = int(at)
+    return f"{_second(second)}.{int((at - second) * 1e6):06}+00:00"
+
+
+@lru_cache(maxsize=1)  # of events there are many in a second
+def _second(at: int) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def _text(value: str | None) -> str:
+    return "null" if value is None else encode_basestring(value)
+
+
+def _bytes_of(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _encoded(data: object) -> str:

@@ -32,14 +32,17 @@ class Sent:
     def delivery(self) -> Delivery:
         """What has become of it by now."""
         number = self.event.sequence
-        delivered = sum(connection.outbox.sent >= place for connection, place in self.waiting)
-        gone = [
-            Dropped(connection.id, number, "gone")
-            for connection, place in self.waiting
-            if connection.outbox.is_over and connection.outbox.sent < place
-        ]
-        queued = len(self.waiting) - delivered - len(gone)
-        return Delivery(self.epoch, number, delivered, queued, (*self.dropped, *gone), self.kept)
+        delivered = queued = 0
+        dropped = self.dropped.copy()
+        for connection, place in self.waiting:
+            outbox = connection.outbox
+            if outbox.sent >= place:
+                delivered += 1
+            elif outbox.is_over:
+                dropped.append(Dropped(connection.id, number, "gone"))
+            else:
+                queued += 1
+        return Delivery(self.epoch, number, delivered, queued, tuple(dropped), self.kept)
 
 
 class Hub:
