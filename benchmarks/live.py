@@ -3,9 +3,9 @@
 # pyright: reportPrivateUsage=false
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from itertools import count
+from itertools import count, islice
 from typing import Final
 
 from starlette.requests import HTTPConnection
@@ -14,13 +14,16 @@ from benchmarks.drive import Conversation, Exchange, http_scope, websocket_scope
 from benchmarks.rows import BARE, EVERYTHING, FLOOR, ROWS, Wrap, raw_app
 from ucm_middleware import UserContextManager, UserContextMiddleware
 from ucm_middleware.audit import Row, Trail
-from ucm_middleware.types import ASGIApp, Receive, Scope, Send
+from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
+from ucm_middleware.websocket.asgi import AsgiConnection
+from ucm_middleware.websocket.limits import MessageLimits
 
 Hold = Callable[[int], AbstractAsyncContextManager[None]]
 """``async with hold(number):`` so many are live in the block."""
 
 TTL: Final = 3600.0
 MOST: Final = 10_000_000
+LIMITS: Final = MessageLimits()
 
 
 class _NoLedger:
@@ -36,8 +39,15 @@ class _NoLedger:
         return True
 
 
-def _manager() -> UserContextManager:
-    return UserContextManager(max_contexts=MOST, max_anonymous_contexts=MOST, ttl=TTL, ledger=_NoLedger())
+def manager_of_many() -> UserContextManager:
+    """For any number of contexts, none of which goes on record."""
+    return UserContextManager(
+        max_contexts=MOST,
+        max_anonymous_contexts=MOST,
+        max_connections_per_user=MOST,
+        ttl=TTL,
+        ledger=_NoLedger(),
+    )
 
 
 def _many_users(app: ASGIApp) -> ASGIApp:
@@ -47,7 +57,7 @@ def _many_users(app: ASGIApp) -> ASGIApp:
     def identify(connection: HTTPConnection) -> str:
         return f"user-{next(numbers):09}"
 
-    return UserContextMiddleware(app, manager=_manager(), identify=identify)
+    return UserContextMiddleware(app, manager=manager_of_many(), identify=identify)
 
 
 WRAPS: Final[dict[str, Wrap]] = {**{name: ROWS[name] for name in (BARE, FLOOR, "firewall")}, EVERYTHING: _many_users}
@@ -95,19 +105,55 @@ async def _serve(app: ASGIApp, scope: Scope, peer: Exchange | Conversation) -> N
 
 def made_by_hand() -> Hold:
     """Contexts from ``create_isolated_context``, which the manager alone holds."""
-    manager = _manager()
+    manager = manager_of_many()
     return _held_by(manager, manager.create_isolated_context)
 
 
 def opened_for_connections() -> Hold:
     """Contexts as the middleware opens them, without the requests, which nothing public gives."""
-    manager = _manager()
+    manager = manager_of_many()
     return _held_by(manager, lambda user_id: manager._open_for_connection(user_id, TTL, None, False))
 
 
+def accepted_for_events() -> Hold:
+    """WebSockets that were accepted and wait, each another user's: their contexts, and all that sends them events.
+    Not what any app and server hold besides: a scope, a task, a transport.
+    """
+    manager = manager_of_many()
+    users = _users()
+
+    @asynccontextmanager
+    async def hold(number: int) -> AsyncGenerator[None]:
+        held = [await accepted(manager, user_id) for user_id in islice(users, number)]
+        yield
+        manager.cleanup_all_contexts()
+        del held
+
+    return hold
+
+
+async def accepted(manager: UserContextManager, user_id: str) -> tuple[Receive, Send]:
+    """A WebSocket of a user as the middleware opens it, whose server takes all and does nothing with it."""
+    context = manager._open_for_connection(user_id, TTL, None, True)
+    connection = AsgiConnection(context, manager._hub, LIMITS, _no_message, _take, b"", per_message=False)
+    await connection.send({"type": "websocket.accept"})
+    return connection.receive, connection.send
+
+
+async def _no_message() -> Message:
+    raise RuntimeError("nobody reads here")
+
+
+async def _take(message: Message) -> None: ...
+
+
+def _users() -> Iterator[str]:
+    """Ids, which are the app's own, and not weighed."""
+    return iter([f"user-{number:09}" for number in range(1_000_000)])
+
+
 def _held_by(manager: UserContextManager, open_one: Callable[[str], object]) -> Hold:
-    users = [f"user-{number:09}" for number in range(1_000_000)]  # the ids are the app's own, and not weighed
-    next_user = iter(users)
+    next_user = _users()
 
     @asynccontextmanager
     async def hold(number: int) -> AsyncGenerator[None]:

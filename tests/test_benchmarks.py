@@ -172,10 +172,12 @@ class TestObjects:
 class TestMemory:
     def test_it_weighs_contexts_and_requests(self, tmp_path: Path) -> None:
         live = figures("memory", "--live", "30", folder=tmp_path)["live"]["30"]
-        assert set(live) == {"a connection's context", "create_isolated_context", "floor", "firewall", "everything on"}
+        held = {"a connection's context", "create_isolated_context", "an idle connection with events"}
+        assert set(live) == held | {"floor", "firewall", "everything on"}
         assert live["floor"]["traced"] < 1000  # one coroutine: what the bare app's request takes is not in it
         assert 0 < live["floor"]["traced"] < live["firewall"]["traced"] < live["everything on"]["traced"]
         assert live["create_isolated_context"]["traced"] > live["a connection's context"]["traced"] > 100
+        assert live["an idle connection with events"]["traced"] > live["a connection's context"]["traced"]
 
     def test_it_names_the_lines_that_hold_most(self) -> None:
         done = run("-m", "benchmarks.memory", "--weigh", "create_isolated_context", "--live", "30", "--lines", "5")
@@ -279,6 +281,56 @@ class TestLedgerSize:
         done = run("-c", TOO_MUCH_MEMORY)
         assert done.returncode == 0, done.stderr
         assert done.stdout == "memory of `verify` over 20 records: 161 MiB, at most 160\n"
+
+
+SERIALISED_TWICE = """
+from benchmarks.event_population import Counted
+from ucm_middleware import EventPolicy
+from ucm_middleware.events.envelope import TO_ALL, Draft, Origin
+
+data = Counted()
+for _ in range(2):
+    Draft("message", [data], "alice", Origin(), TO_ALL, EventPolicy())
+print(data.times)
+"""
+
+MISSING_EVENT_LIMITS = """
+import json
+from benchmarks.events import missed_limits
+
+print(json.dumps(missed_limits({"event, 1": 1.5, "one at a time, event, 1": 1.5}, 1, 1.1, 2048)))
+print(json.dumps(missed_limits({"event, 1": 2, "one at a time, event, 1": 1.6}, 10, 1.2, 2049)))
+"""
+
+
+class TestEvents:
+    def test_events_are_sent_beside_bare_sends_and_broadcasts(self, tmp_path: Path) -> None:
+        options = ("--rounds", "2", "--times", "10", "--idle", "50", "--held", "60")
+        found = figures("events", *options, folder=tmp_path)
+        assert {"event, 1", "event, 10", "bare send, 1", "broadcast, 10"} <= set(found["rounds"])
+        assert {len(rounds) for rounds in found["rounds"].values()} == {2}
+        assert min(found["rounds"]["event, 10"]) > min(found["rounds"]["bare send, 1"]) > 0
+        assert found["ratios"]["bare send, 10"] == 1
+        assert found["serialised"] == 1
+        assert found["among"] > 0
+        assert 100 < found["bytes"]["traced"] <= 2048
+
+    def test_it_sees_what_is_serialised_more_than_once(self) -> None:
+        done = run("-c", SERIALISED_TWICE)
+        assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+    def test_it_names_each_limit_that_is_missed(self) -> None:
+        done = run("-c", MISSING_EVENT_LIMITS)
+        assert done.returncode == 0, done.stderr
+        good, bad = map(json.loads, done.stdout.splitlines())
+        assert good == []
+        assert bad == [
+            "an event to 1 connection: 2.00x a bare send, at most 1.5",
+            "one at a time: an event to 1 connection: 1.60x a bare send, at most 1.5",
+            "serialised for 10 connections: 10.00 times, at most 1",
+            "an event among idle connections: 1.20x one alone, at most 1.1",
+            "an idle connection with events: 2049 bytes, at most 2048",
+        ]
 
 
 class TestWire:
