@@ -128,8 +128,6 @@ def test_1008_ends_it(peer: Peer) -> None:
     peer.wait_for_state("ended 1008")
     for _ in range(3):
         peer.let_time_pass()
-    assert len(peer.connections) == 1
-
     peer.page.evaluate("client.connect()")
     peer.wait_for_state("open")
     assert peer.queries()[1:] == [{"epoch": ["a"], "last_sequence": ["3"]}]
@@ -146,8 +144,7 @@ def test_close_ends_it(peer: Peer) -> None:
     peer.wait_for_state("ended null")
     peer.let_time_pass()
 
-    assert len(peer.connections) == 2
-    assert peer.page.evaluate("states.filter((state) => state === 'open').length") == 2
+    assert peer.page.evaluate("states.filter((state) => state === 'connecting').length") == 2
 
 
 @pytest.mark.parametrize("says_no", ["false", "Promise.resolve(false)"])

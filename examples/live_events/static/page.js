@@ -81,6 +81,7 @@ class Pane {
       this.#line("note", "", `connection closed: ${why}`);
     }
     if (state === "ended") {
+      this.#say(".state", "ended");
       this.#show(false);
       this.#say(".problem", `Ended: ${why}`);
     }
