@@ -498,7 +498,7 @@ class TestTheHandshake:
         async def wait(connection: ServerConnection, request: Request) -> None:
             await asyncio.Event().wait()
 
-        async with serving(handler, process_request=wait, open_timeout=0.1) as url:
+        async with serving(handler, process_request=wait, open_timeout=1) as url:
             with raw(url, handshake(url, "alice")):
                 await eventually(lambda: live(manager) == 1, "it is open")
                 await self.settled(manager, handled, "disconnected")
