@@ -166,8 +166,9 @@ def test_a_slow_release_delays_nobody_elses_expiry() -> None:
 
 def test_a_slow_child_delays_nobody_elses_expiry() -> None:
     manager, may_go_on = UserContextManager(), threading.Event()
-    slow = manager.create_isolated_context("alice", ttl_seconds=SOON)
+    slow = manager.create_isolated_context("alice")
     slow.create_child_context("tool").callback(may_go_on.wait, PATIENCE)
+    manager.end_within(slow, SOON)  # only now that it has the child
     other = manager.create_isolated_context("bob", ttl_seconds=2 * SOON)
     wait_until(is_closed(other), "the other one is closed")
     assert "closing>" in repr(slow)

@@ -114,6 +114,7 @@ def test_a_key_file_that_is_deleted_is_not_written_to(
     ledger: SQLiteLedger, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     append(ledger, 1)
+    ledger.flush()
     ledger.close()
     shutil.copy(tmp_path / "keys.db", tmp_path / "backup")
     append(ledger, 2)

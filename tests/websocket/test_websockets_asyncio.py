@@ -515,7 +515,7 @@ class TestTheHandshake:
                 ended.append("resolver")
             return "alice"
 
-        async with serving(wrapped(manager, identify=slow), open_timeout=0.1) as url:
+        async with serving(wrapped(manager, identify=slow), open_timeout=1) as url:
             with raw(url, handshake(url, "alice")):
                 await eventually(lambda: ended, "it is cancelled")
         assert live(manager) == 0
