@@ -150,7 +150,7 @@ class UserContextManager:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
         self._hub = Hub(EventPolicy() if events is None else events, clock, self._sweeper.plan)
-        self._messenger = Messenger(self._hub, self._guard, self._trail, self._is_live)
+        self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
         self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
         self.after_fork()
         renewed_after_fork(self)
@@ -774,9 +774,6 @@ class UserContextManager:
                 loop.call_soon_threadsafe(context.close, reason, context=Context())
                 return
         threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
-
-    def _is_live(self, user_id: str) -> bool:
-        return bool(self._registry.live_of([user_id]))
 
     def _live(self) -> int:
         return len(self._registry)

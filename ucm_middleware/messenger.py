@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
@@ -24,15 +24,15 @@ NOWHERE: Final = Origin()
 
 
 class Messenger:
-    """Stands between those who send and the hub. ``is_live`` says whether a user has a live context."""
+    """Stands between those who send and the hub. ``live_of`` lists the live contexts of users."""
 
-    __slots__ = ("_guard", "_hub", "_is_live", "_trail")
+    __slots__ = ("_guard", "_hub", "_live_of", "_trail")
 
-    def __init__(self, hub: Hub, guard: Guard, trail: AuditTrail, is_live: Callable[[str], bool]) -> None:
+    def __init__(self, hub: Hub, guard: Guard, trail: AuditTrail, live_of: Callable[[Iterable[str]], Sized]) -> None:
         self._hub = hub
         self._guard = guard
         self._trail = trail
-        self._is_live = is_live
+        self._live_of = live_of
 
     async def send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
         """Send, and give the connections on this loop the time to take it. Under the policy "wait": wait for room."""
@@ -79,7 +79,7 @@ class Messenger:
         """Raises CrossUserAccessError first, so that nobody learns from it who exists."""
         user_id = _checked_user(user_id)
         self._guard.require(user_id, "send_event")
-        if not self._is_live(user_id) and not self._trail.knows(user_id):
+        if not len(self._live_of([user_id])) and not self._trail.knows(user_id):
             raise InvalidEventError(
                 "user_id", "is of a user who was never here", "send to users who have connected, or were on record"
             )
