@@ -228,6 +228,13 @@ def test_a_thread_that_cannot_be_started_ends_its_outbox_and_spares_the_sender(
     assert outbox.is_over
 
 
+def test_the_end_of_a_threads_outbox_breaks_off_what_blocks() -> None:
+    over = threading.Event()
+    outbox = ThreadOutbox(Reader().send, over.set, EventPolicy(), threading.RLock())
+    outbox.end()
+    assert over.is_set()
+
+
 # Bounds.
 
 

@@ -43,7 +43,7 @@ OF_ALL = 32 * MEGABYTE
 """What a server takes besides while it is busy."""
 
 
-@pytest.fixture(params=["uvicorn"])
+@pytest.fixture(params=["uvicorn", "websockets"])
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
