@@ -416,6 +416,7 @@ class TestTheEnd:
     async def test_an_expired_context_closes_its_connection(self, manager: UserContextManager) -> None:
         async with conversation(wrapped(manager, forever, ttl=0.05)) as connection:
             assert (await ending_of(connection))[0] == 1008
+        await eventually(lambda: events(manager, "alice", "closed"), "it is on record")
         [closed] = events(manager, "alice", "closed")
         assert closed["reason"] == "expired"
 
@@ -475,6 +476,7 @@ class TestTheHandshake:
     async def settled(self, manager: UserContextManager, handled: list[ServerConnection], reason: str) -> None:
         await eventually(lambda: live(manager) == 0, "the context is closed")
         assert not handled
+        await eventually(lambda: events(manager, "alice", "closed"), "it is on record")
         [closed] = events(manager, "alice", "closed")
         assert closed["reason"] == reason
 

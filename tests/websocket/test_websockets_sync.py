@@ -401,7 +401,10 @@ class TestTheEnd:
                 connection.close(1008)
                 return
             with pytest.raises(ContextClosedError):
-                _ = connection.send("more") if then == "send" else connection.recv()
+                if then == "send":
+                    connection.send("more")
+                else:
+                    connection.recv()
             current_context()
 
         with conversation(wrapped(manager, handler)) as connection:
