@@ -50,7 +50,7 @@ class Sent:
     to: tuple[str, str] | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Line:
     """One connection of the model: what its client has, what is in the server's hands, and what waits."""
 
@@ -160,16 +160,17 @@ class EventMachine(RuleBasedStateMachine):
             if not order.kept and not any(line.user == user for line in self.lines):
                 del self.orders[user]
 
-    def take_out(self, line: Line) -> None:
+    def take_out(self, *lines: Line) -> None:
         """Whose connection is over has what it has, and gets no more."""
-        if line in self.lines:
-            self.lines.remove(line)
+        self.lines = [line for line in self.lines if line not in lines]
         self.flow()
-        line.client.read_on()
+        for line in lines:
+            line.client.read_on()
         self.run(settled())
-        assert self.got(line) == line.has
-        assert line.outbox.is_over
-        assert len(line.outbox) == 0
+        for line in lines:
+            assert self.got(line) == line.has
+            assert line.outbox.is_over
+            assert len(line.outbox) == 0
 
     @staticmethod
     def got(line: Line) -> list[Any]:
@@ -256,7 +257,7 @@ class EventMachine(RuleBasedStateMachine):
     def open(self, user: str, after: int | None) -> None:
         if len(self.lines) >= 9:
             return
-        named = self.last_event(after)
+        named = self.last_event(after, user)
         self.flow()
         context, client, outbox = self.run(self.connect(user, named))
         line = Line(context, client, outbox, user, named)
@@ -267,14 +268,14 @@ class EventMachine(RuleBasedStateMachine):
     async def connect(self, user: str | None, named: Any) -> tuple[UserExecutionContext, Client, TaskOutbox]:
         return connect(self.manager, user, named)
 
-    def last_event(self, after: int | None) -> tuple[str | None, int | None] | None:
-        """Some event of some user's, or what never was one."""
+    def last_event(self, after: int | None, whose: str | None = None) -> tuple[str | None, int | None] | None:
+        """Some event of this user's or, with higher numbers, of some user's, or what never was one."""
         if after is None:
             return None
-        if after >= len(self.epochs):
-            return ((None, 0), ("0" * 16, 3), (None, None))[after % 3]
-        _, epoch, sequence = self.epochs[-1 - after]
-        return epoch, sequence
+        own = [(epoch, sequence) for user, epoch, sequence in self.epochs if user == whose]
+        all_of_them = [(epoch, sequence) for _, epoch, sequence in self.epochs]
+        named = [*own[:-6:-1], *all_of_them[:-6:-1], (None, 0), ("0" * 16, 3), (None, None)]
+        return named[after % len(named)]
 
     @rule(after=st.one_of(st.none(), numbers))
     def open_stranger(self, after: int | None) -> None:
@@ -348,9 +349,8 @@ class EventMachine(RuleBasedStateMachine):
     def after_send(self, full: list[Line]) -> None:
         if self.when_full == "wait":  # the sender has waited in vain
             full = [line for line in self.lines if len(line.waits) > QUEUE + line.extra]
-        for line in full:
-            assert line.context.lifetime.reason == "slow"
-            self.take_out(line)
+        assert all(line.context.lifetime.reason == "slow" for line in full)
+        self.take_out(*full)
         self.forget_idle()
 
     @precondition(lambda self: bool(self.lines))
@@ -375,9 +375,7 @@ class EventMachine(RuleBasedStateMachine):
     def revoke(self, user: str) -> None:
         lines = [line for line in self.lines if line.user == user]
         assert self.manager.revoke(user, "test") == len(lines)
-        self.lines = [line for line in self.lines if line not in lines]  # all at once: none gets what waited for it
-        for line in lines:
-            self.take_out(line)
+        self.take_out(*lines)
         self.orders.pop(user, None)
 
     @rule(seconds=st.sampled_from([1.0, 20.0, KEEP_SECONDS]))
