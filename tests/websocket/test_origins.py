@@ -2,7 +2,8 @@
 
 import pytest
 
-from ucm_middleware import ConfigurationError, OriginError
+from ucm_middleware import ConfigurationError, OriginError, UserContextManager
+from ucm_middleware.testing import RecordingLedger
 from ucm_middleware.websocket.origins import Origins
 
 pytestmark = pytest.mark.security
@@ -87,3 +88,11 @@ def test_what_is_no_origin_is_no_setting(wrong: str) -> None:
 def test_one_text_is_no_list() -> None:
     with pytest.raises(ConfigurationError, match="a list"):
         Origins("https://app.example.com")
+
+
+def test_a_refusal_is_on_record_as_such(ucm_manager: UserContextManager, ucm_ledger: RecordingLedger) -> None:
+    with pytest.raises(OriginError) as caught:
+        Origins().require(headers("https://evil.example"))
+    ucm_manager.record_refusal(caught.value, str(caught.value))
+    [record] = ucm_ledger.select("refused")
+    assert (record.outcome, record.reason) == ("denied", "origin")

@@ -36,6 +36,7 @@ from ucm_middleware.errors import (
     InvalidContextError,
     LedgerUnavailableError,
     ManagerDrainingError,
+    OriginError,
     UnauthenticatedError,
     UserContextError,
 )
@@ -56,6 +57,7 @@ _REFUSALS: Final[tuple[tuple[type[UserContextError], str], ...]] = (
     (LedgerUnavailableError, "ledger"),
     (IdentityConflictError, "conflict"),
     (CrossUserAccessError, "foreign"),
+    (OriginError, "origin"),
 )
 _BY_RESOLVER: Final = "resolver"
 
