@@ -114,6 +114,15 @@ def test_another_users_code_may_not(ucm_manager: UserContextManager, context: Us
         leave(token)
 
 
+def test_a_message_refreshes_its_connection(context: UserExecutionContext, ucm_clock: FakeClock) -> None:
+    message = context.create_child_context("message").create_child_context("part")
+    message.refresh(alice_for(2))
+    ucm_clock.advance(1.5 * HOUR)
+    assert message.is_open
+    ucm_clock.advance(0.6 * HOUR)
+    assert context.lifetime.reason == message.lifetime.reason == "expired"
+
+
 def test_it_is_on_record(context: UserExecutionContext, ucm_ledger: RecordingLedger) -> None:
     context.refresh(alice_for(2))
     [record] = ucm_ledger.select("refreshed")

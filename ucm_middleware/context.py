@@ -256,6 +256,14 @@ class UserExecutionContext(ResourceHolder):
         return time.time() - self._created
 
     @property
+    def _root(self) -> "UserExecutionContext":
+        """The context of the whole request or connection that this one is a part of; itself where it is that."""
+        context = self
+        while isinstance(parent := context._parent, UserExecutionContext):
+            context = parent
+        return context
+
+    @property
     def operation_depth(self) -> int:
         """0 for a root context, one more for each level of children."""
         return self._lineage[0]
@@ -432,9 +440,9 @@ class UserExecutionContext(ResourceHolder):
         """Let newer credentials of the same user take the place of those that the context was opened with.
 
         The context lives as long as they hold, and no longer than its own time. So a WebSocket outlives a token that
-        was renewed in time. Raises IdentityConflictError for another user and for an anonymous context,
-        UnauthenticatedError for credentials that have expired, ContextClosedError after teardown, CrossUserAccessError
-        for code of another user.
+        was renewed in time, also where a child of its context is asked, such as a message's. Raises
+        IdentityConflictError for another user and for an anonymous context, UnauthenticatedError for credentials that
+        have expired, ContextClosedError after teardown, CrossUserAccessError for code of another user.
         """
         self.require_usable()
         principal = user if isinstance(user, Principal) else Principal(user)
@@ -445,11 +453,12 @@ class UserExecutionContext(ResourceHolder):
                 "the credentials are not of this context's user; an anonymous context is given one with bind()"
             )
         seconds_left = principal.seconds_left()
+        root = self._root  # which has a deadline, and its children with it
         if self._host is not None:
-            self._host.renew_credentials(self, seconds_left)
+            self._host.renew_credentials(root, seconds_left)
         else:
             latest = None if seconds_left is None else time.monotonic() + seconds_left
-            self._lifetime.renew(latest, time.monotonic)
+            root._lifetime.renew(latest, time.monotonic)
         self.require_usable()  # it may have reached its deadline meanwhile
 
     def record(
