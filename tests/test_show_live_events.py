@@ -102,6 +102,8 @@ def test_an_event_of_a_thread_reaches_those_who_follow_it(server: Server) -> Non
     since = f"?epoch={half['epoch']}&last_sequence={half['sequence'] - 1}"
     with listen(server, "alice", since) as other:
         assert event(other)["data"] == {"text": "done"}
+    with listen(server, "alice", f"{since}&report=q3") as following:
+        assert [event(following)["data"] for _ in range(2)] == [{"done": 0.5}, {"text": "done"}]
 
 
 def test_what_cannot_be_replayed_is_said(server: Server) -> None:

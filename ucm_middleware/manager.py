@@ -392,11 +392,12 @@ class UserContextManager:
     def follow(self, context: UserExecutionContext, *ids: str) -> None:
         """Send the connection of a context the events of these threads and runs too, of the same user.
 
-        It has those of its own thread and run in any case. Raises ContextNotFoundError for a context without a live
-        connection, InvalidContextError for a bad id, and for more than a hundred.
+        It has those of its own thread and run in any case. Follow before the connection is accepted: what is replayed
+        to it then has those events too. Raises ContextNotFoundError for a context without a live connection,
+        InvalidContextError for a bad id, and for more than a hundred.
         """
         self._guard.require(context.user_id, "follow")
-        self._hub.follow(context, *(validate_id(one, "ids") for one in ids))
+        self._hub.follow(context._root, *(validate_id(one, "ids") for one in ids))
 
     def revoke(self, user_id: str, reason: str) -> int:
         """Sign a user out: close every live context, and forget the events that were kept. Returns how many there were.

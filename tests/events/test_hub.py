@@ -75,6 +75,14 @@ async def test_a_connection_may_follow_threads_and_runs_of_its_user(make_manager
     assert other.data == []
 
 
+async def test_a_child_follows_for_its_connection(make_manager: MakeManager) -> None:
+    manager = make_manager()
+    context, client, _ = connect(manager, "alice")
+    manager.follow(context.create_child_context("message"), "thread-1")
+    await manager.send_event("alice", "message", 1, thread_id="thread-1")
+    assert client.data == [1]
+
+
 async def test_following_has_limits(make_manager: MakeManager) -> None:
     manager = make_manager()
     context, _, _ = connect(manager, "alice")
@@ -85,7 +93,7 @@ async def test_following_has_limits(make_manager: MakeManager) -> None:
     with pytest.raises(InvalidContextError):
         manager.follow(context, "")
     context.close("closed")
-    with pytest.raises(ContextNotFoundError, match="has no live connection"):
+    with pytest.raises(ContextNotFoundError, match="is of no live connection"):
         manager.follow(context, "thread-0")
     with pytest.raises(ContextNotFoundError):
         manager.follow(manager.create_isolated_context("alice"), "thread-0")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from support.clock import Clock
 from support.contexts import MakeManager
-from support.events import Client, Envelope, connect, settled
-from ucm_middleware import EventPolicy, UserContextManager
+from support.events import Client, Envelope, accept, connect, open_connection, settled
+from ucm_middleware import ContextNotFoundError, EventPolicy, UserContextManager
 from ucm_middleware.events.channel import LastEvent
 from ucm_middleware.events.envelope import TO_ALL, Draft, Narrowing, Origin
 from ucm_middleware.events.hub import Hub
@@ -293,3 +293,24 @@ async def test_of_all_users_those_lose_first_who_were_quiet_longest(make_manager
 def test_an_event_says_its_epoch() -> None:
     event = Draft("message", None, "alice", Origin(), Narrowing(), EventPolicy()).numbered("feed" * 4, 7, 0.0)
     assert json.loads(event.text)["epoch"] == "feed" * 4
+
+
+async def test_what_it_follows_before_it_is_accepted_is_replayed_to_it(manager: UserContextManager) -> None:
+    await manager.send_event("alice", "message", "of report", thread_id="report")
+    await manager.send_event("alice", "message", "of another", thread_id="another")
+    context, client = open_connection(manager, "alice")
+    manager.follow(context, "report")
+    accept(manager, context, client, (None, 0))
+    await manager.send_event("alice", "message", "live", run_id="report")
+    await settled()
+    assert client.data == ["of report", "live"]
+
+
+async def test_following_ends_with_a_connection_that_is_never_accepted(manager: UserContextManager) -> None:
+    context, _ = open_connection(manager, "alice")
+    manager.follow(context, "report")
+    context.close("disconnected")
+    assert manager._hub._ahead == {}
+    with pytest.raises(ContextNotFoundError):
+        manager.follow(context, "report")
+    assert manager._hub._ahead == {}

@@ -50,12 +50,27 @@ def connect(
     loop: asyncio.AbstractEventLoop | None = None,
 ) -> tuple[UserExecutionContext, Client, TaskOutbox]:
     """A WebSocket connection as the middleware makes them, without a server. ``after`` is the last event it names."""
-    context = manager._open_for_connection(user_id, None, None, websocket=True)
-    client = Client()
+    context, client = open_connection(manager, user_id)
+    return context, client, accept(manager, context, client, after, loop)
+
+
+def open_connection(manager: UserContextManager, user_id: str | None) -> tuple[UserExecutionContext, Client]:
+    """One whose handshake is not answered yet."""
+    return manager._open_for_connection(user_id, None, None, websocket=True), Client()
+
+
+def accept(
+    manager: UserContextManager,
+    context: UserExecutionContext,
+    client: Client,
+    after: tuple[str | None, int | None] | None = None,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> TaskOutbox:
+    """Answer it."""
     hub = manager._hub
     outbox = TaskOutbox(client.send, loop or asyncio.get_running_loop(), hub.policy, hub.lock)
     hub.join(Connection(context, outbox, None if after is None else LastEvent(*after)))
-    return context, client, outbox
+    return outbox
 
 
 async def settled() -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextNotFoundError, InvalidContextError
-from ucm_middleware.events.channel import MAX_FOLLOWED, Channel, Connection
+from ucm_middleware.events.channel import MAX_FOLLOWED, NO_IDS, Channel, Connection
 from ucm_middleware.events.delivery import Delivery, Dropped
 from ucm_middleware.events.envelope import TO_ALL, Draft, Event, Origin
 from ucm_middleware.events.policy import EVENTS_MISSED, EventPolicy
 from ucm_middleware.forking import renewed_after_fork
+from ucm_middleware.ids import Core, is_anonymous_id
+from ucm_middleware.lifetime import WEBSOCKET
 
 
 @dataclass(slots=True)
@@ -51,7 +53,18 @@ class Hub:
     ``clock`` is monotonic, in seconds; ``plan`` sees to it that ``sweep`` is called at a reading of it.
     """
 
-    __slots__ = ("__weakref__", "_channels", "_clock", "_keeping", "_kept_size", "_lock", "_plan", "_wake", "policy")
+    __slots__ = (
+        "__weakref__",
+        "_ahead",
+        "_channels",
+        "_clock",
+        "_keeping",
+        "_kept_size",
+        "_lock",
+        "_plan",
+        "_wake",
+        "policy",
+    )
 
     def __init__(self, policy: EventPolicy, clock: Callable[[], float], plan: Callable[[float], None]) -> None:
         self.policy = policy
@@ -65,6 +78,8 @@ class Hub:
         # Reentrant: a finalizer that sends an event may come in between.
         self._lock = threading.RLock()
         self._channels: dict[str, Channel] = {}
+        # What connections follow that are not accepted yet, by the core of their context.
+        self._ahead: dict[Core, frozenset[str]] = {}
         # Those that keep events, in the order of their newest: so the first of them is due first.
         self._keeping: dict[str, Channel] = {}
         self._kept_size = 0
@@ -111,9 +126,11 @@ class Hub:
         """Send this connection what was kept after its last event, and from now on its user's events."""
         context = connection.context
         with self._lock:
-            channel = self._channel(context.user_id)
+            user_id = context.user_id  # once: an anonymous context may learn its user in the middle of this
+            channel = self._channel(user_id)
             channel.connections[context._core] = connection
-            self._replay(connection, channel)
+            connection.followed |= self._ahead.pop(context._core, NO_IDS)
+            self._replay(connection, channel, user_id)
         if context.lifetime.is_open:
             connection.outbox.wake()
         else:  # closed in the middle of this, and whoever closed it may have found no connection
@@ -133,6 +150,7 @@ class Hub:
         """The context is about to close: nothing is sent to its connection any more."""
         with self._lock:
             user_id = context._user_id
+            self._ahead.pop(context._core, None)
             channel = self._channels.get(user_id)
             connection = None if channel is None else channel.connections.pop(context._core, None)
             if channel is not None:
@@ -141,34 +159,39 @@ class Hub:
                 connection.outbox.end()
 
     def follow(self, context: UserExecutionContext, *ids: str) -> None:
-        """Let a connection have the events of these threads and runs too.
+        """Let a connection have the events of these threads and runs too. Before it is accepted, those that are
+        replayed to it among them.
 
         Raises ContextNotFoundError without a live connection, InvalidContextError for too many.
         """
         with self._lock:
             connection = self.connection_of(context)
-            if connection is None:
+            if connection is None and not _awaits_accept(context):
                 raise ContextNotFoundError(
-                    "this context has no live connection: follow once it is accepted, and before it is closed"
+                    "this context is of no live connection: only a WebSocket follows, and until it is closed"
                 )
-            followed = connection.followed.union(ids)
+            core = context._core
+            before = self._ahead.get(core, NO_IDS) if connection is None else connection.followed
+            followed = before.union(ids)
             if len(followed) > MAX_FOLLOWED:
                 raise InvalidContextError(
                     "ids", f"are {len(followed)}, and a connection follows {MAX_FOLLOWED} at most", "leave some out"
                 )
-            connection.followed = followed
+            if connection is None:
+                self._ahead[core] = followed
+            else:
+                connection.followed = followed
 
     def connection_of(self, context: UserExecutionContext) -> Connection | None:
         """The connection of a context; None before it is accepted, and once it is over."""
         channel = self._channels.get(context.user_id)
         return None if channel is None else channel.connections.get(context._core)
 
-    def _replay(self, connection: Connection, channel: Channel) -> None:
+    def _replay(self, connection: Connection, channel: Channel, user_id: str) -> None:
         after = connection.after
-        if after is None or connection.context.is_anonymous:  # then there is nothing yet that it could have missed
+        if after is None or is_anonymous_id(user_id):  # then there is nothing yet that it could have missed
             return
         connection.after = None
-        user_id = connection.context.user_id
         self._kept_size -= channel.drop_before(self._clock() - self.policy.keep_seconds)
         self._stop_keeping_if_empty(user_id, channel)
         events = channel.since(after)
@@ -246,3 +269,8 @@ class Hub:
     def _forget_idle(self, user_id: str, channel: Channel) -> None:
         if not channel.connections and not channel.kept and self._channels.get(user_id) is channel:
             del self._channels[user_id]
+
+
+def _awaits_accept(context: UserExecutionContext) -> bool:
+    """Whether it is of a connection that may still be accepted. Whoever closes it looks here after that."""
+    return context.lifetime.opened_by == WEBSOCKET and context.lifetime.is_open
