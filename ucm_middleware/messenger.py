@@ -66,6 +66,7 @@ class Messenger:
         if actor is not None and actor.user_id == user_id:
             origin = Origin(actor.thread_id, actor.run_id, actor.request_id)
         draft = Draft(event, data, user_id, origin, narrowing, hub.policy)
+        self._trail.require_room()
         sent = hub.send(user_id, draft)
         is_full = any(lost.why != "gone" for lost in sent.dropped)
         try:

@@ -8,6 +8,7 @@ import pytest
 
 from support.asgi import DENIAL, exchange, http_scope, status_of, websocket_scope
 from support.contexts import MakeManager
+from support.events import connect, settled
 from support.ledger import row
 from ucm_middleware import (
     ConfigurationError,
@@ -359,3 +360,18 @@ def test_off_keeps_nothing(make_manager: MakeManager) -> None:
     manager.create_isolated_context("alice").close()
     assert manager.get_audit_trail("alice") is None
     assert manager.get_system_trail() == []
+
+
+async def test_what_cannot_be_put_on_record_is_not_sent(diary: Diary, manager: UserContextManager) -> None:
+    _, client, _ = connect(manager, "alice")
+    diary.problem = "the disk is full"
+    await manager.send_event("alice", "message", "there is room in line")
+    diary.has_room = False
+    with pytest.raises(LedgerUnavailableError, match="the disk is full"):
+        await manager.send_event("alice", "message", "too much")
+    with pytest.raises(LedgerUnavailableError, match="the disk is full"):
+        manager.post_event("alice", "message", "too much")
+    await settled()
+    assert client.data == ["there is room in line"]
+    diary.problem = None
+    assert (await manager.send_event("alice", "message", "again")).sequence == 2

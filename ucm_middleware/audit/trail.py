@@ -82,7 +82,7 @@ _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 class AuditTrail:
     """One method for each thing worth a record."""
 
-    __slots__ = ("__weakref__", "_append", "_denials", "_ledger", "_next_id", "_strict")
+    __slots__ = ("__weakref__", "_append", "_denials", "_durable", "_ledger", "_next_id", "_strict")
 
     _next_id: Callable[[], int]
 
@@ -90,7 +90,8 @@ class AuditTrail:
         self, ledger: Ledger, clock: Callable[[], float], plan: Callable[[float], None], *, is_strict: bool = False
     ) -> None:
         self._ledger = ledger
-        self._strict = ledger if is_strict and isinstance(ledger, DurableLedger) else None
+        self._durable = ledger if isinstance(ledger, DurableLedger) else None
+        self._strict = self._durable if is_strict else None
         self._append = ledger.append
         self._denials = Denials(self._counted, clock, plan)
         self.after_fork()
@@ -356,9 +357,17 @@ class AuditTrail:
 
     def wait_for_room(self) -> None:
         """Where a durable ledger does not keep up: wait until it does. Raises LedgerUnavailableError."""
-        ledger = self._ledger
-        if isinstance(ledger, DurableLedger) and not ledger.has_room:
+        ledger = self._durable
+        if ledger is not None and not ledger.has_room:
             ledger.flush(SETTLE_TIMEOUT)
+
+    def require_room(self) -> None:
+        """Before what cannot be taken back, such as an event that is sent: raise LedgerUnavailableError where a durable
+        ledger cannot be written and has no room for a record either.
+        """
+        ledger = self._durable
+        if ledger is not None and not ledger.has_room and (problem := ledger.problem) is not None:
+            raise LedgerUnavailableError(problem)
 
     def isolation_violated(self, findings: Sequence[Finding]) -> None:
         """Two users' contexts were found to share something.
