@@ -416,13 +416,17 @@ class UserContextManager:
         contexts = [context for _, context in self._registry.live_of([user_id])]
         try:
             self._trail.user_revoked(actor, user_id, reason, len(contexts))
-        except LedgerUnavailableError:  # nobody stays signed in because a disk is full
+        except Exception:  # nobody stays signed in because a disk is full
             logger.critical(
                 "that %d contexts of a user are revoked could not be recorded", len(contexts), exc_info=True
             )
         self._hub.purge(user_id)
         for context in contexts:
-            context.close("revoked")
+            try:
+                context.close("revoked")
+            except Exception:  # no more threads, say: the others must not stay signed in for that
+                logger.exception("%r is revoked, and its closing failed", context)
+        self._hub.purge(user_id)  # and what was sent while they closed
         return len(contexts)
 
     # What is there.

@@ -1,6 +1,7 @@
 """From an event for a user to each of that user's connections, and to nobody else's."""
 
 import asyncio
+from unittest.mock import patch
 
 import pytest
 
@@ -209,6 +210,36 @@ async def test_a_connection_that_came_while_the_events_were_forgotten_counts_ane
     client.read_on()
     await settled()
     assert client.data == [0, 1, 2, 3]
+
+
+async def test_one_that_cannot_be_closed_keeps_no_other_open(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no such disk")
+
+    manager = make_manager()
+    first, last = connect(manager, "alice")[0], connect(manager, "alice")[0]
+    monkeypatch.setattr(type(manager._trail), "user_revoked", refuse)
+    with patch.object(first, "close", side_effect=RuntimeError("can't start new thread")):
+        assert manager.revoke("alice", "stolen") == 2
+    assert (last.lifetime.reason, first.is_open) == ("revoked", True)
+    told = [(record.levelname, record.message) for record in caplog.records]
+    assert told == [
+        ("CRITICAL", "that 2 contexts of a user are revoked could not be recorded"),
+        ("ERROR", f"{first!r} is revoked, and its closing failed"),
+    ]
+    first.close()
+
+
+async def test_what_is_sent_while_they_close_is_forgotten_too(make_manager: MakeManager) -> None:
+    manager = make_manager()
+    context, _, _ = connect(manager, "alice")
+    context.callback(manager.post_event, "alice", "message", "of the session that was stolen")
+    manager.revoke("alice", "stolen")
+    _, again, _ = connect(manager, "alice", (None, 0))
+    await settled()
+    assert again.frames == []
 
 
 async def test_a_reason_is_wanted(make_manager: MakeManager) -> None:
