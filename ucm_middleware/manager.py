@@ -404,7 +404,8 @@ class UserContextManager:
 
         WebSockets are closed with 1008, running requests cancelled and answered with 401, resources released after
         that. The handler that calls this for its own user is not cancelled: a request may still answer, a connection
-        ends with the next thing that it sends or receives. ``reason`` goes into the audit trail. Whoever still has valid credentials may come back: end those first.
+        ends with the next thing that it sends or receives. ``reason`` goes into the audit trail. Whoever still has
+        valid credentials may come back: end those first.
 
         Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason.
         """

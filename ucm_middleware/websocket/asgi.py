@@ -31,7 +31,7 @@ class AsgiConnection:
     receives the message until it asks for the next.
     """
 
-    __slots__ = ("_after", "_child", "_context", "_hub", "_meter", "_per_message", "_receive", "_send")
+    __slots__ = ("_after", "_child", "_context", "_hub", "_lifetime", "_meter", "_per_message", "_receive", "_send")
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class AsgiConnection:
         per_message: bool,
     ) -> None:
         self._context = context
+        self._lifetime = context._lifetime
         self._hub = hub
         self._meter = Meter(limits, asyncio.get_running_loop().time)
         self._receive = receive
@@ -56,13 +57,13 @@ class AsgiConnection:
     async def receive(self) -> Message:
         """The next message. Raises MessageLimitError for one that is too much, ContextClosedError once the user may not
         go on."""
-        require_not_cut_off(self._context)
+        if self._lifetime.reason is not None:
+            require_not_cut_off(self._context)
         if self._child is not None:
             await self._leave_message()
         message = await self._receive()
         if message["type"] == "websocket.receive":
-            text = message.get("text")
-            self._meter.count(message.get("bytes") or b"" if text is None else text)
+            self._meter.count(message.get("text") or message.get("bytes") or "")
             if self._per_message:
                 self._child = child = self._context.create_child_context(OPERATION)
                 ambient.set(child)
@@ -70,12 +71,14 @@ class AsgiConnection:
 
     def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on. Events come from when the connection is accepted until it is closed."""
-        require_not_cut_off(self._context)
+        if self._lifetime.reason is not None:
+            require_not_cut_off(self._context)
         kind = message["type"]
-        if kind == "websocket.accept":
-            return self._accept(message)
-        if kind == "websocket.close":
-            self._hub.leave(self._context)
+        if kind != "websocket.send":
+            if kind == "websocket.accept":
+                return self._accept(message)
+            if kind == "websocket.close":
+                self._hub.leave(self._context)
         return self._send(message)
 
     async def _accept(self, message: Message) -> None:

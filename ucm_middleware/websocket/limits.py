@@ -34,44 +34,49 @@ class MessageLimits:
 class Meter:
     """Counts what one connection sends. ``clock`` is in seconds."""
 
-    __slots__ = ("_broken", "_clock", "_left", "_limits", "_seen")
+    __slots__ = ("_burst", "_clock", "_left", "_max_size", "_rate", "_seen", "broken")
 
     def __init__(self, limits: MessageLimits, clock: Callable[[], float]) -> None:
-        self._limits = limits
         self._clock = clock
+        self._max_size = limits.max_size
+        self._rate = limits.rate
         self._seen = clock()
-        self._left = _most(limits)
-        self._broken: str | None = None
+        self._left = self._burst = 0.0 if limits.rate is None else _burst(limits.rate)
+        self.broken: MessageLimitError | None = None
 
     def count(self, data: str | bytes) -> None:
         """One message came. Raises MessageLimitError when it is too much, and from then on for each."""
-        limits = self._limits
-        if self._broken is None and _is_longer(data, limits.max_size):
-            self._broken = "size"
-        if self._broken is None and limits.rate is not None and not self._has_turn(limits.rate):
-            self._broken = "rate"
-        if self._broken is not None:
-            raise MessageLimitError(self._broken, limits.max_size if self._broken == "size" else limits.rate or 0.0)
+        # On the way of each message: what nearly all of them pass is asked first.
+        if self.broken is not None or (len(data) * 4 > self._max_size and self._is_too_long(data)):
+            raise self._broken("size", self._max_size)
+        rate = self._rate
+        if rate is not None:
+            now = self._clock()
+            left = self._left + (now - self._seen) * rate
+            self._seen = now
+            if left > self._burst:
+                left = self._burst
+            if left < 1.0:
+                self._left = left
+                raise self._broken("rate", rate)
+            self._left = left - 1.0
 
-    def _has_turn(self, rate: float) -> bool:
-        now = self._clock()
-        self._left = min(_most(self._limits), self._left + (now - self._seen) * rate)
-        self._seen = now
-        if self._left < 1.0:
-            return False
-        self._left -= 1.0
-        return True
+    def _is_too_long(self, data: str | bytes) -> bool:
+        """In bytes, of which a character of text takes four at most."""
+        most = self._max_size
+        if isinstance(data, bytes) or len(data) > most:
+            return len(data) > most
+        return len(data.encode(errors="surrogatepass")) > most
+
+    def _broken(self, scope: str, limit: float) -> MessageLimitError:
+        if self.broken is None:
+            self.broken = MessageLimitError(scope, limit)
+        return MessageLimitError(self.broken.scope, self.broken.limit)
 
 
-def _most(limits: MessageLimits) -> float:
-    return 0.0 if limits.rate is None else max(1.0, limits.rate * BURST_SECONDS)
-
-
-def _is_longer(data: str | bytes, most: int) -> bool:
-    """Whether it is more bytes than that. Of text, a character is 4 bytes at most."""
-    if isinstance(data, bytes) or len(data) > most:
-        return len(data) > most
-    return len(data) * 4 > most and len(data.encode(errors="surrogatepass")) > most
+def _burst(rate: float) -> float:
+    """How many messages at once a client that was silent may send."""
+    return max(1.0, rate * BURST_SECONDS)
 
 
 def _check_size(size: object) -> None:
