@@ -4,13 +4,13 @@ A browser sends cookies with a handshake whichever site the page is of that asks
 also sends the page's ``Origin``, which no script can forge: RFC 6455, section 10.2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
 from ucm_middleware.errors import ConfigurationError, OriginError
 
-Headers = Iterable[tuple[bytes, bytes]]
+Headers = Collection[tuple[bytes, bytes]]
 
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -31,9 +31,12 @@ class Origins:
 
     def require(self, headers: Headers) -> None:
         """Raises OriginError for a handshake that may not bring cookies with it. Names are in lower case."""
-        given = [(name, value.decode("latin-1")) for name, value in headers if name in (b"origin", b"host", b"cookie")]
-        if not any(name == b"cookie" for name, _ in given):
+        for name, _ in headers:
+            if name == b"cookie":
+                break
+        else:
             return
+        given = [(name, value.decode("latin-1")) for name, value in headers if name in (b"origin", b"host")]
         origins = [value for name, value in given if name == b"origin"]
         if not origins:
             return
