@@ -36,6 +36,8 @@ class Messenger:
 
     async def send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
         """Send, and give the connections on this loop the time to take it. Under the policy "wait": wait for room."""
+        if not self._is_here(user_id):
+            _require_known(await self._trail.knows_soon(user_id))
         sent = self._send(user_id, event, data, narrowing)
         if sent.waiting and self._hub.policy.when_full == "wait":
             await self._wait_for_room(sent)
@@ -51,6 +53,8 @@ class Messenger:
             raise ConfigurationError(
                 "post_event would block the event loop that runs here, since when_full is 'wait'; await send_event"
             )
+        if not self._is_here(user_id):
+            _require_known(self._trail.knows(user_id))
         sent = self._send(user_id, event, data, narrowing)
         if self._hub.policy.when_full == "wait":
             self._block_for_room(sent)
@@ -58,8 +62,8 @@ class Messenger:
 
     def _send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Sent:
         hub = self._hub
-        if type(user_id) is not str or not hub.knows(user_id):
-            user_id = self._known(user_id)
+        if type(user_id) is not str:
+            user_id = _checked_user(user_id)
         self._guard.require(user_id, "send_event")
         actor = ambient_context()
         origin = NOWHERE
@@ -76,15 +80,16 @@ class Messenger:
                 context.close("slow")
         return sent
 
-    def _known(self, user_id: str) -> str:
-        """Raises CrossUserAccessError first, so that nobody learns from it who exists."""
+    def _is_here(self, user_id: str) -> bool:
+        """Whether the user has a connection, events that are kept or a live context: else the ledger must be asked.
+
+        Raises CrossUserAccessError first, so that nobody learns from it who exists.
+        """
+        if type(user_id) is str and self._hub.knows(user_id):
+            return True
         user_id = _checked_user(user_id)
         self._guard.require(user_id, "send_event")
-        if not len(self._live_of([user_id])) and not self._trail.knows(user_id):
-            raise InvalidEventError(
-                "user_id", "is of a user who was never here", "send to users who have connected, or were on record"
-            )
-        return user_id
+        return len(self._live_of([user_id])) > 0
 
     async def _wait_for_room(self, sent: Sent) -> None:
         loop = asyncio.get_running_loop()
@@ -120,6 +125,13 @@ def _recorded(draft: Draft, sent: Sent) -> Data:
     """What is on record of an event: never what it says."""
     data: Data = ("type", draft.type), ("sequence", sent.event.sequence), ("connections", len(sent.waiting))
     return (*data, ("dropped", len(sent.dropped))) if sent.dropped else data
+
+
+def _require_known(is_known: bool) -> None:
+    if not is_known:
+        raise InvalidEventError(
+            "user_id", "is of a user who was never here", "send to users who have connected, or were on record"
+        )
 
 
 def _checked_user(user_id: object) -> str:

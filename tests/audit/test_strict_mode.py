@@ -1,6 +1,7 @@
 """Strict mode: nothing runs before its opening is durable, and no answer is complete before its outcome is."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable
 from typing import Any
 
@@ -10,6 +11,7 @@ from support.asgi import DENIAL, exchange, http_scope, status_of, websocket_scop
 from support.contexts import MakeManager
 from support.events import connect, settled
 from support.ledger import row
+from support.waiting import PATIENCE
 from ucm_middleware import (
     ConfigurationError,
     LedgerUnavailableError,
@@ -375,3 +377,20 @@ async def test_what_cannot_be_put_on_record_is_not_sent(diary: Diary, manager: U
     assert client.data == ["there is room in line"]
     diary.problem = None
     assert (await manager.send_event("alice", "message", "again")).sequence == 2
+
+
+async def test_asking_the_ledger_who_was_here_holds_up_no_event_loop(
+    diary: Diary, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, loop_goes_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def knows(user_id: str) -> bool:
+        loop.call_soon_threadsafe(asked.set)
+        return loop_goes_on.wait(PATIENCE)
+
+    monkeypatch.setattr(diary, "knows", knows)
+    sending = asyncio.create_task(manager.send_event("alice", "message", 1))
+    await asked.wait()
+    loop_goes_on.set()
+    assert (await sending).kept

@@ -3,6 +3,7 @@
 # A record takes the ids that a context was given, and derives the others only when it is read, as the context does.
 # pyright: reportPrivateUsage=false
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -284,6 +285,10 @@ class AuditTrail:
     def knows(self, user_id: str) -> bool:
         """Whether a user was ever seen."""
         return self._ledger.knows(user_id)
+
+    async def knows_soon(self, user_id: str) -> bool:
+        """The same without holding up an event loop: a durable ledger waits for what is in line, and reads its files."""
+        return self.knows(user_id) if self._durable is None else await asyncio.to_thread(self.knows, user_id)
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: AskedFor) -> None:
         """Someone asked for what is not theirs; stands in the trail of the one who asked."""
