@@ -287,7 +287,7 @@ class AuditTrail:
         return self._ledger.knows(user_id)
 
     async def knows_soon(self, user_id: str) -> bool:
-        """The same without holding up an event loop: a durable ledger waits for what is in line, and reads its files."""
+        """The same without holding up an event loop: a durable ledger waits for its line, and reads its files."""
         return self.knows(user_id) if self._durable is None else await asyncio.to_thread(self.knows, user_id)
 
     def denied(self, actor: UserExecutionContext | None, action: str, asked_for: AskedFor) -> None:
