@@ -314,3 +314,17 @@ async def test_following_ends_with_a_connection_that_is_never_accepted(manager: 
     with pytest.raises(ContextNotFoundError):
         manager.follow(context, "report")
     assert manager._hub._ahead == {}
+
+
+async def test_whoever_was_closed_at_a_full_queue_loses_nothing_by_it(make_manager: MakeManager) -> None:
+    """With the settings that there are when nothing is said."""
+    manager = make_manager()
+    context, slow, _ = connect(manager, "alice")
+    first = await manager.send_event("alice", "message", 0)
+    slow.stall()
+    number = 0
+    while context.is_open:
+        number += 1
+        await manager.send_event("alice", "message", number)
+    client = await come_back(manager, (first.epoch, first.sequence))
+    assert client.data == list(range(1, number + 1))

@@ -50,7 +50,7 @@ class EventPolicy:
     queue_bytes: int = 1024 * 1024
     when_full: WhenFull = "close"
     wait_seconds: float = 5.0
-    keep_events: int = 100
+    keep_events: int = 512  # twice a queue: whoever is closed at a full one can come back for all that was lost
     keep_bytes: int = 256 * 1024
     keep_seconds: float = 300.0
     keep_total_bytes: int = 64 * 1024 * 1024
