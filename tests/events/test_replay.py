@@ -12,7 +12,7 @@ from support.events import Client, Envelope, accept, connect, open_connection, s
 from ucm_middleware import ContextNotFoundError, EventPolicy, UserContextManager
 from ucm_middleware.events.channel import LastEvent
 from ucm_middleware.events.envelope import TO_ALL, Draft, Narrowing, Origin
-from ucm_middleware.events.hub import Hub
+from ucm_middleware.events.hub import SLICE, Hub
 from ucm_middleware.websocket.asgi import last_event
 
 
@@ -275,6 +275,37 @@ def test_no_more_bytes_are_kept_than_may(
     for user in "abc":
         hub.purge(user)
     assert (hub._channels, hub._keeping, hub._kept_size) == ({}, {}, 0)
+
+
+class CountedLock:
+    """Counts how many times it was taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_the_events_of_many_users_are_forgotten_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Senders get the lock in between."""
+    now, policy = 0.0, EventPolicy(keep_seconds=60)
+    hub = Hub(policy, lambda: now, lambda _: None)
+    for number in range(2 * SLICE + 1):
+        hub.send(f"user-{number}", Draft("message", None, f"user-{number}", Origin(), TO_ALL, policy))
+    now = 30.0
+    hub.send("late", Draft("message", None, "late", Origin(), TO_ALL, policy))
+    lock = CountedLock()
+    monkeypatch.setattr(hub, "_lock", lock)
+    now = 61.0
+    hub.sweep()
+    assert (list(hub._channels), hub.next_wake(), lock.taken) == (["late"], 90.0, 3)
+    now = 91.0
+    hub.sweep()
+    assert (hub._channels, hub.next_wake(), hub._kept_size) == ({}, None, 0)
 
 
 async def test_of_all_users_those_lose_first_who_were_quiet_longest(make_manager: MakeManager) -> None:

@@ -6,6 +6,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextNotFoundError, InvalidContextError
@@ -13,9 +14,13 @@ from ucm_middleware.events.channel import MAX_FOLLOWED, NO_IDS, Channel, Connect
 from ucm_middleware.events.delivery import Delivery, Dropped
 from ucm_middleware.events.envelope import TO_ALL, Draft, Event, Origin
 from ucm_middleware.events.policy import EVENTS_MISSED, EventPolicy
+from ucm_middleware.expiry import front
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import Core, is_anonymous_id
 from ucm_middleware.lifetime import WEBSOCKET
+
+SLICE: Final = 256
+"""How many users' events are forgotten at a time, so that the lock is never held for long."""
 
 
 @dataclass(slots=True)
@@ -220,18 +225,26 @@ class Hub:
             self._forget_idle(user_id, fresh)
 
     def sweep(self) -> None:
-        """Forget what was kept for long enough."""
+        """Forget what was kept for long enough, some users' at a time: others wait for the lock."""
+        while self._forget_some():
+            pass
+
+    def _forget_some(self) -> bool:
+        """Whether there may be more of it."""
         with self._lock:
             due = self._clock() - self.policy.keep_seconds
-            while self._keeping:
-                user_id = next(iter(self._keeping))
-                channel = self._keeping[user_id]
+            for user_id in front(self._keeping, SLICE):
+                channel = self._keeping.get(user_id)
+                if channel is None:
+                    continue  # a finalizer has just taken it out
                 if channel.kept[-1].at > due:
                     self._wake = channel.kept[-1].at + self.policy.keep_seconds
-                    return
+                    return False
                 self._kept_size -= channel.drop_before(due)
                 self._stop_keeping_if_empty(user_id, channel)
-            self._wake = None
+            if not self._keeping:
+                self._wake = None
+            return bool(self._keeping)
 
     def next_wake(self) -> float | None:
         """When ``sweep`` may have something to do, on the hub's clock. It takes no lock: whoever asks may hold one that
