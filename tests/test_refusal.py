@@ -38,6 +38,8 @@ ROWS: dict[str, tuple[Exception, int, int, str | None]] = {
     "another user's": (CrossUserAccessError("not yours"), 403, 1008, None),
     "two identities": (IdentityConflictError("two users"), 409, 1008, None),
     "bad id": (InvalidContextError("user_id", "is empty", "give the id"), 400, 1008, None),
+    "bad ids to follow": (InvalidContextError("ids", "are too many", "leave some out"), 400, 1008, None),
+    "bad connection": (InvalidContextError("connection_id", "is empty", "give the id"), 400, 1008, None),
     "limit": (ContextLimitError("user", 10, "close one"), 429, 1013, "retry-after"),
     "draining": (ManagerDrainingError("closing time"), 503, 1013, "retry-after"),
     "expired": (ContextClosedError("r-1", "app.py:7", "expired"), 504, 1008, None),

@@ -48,7 +48,7 @@ _UNRECORDED: Final = Refusal(503, TRY_AGAIN_LATER, "The server cannot do this at
 _UNAUTHENTICATED: Final = Refusal(401, POLICY_VIOLATION, "Valid credentials are required.", _CHALLENGE)
 
 _ID_FIELDS: Final = frozenset(
-    {"user_id", "thread_id", "run_id", "request_id", "websocket_client_id", "client_id", "key"}
+    {"user_id", "thread_id", "run_id", "request_id", "websocket_client_id", "client_id", "connection_id", "ids", "key"}
 )
 
 _BY_ERROR: Final[tuple[tuple[type[UserContextError], Refusal], ...]] = (
