@@ -795,7 +795,9 @@ async def everything(ledger: RecordingLedger) -> None:
         context.callback(int)
         context.callback(int, "no number")
     bob.close("expired")
-    manager.create_isolated_context("bob").close("revoked")
+    bob = manager.create_isolated_context("bob")
+    bob.refresh("bob")
+    bob.close("revoked")
 
 
 SEQUENCE: list[tuple[Event, str | None]] = [
@@ -826,6 +828,7 @@ SEQUENCE: list[tuple[Event, str | None]] = [
     ("expired", "bob"),
     ("closed", "bob"),
     ("opened", "bob"),
+    ("refreshed", "bob"),
     ("revoked", "bob"),
     ("closed", "bob"),
 ]
