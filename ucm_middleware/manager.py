@@ -616,14 +616,15 @@ class UserContextManager:
         self._guard.require_unbound(context)
         anonymous_id = context.user_id
         context.verify_isolation()
-        self._close_displaced(self._registry.rebind(context, user_id, lambda: context._become(user_id)))
-        if context.user_id != user_id:
-            raise IdentityConflictError(
-                "the context closed, or got another identity, at the same moment; open a new one"
-            )
+        displaced = self._registry.rebind(context, user_id, lambda: context._become(user_id))
         try:
+            self._close_displaced(displaced)
+            if context.user_id != user_id:
+                raise IdentityConflictError(
+                    "the context closed, or got another identity, at the same moment; open a new one"
+                )
             self._trail.bound(context, anonymous_id)
-        finally:  # what cannot be recorded has happened all the same, and under the old id nobody would find it again
+        finally:  # what failed after it has happened all the same, and under the old id nobody would find it again
             if context._websocket_client_id is not None:
                 self._hub.move(context, anonymous_id)
         self.hooks.context_bound(context, anonymous_id)

@@ -174,6 +174,23 @@ async def test_a_connection_whose_binding_could_not_be_recorded_leaves_nothing_b
     assert manager._hub._channels == {}
 
 
+async def test_one_whose_binding_fails_half_way_leaves_nothing_behind_either(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What had to make room could not be closed, for want of threads, say."""
+    manager = make_manager()
+    context, client, _ = connect(manager, None)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(manager), "_close_displaced", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            context.bind("alice")
+    assert (await manager.send_event("alice", "message", 1)).delivered == 1
+    assert client.data == [1]
+    context.close("failed")
+    assert [name for name, channel in manager._hub._channels.items() if channel.connections] == []
+    assert list(manager._hub._channels) == ["alice"]  # by what is kept
+
+
 # Revocation.
 
 
