@@ -10,6 +10,7 @@ from starlette.middleware import Middleware
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 
+from support.asgi import exchange, websocket_scope
 from ucm_middleware import (
     ContextClosedError,
     UserContextManager,
@@ -20,6 +21,7 @@ from ucm_middleware import (
     user_context,
 )
 from ucm_middleware.testing import ConnectionEnded, Drive, RecordingLedger
+from ucm_middleware.types import Receive, Scope, Send
 from ucm_middleware.websocket.starlette import messages
 
 ALICE = {"Authorization": "Bearer alice"}
@@ -95,6 +97,18 @@ class TestTheLoop:
                 await socket.receive_text()
         assert caught.value.code == code
         assert ended == ["here"]
+
+
+async def test_an_event_of_just_before_the_close_comes_before_it(ucm_manager: UserContextManager) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "websocket.accept"})
+        ucm_manager.post_event("alice", "message", "the last word")
+        await send({"type": "websocket.close", "code": 1000, "reason": ""})
+
+    middleware = UserContextMiddleware(app, manager=ucm_manager, identify=lambda connection: "alice")
+    accept, event, close = await exchange(middleware, websocket_scope())
+    assert (accept["type"], close["type"]) == ("websocket.accept", "websocket.close")
+    assert json.loads(event["text"])["data"] == "the last word"
 
 
 class TestAContextForEachMessage:

@@ -78,7 +78,7 @@ class AsgiConnection:
             if kind == "websocket.accept":
                 return self._accept(message)
             if kind == "websocket.close":
-                self._hub.leave(self._context)
+                return self._close(message)
         return self._send(message)
 
     async def _accept(self, message: Message) -> None:
@@ -86,6 +86,11 @@ class AsgiConnection:
         hub = self._hub
         outbox = TaskOutbox(self._send_event, asyncio.get_running_loop(), hub.policy, hub.lock)
         hub.join(Connection(self._context, outbox, self._after))
+
+    async def _close(self, message: Message) -> None:
+        await asyncio.sleep(0)  # who sends the app's last event may have been made just now, and comes before
+        self._hub.leave(self._context)
+        await self._send(message)
 
     def _send_event(self, text: str) -> Awaitable[None]:
         return self._send({"type": "websocket.send", "text": text})
