@@ -142,6 +142,15 @@ class TestMemoryLedger:
         assert trail is not None
         assert trail.dropped == 0
 
+    def test_once_users_were_forgotten_nobody_is_said_to_be_unknown(self) -> None:
+        ledger = MemoryLedger(users=1, anonymous_users=1)
+        for user in ("anonymous_1", "anonymous_2", "alice"):
+            ledger.append(record(user))
+        assert (ledger.knows("alice"), ledger.knows("bob")) == (True, False)
+        ledger.append(record("bob"))
+        assert ledger.trail("alice") is None
+        assert (ledger.knows("alice"), ledger.knows("bob"), ledger.knows("carol")) == (True, True, True)
+
     @pytest.mark.parametrize("room", [True, False])
     @pytest.mark.parametrize("seed", range(10))
     def test_it_keeps_what_one_that_sorts_at_once_would(self, seed: int, room: bool) -> None:

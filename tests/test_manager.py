@@ -748,3 +748,14 @@ class TestTheEnd:
         manager.serve()
         assert manager.is_healthy() is True
         assert isinstance(visitor(manager), UserExecutionContext)
+
+
+class TestTheLimitOfConnections:
+    @pytest.mark.parametrize(("contexts", "connections"), [(1, 1), (2, 1), (5, 4), (10, 8), (1000, 800)])
+    def test_it_leaves_room_for_requests(self, contexts: int, connections: int) -> None:
+        assert UserContextManager(max_contexts_per_user=contexts)._registry.limits.connections == connections
+        assert UserContextManager(max_connections_per_user=3)._registry.limits.connections == 3
+
+    def test_more_connections_than_contexts_are_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match="raise max_contexts_per_user too"):
+            UserContextManager(max_contexts_per_user=5, max_connections_per_user=6)

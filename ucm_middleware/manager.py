@@ -88,13 +88,13 @@ class UserContextManager:
     keeps none.
 
     ``events`` says which events may be sent, and how many may wait. ``max_connections_per_user`` is how many of a
-    user's contexts may be WebSocket connections: fewer than there may be contexts, so that requests find room.
+    user's contexts may be WebSocket connections: four fifths of them unless another number is given, so that requests
+    find room.
 
     Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
 
     MAX_CONTEXTS_PER_USER: ClassVar[int] = 10
-    MAX_CONNECTIONS_PER_USER: ClassVar[int] = 8
     MAX_CONTEXTS: ClassVar[int] = 100_000
     MAX_ANONYMOUS_CONTEXTS: ClassVar[int] = 10_000
     MANAGED_TTL: ClassVar[float] = 3600.0
@@ -118,11 +118,12 @@ class UserContextManager:
         events: EventPolicy | None = None,
         max_connections_per_user: int | None = None,
     ) -> None:
+        per_user = _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
-            _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER),
+            per_user,
             _checked_limit("max_contexts", max_contexts, self.MAX_CONTEXTS),
             _checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
-            _checked_limit("max_connections_per_user", max_connections_per_user, self.MAX_CONNECTIONS_PER_USER),
+            _checked_connections(max_connections_per_user, per_user),
         )
         _check_audit(audit, ledger)
         if guard not in ("closed", "open"):
@@ -849,6 +850,16 @@ def _checked_limit(name: str, limit: object, default: int) -> int:
         return default
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ConfigurationError(f"{name} must be a whole number of at least 1, not {limit!r}")
+    return limit
+
+
+def _checked_connections(connections: int | None, contexts: int) -> int:
+    limit = _checked_limit("max_connections_per_user", connections, max(1, contexts * 4 // 5))
+    if limit > contexts:
+        raise ConfigurationError(
+            f"max_connections_per_user is {limit}, and a user may have {contexts} contexts in all, each connection one "
+            "of them; raise max_contexts_per_user too"
+        )
     return limit
 
 

@@ -160,7 +160,7 @@ class UserContextMiddleware:
             scope = {**scope, "state": dict(scope["state"])}
         try:
             if scope["type"] == "websocket":
-                self._origins.require(scope["headers"])
+                self._origins.require(scope["headers"], is_secure=scope.get("scheme") == "wss")
             found = None if self.identify is None else self.identify(HTTPConnection(scope))
             if type(found) is str:
                 admission = self._admission
@@ -228,7 +228,8 @@ class UserContextMiddleware:
             await self._close(context, "cancelled" if cancelled else "failed", error)
             refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
             is_known = refusal is not None
-            if self._strict_ledger is not None and (interrupted or not cancelled):
+            # Who is signed out is told at once, also where the ledger cannot be written.
+            if self._strict_ledger is not None and (interrupted or not cancelled) and lifetime.reason != "revoked":
                 refusal = await _unrecorded(self._strict_ledger) or refusal
             answered = refusal is not None and await send_refusal(refusal, scope, send, sent.last_sent)
             if not (is_known and answered) and not (cancelled and interrupted):

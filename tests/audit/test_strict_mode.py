@@ -394,3 +394,17 @@ async def test_asking_the_ledger_who_was_here_holds_up_no_event_loop(
     await asked.wait()
     loop_goes_on.set()
     assert (await sending).kept
+
+
+async def test_who_is_signed_out_is_told_so_also_when_the_disk_is_full(
+    diary: Diary, manager: UserContextManager
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send(ACCEPT)
+        diary.problem = "the disk is full"
+        asyncio.get_running_loop().call_soon(manager.revoke, "alice", "stolen")
+        await asyncio.Event().wait()
+
+    sent = await drive(diary, manager, app, websocket_scope(), identify=lambda connection: "alice")
+    assert [(message["type"], message.get("code")) for message in sent][-1] == ("websocket.close", 1008)

@@ -63,9 +63,12 @@ def test_a_type_is_short_text_that_can_be_read(name: Any) -> None:
         EventPolicy(types=[name])
 
 
-def test_types_are_no_single_text() -> None:
-    with pytest.raises(ConfigurationError, match="types must be a collection of event types, not one text"):
-        EventPolicy(types="message")
+@pytest.mark.parametrize("types", ["message", 5])
+def test_types_are_a_collection_and_no_single_text(types: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"types must be a collection of event types, not (str|int); give a list"
+    ):
+        EventPolicy(types=types)
 
 
 def test_the_events_of_the_package_are_declared_in_any_case() -> None:

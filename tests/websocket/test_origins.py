@@ -2,8 +2,11 @@
 
 import pytest
 
-from ucm_middleware import ConfigurationError, OriginError, UserContextManager
+from support.asgi import exchange, websocket_scope
+from support.contexts import MakeManager
+from ucm_middleware import ConfigurationError, OriginError, UserContextManager, UserContextMiddleware
 from ucm_middleware.testing import RecordingLedger
+from ucm_middleware.types import Receive, Scope, Send
 from ucm_middleware.websocket.origins import Origins
 
 pytestmark = pytest.mark.security
@@ -71,6 +74,26 @@ def test_two_of_them_are_none() -> None:
 
 def test_where_no_cookies_are_it_does_not_matter() -> None:
     Origins().require(headers("https://evil.example", cookie=None))
+
+
+def test_over_tls_a_page_that_came_in_the_clear_may_be_anybodys() -> None:
+    for origin in ("https://api.example.com", "http://localhost:3000"):
+        Origins(ALLOWED).require(headers(origin), is_secure=True)
+    with pytest.raises(OriginError):
+        Origins(ALLOWED).require(headers("http://api.example.com", host="api.example.com:80"), is_secure=True)
+
+
+@pytest.mark.parametrize(("scheme", "sent"), [("ws", "websocket.accept"), ("wss", "websocket.close")])
+async def test_the_middleware_knows_which_came_over_tls(make_manager: MakeManager, scheme: str, sent: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+
+    given = [("host", "api.example.com"), ("origin", "http://api.example.com"), ("cookie", "a=b")]
+    messages = await exchange(
+        UserContextMiddleware(app, manager=make_manager()), websocket_scope(headers=given, scheme=scheme)
+    )
+    assert messages[0]["type"] == sent
 
 
 def test_what_it_says_is_bounded() -> None:

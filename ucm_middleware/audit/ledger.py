@@ -29,7 +29,7 @@ class Ledger(Protocol):
         ...
 
     def knows(self, user_id: str) -> bool:
-        """Whether there is a trail of this user."""
+        """Whether there is a trail of this user. True where that cannot be told."""
         ...
 
 

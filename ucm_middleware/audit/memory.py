@@ -36,6 +36,7 @@ class MemoryLedger:
         self._anonymous: dict[str, list[Row]] = {}
         self._nobodys: dict[Key, list[Row]] = {_SYSTEM: [], _REFUSED: []}
         self._dropped: dict[Key, tuple[int, Row | None]] = {}  # how many, and the newest opening among them
+        self._has_forgotten = False  # named users
         self._incoming: list[Row] = []
         self.after_fork()
         renewed_after_fork(self)
@@ -67,10 +68,10 @@ class MemoryLedger:
         return Trail(None, tuple(records), system.dropped + refused.dropped)
 
     def knows(self, user_id: str) -> bool:
-        """Whether there is a trail of this user."""
+        """Whether there is a trail of this user. True of any, once there were too many users to keep all of them."""
         with self._lock:
             self._sort_in()
-            return user_id in self._users_like(user_id)
+            return self._has_forgotten or user_id in self._users_like(user_id)
 
     def _trail(self, key: Key, rows: list[Row]) -> Trail:
         dropped, opening = self._dropped.get(key, (0, None))
@@ -153,7 +154,10 @@ class MemoryLedger:
 
     def _drop_users(self, users: dict[str, list[Row]], most: int) -> None:
         dropped = self._dropped
-        for user_id in [*islice(users, max(0, len(users) - most))]:
+        excess = max(0, len(users) - most)
+        if excess and users is self._named:
+            self._has_forgotten = True
+        for user_id in [*islice(users, excess)]:
             if user_id in dropped:
                 del dropped[user_id]
             del users[user_id]

@@ -56,8 +56,7 @@ class EventPolicy:
     keep_total_bytes: int = 64 * 1024 * 1024
 
     def __post_init__(self) -> None:
-        if isinstance(self.types, str):
-            raise ConfigurationError("types must be a collection of event types, not one text; give a list")
+        _require_types(self.types)
         if self.types is not None:
             for declared in self.types:
                 check_type(declared)
@@ -100,3 +99,8 @@ def _require_whole(name: str, value: object, least: int) -> None:
 def _require_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LONGEST_TTL:
         raise ConfigurationError(f"{name} must be a number of seconds greater than 0, not {value!r}")
+
+
+def _require_types(types: object) -> None:
+    if types is not None and (isinstance(types, str) or not isinstance(types, Collection)):
+        raise ConfigurationError(f"types must be a collection of event types, not {type(types).__name__}; give a list")

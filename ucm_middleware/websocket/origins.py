@@ -29,8 +29,11 @@ class Origins:
             raise ConfigurationError("allowed_origins must be a list of origins, not one text")
         self._allowed = frozenset(_checked(origin) for origin in allowed)
 
-    def require(self, headers: Headers) -> None:
-        """Raises OriginError for a handshake that may not bring cookies with it. Names are in lower case."""
+    def require(self, headers: Headers, *, is_secure: bool = False) -> None:
+        """Raises OriginError for a handshake that may not bring cookies with it. Names of headers are in lower case.
+
+        Where it came over TLS, a page that did not is of no site that is known.
+        """
         for name, _ in headers:
             if name == b"cookie":
                 break
@@ -42,7 +45,10 @@ class Origins:
             return
         if len(origins) == 1:
             origin = _origin(origins[0])
-            if origin is not None and (origin in self._allowed or _site(origin) in _hosts(given, origin)):
+            if origin is not None and (
+                origin in self._allowed
+                or (not (is_secure and origin[0] == "http") and _site(origin) in _hosts(given, origin))
+            ):
                 return
         raise OriginError(
             "a page of another origin opened a WebSocket with the user's cookies; if it is one of yours, name its "

@@ -73,7 +73,7 @@ class SyncHandler:
         """Open a context for whom the handshake comes from. Returns the answer where that is refused."""
         try:
             self.manager._trail.wait_for_room()
-            self._origins.require(scope["headers"])
+            self._origins.require(scope["headers"], is_secure=scope["scheme"] == "wss")
             context = self._admission.open_for(self._found(HTTPConnection(scope)), variables, websocket=True)
         except REFUSED as error:
             return self._refused(error)
