@@ -1,6 +1,7 @@
 """The specification's integration suite: the parts together, on a real server, a real file and real sockets."""
 
 import asyncio
+import gc
 import json
 import sqlite3
 import sys
@@ -281,18 +282,18 @@ class TestWebSocket:
 
     def test_one_user_at_the_limit_keeps_nobody_else_out(self, server: Server, client: httpx.Client) -> None:
         with ExitStack() as stack:
-            sockets = [stack.enter_context(connected(server, "greedy")) for _ in range(10)]
+            sockets = [stack.enter_context(connected(server, "greedy")) for _ in range(8)]
             for websocket in sockets:
                 received(websocket)
             with pytest.raises(InvalidStatus) as caught, connected(server, "greedy"):
                 raise AssertionError("it was accepted")
             assert caught.value.response.status_code == 429
             assert caught.value.response.headers["retry-after"]
-            assert client.get("/ids", headers=bearer("greedy")).status_code == 429
+            assert client.get("/ids", headers=bearer("greedy")).status_code == 200  # requests find room
             assert client.get("/ids", headers=bearer("modest")).status_code == 200
             sockets[0].close()
-            wait_until(lambda: len(live_contexts(client, "greedy")) == 9, "the closed one does not count any more")
-            assert client.get("/ids", headers=bearer("greedy")).status_code == 200
+            wait_until(lambda: len(live_contexts(client, "greedy")) == 7, "the closed one does not count any more")
+            received(stack.enter_context(connected(server, "greedy")))
 
 
 class TestDatabase:
@@ -412,11 +413,13 @@ def calls_of(work: Callable[[], object]) -> int:
         if event in ("call", "c_call"):
             next(calls)
 
+    gc.disable()  # a collection calls back whoever asked for it, hypothesis for one
     sys.setprofile(note)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return next(calls)
 
 

@@ -13,7 +13,7 @@ from support.observer import Observer, client, observing, token_of
 from support.servers import Server
 from support.waiting import wait_until
 
-PER_USER, TOTAL, ANONYMOUS = 10, 14, 2
+PER_USER, CONNECTIONS, TOTAL, ANONYMOUS = 10, 8, 14, 2
 """The first is the default, the others are what the app sets."""
 
 TTL = 0.25
@@ -84,15 +84,18 @@ def test_anonymous_visitors_have_a_limit_of_their_own(desk: Observer) -> None:
 
 
 def test_websockets_count_and_are_refused_before_they_are_accepted(desk: Observer) -> None:
+    """They have a limit of their own, below that of all, and so requests find room beside them."""
     with ExitStack() as connections:
-        for _ in range(PER_USER):
+        for _ in range(CONNECTIONS):
             assert connections.enter_context(desk.websocket("alice", "/hold")).recv() == "hello"
         connections.callback(desk.open, "let go")
-        assert_refused(desk.request("alice", "/quick"))
         with pytest.raises(InvalidStatus) as refused, desk.websocket("alice", "/hold"):
             pass
         assert refused.value.response.status_code == 429
         assert refused.value.response.headers["retry-after"] == "1"
+        held = hold(desk, "alice", PER_USER - CONNECTIONS)
+        assert_refused(desk.request("alice", "/quick"))
+    assert {answer.result().status_code for answer in held} == {200}
 
 
 def test_children_do_not_count(desk: Observer) -> None:
