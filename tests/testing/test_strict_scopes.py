@@ -139,7 +139,8 @@ def test_thaws():
 
 class TestWithAContextOfTheirs:
     @pytest.mark.parametrize("number", range(SETTLING))
-    def test_frozen_it_would_be_overlooked(self, context, number): assert gc.get_freeze_count() == 0
+    def test_frozen_it_would_be_overlooked(self, context, number):
+        assert gc.get_freeze_count() < 10_000  # a collection puts what is immortal there, on CPython 3.12
 
 @pytest.mark.parametrize("number", range(SETTLING))
 def test_nothing(number): pass
