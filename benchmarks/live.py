@@ -44,6 +44,7 @@ def manager_of_many() -> UserContextManager:
     return UserContextManager(
         max_contexts=MOST,
         max_anonymous_contexts=MOST,
+        max_contexts_per_user=MOST,
         max_connections_per_user=MOST,
         ttl=TTL,
         ledger=_NoLedger(),

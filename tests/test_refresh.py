@@ -143,12 +143,3 @@ def test_under_no_manager_too() -> None:
     assert before is not None
     assert context.lifetime.deadline == pytest.approx(before + HOUR, abs=60)
     context.close()
-
-
-def test_what_a_child_is_told_of_credentials_holds_for_the_whole(
-    ucm_manager: UserContextManager, ucm_clock: FakeClock
-) -> None:
-    context = ucm_manager.create_isolated_context("alice")
-    context.create_child_context("search").bind(alice_for(1))
-    ucm_clock.advance(1.1 * HOUR)
-    assert context.lifetime.reason == "expired"

@@ -116,6 +116,7 @@ class ContextMachine(RuleBasedStateMachine):
         self.guard = guard
         self.manager = UserContextManager(
             max_contexts_per_user=PER_USER,
+            max_connections_per_user=PER_USER,
             max_contexts=TOTAL,
             max_anonymous_contexts=ANONYMOUS,
             guard=guard,

@@ -109,6 +109,7 @@ class Crowd:
         self.clock = SharedClock()
         self.manager = UserContextManager(
             max_contexts_per_user=PER_USER,
+            max_connections_per_user=PER_USER,
             max_contexts=TOTAL,
             max_anonymous_contexts=ANONYMOUS,
             guard="open",

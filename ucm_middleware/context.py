@@ -726,14 +726,13 @@ class UserExecutionContext(ResourceHolder):
     # Inside.
 
     def _end_within(self, seconds: float | None) -> None:
-        """Let the context outlive no credentials that end; of a child, the one that it is a part of."""
-        root = self._root
+        """Let the context outlive no credentials that end."""
         if seconds is None:
             return
-        if root._host is not None:
-            root._host.end_within(root, seconds)
+        if self._host is not None:
+            self._host.end_within(self, seconds)
         else:
-            root._lifetime.limit(time.monotonic() + seconds, time.monotonic)
+            self._lifetime.limit(time.monotonic() + seconds, time.monotonic)
 
     def _take_session(self, session: Any) -> None:
         self._db_session = session
