@@ -47,7 +47,7 @@ class Guard:
 
         Raises ContextClosedError for code that outlived its own context.
         """
-        context = self._acting()
+        context = self.acting()
         if context is not None and context.user_id == user_id:
             return True
         return self.is_granted(user_id) or (context is None and (self._is_open or not self._serving))
@@ -63,10 +63,11 @@ class Guard:
 
     def acting_user(self) -> str | None:
         """The user that the asking code runs for; None for code in no context. Raises ContextClosedError as above."""
-        context = self._acting()
+        context = self.acting()
         return None if context is None else context.user_id
 
-    def _acting(self) -> UserExecutionContext | None:
+    def acting(self) -> UserExecutionContext | None:
+        """The context that the asking code runs in, if it proves anything here. Raises ContextClosedError as above."""
         context = ambient_context()
         if context is None:
             return None
@@ -96,7 +97,7 @@ class Guard:
         """
         if self.admits(None):
             return None
-        context, grant = self._acting(), self._grant()
+        context, grant = self.acting(), self._grant()
         if context is None and grant is None:
             raise self.denied(action, "everyone")
         users = set(() if grant is None else grant.users or ())
@@ -132,7 +133,7 @@ class Guard:
 
         Of what was asked for, users are given as a ``UserMention``.
         """
-        actor = self._acting()
+        actor = self.acting()
         self._trail.denied(actor, action, asked_for)
         self._hooks.access_denied(None if actor is None else actor.user_id, action)
         if actor is None:

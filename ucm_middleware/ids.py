@@ -291,3 +291,8 @@ def is_anonymous_id(value: object) -> TypeGuard[str]:
     return (
         isinstance(value, str) and value.startswith(RESERVED_PREFIX) and UnifiedIDManager().validate(value, "anonymous")
     )
+
+
+def checked_user_id(value: object) -> str:
+    """The id of a user, or of an anonymous context. Raises InvalidContextError for what is neither."""
+    return str.__str__(value) if is_anonymous_id(value) else validate_id(value, "user_id")

@@ -43,7 +43,7 @@ from ucm_middleware.execution import validate_user_context
 from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Everyone, Guard
-from ucm_middleware.ids import UnifiedIDManager, is_anonymous_id, validate_id
+from ucm_middleware.ids import UnifiedIDManager, checked_user_id, is_anonymous_id, validate_id
 from ucm_middleware.keys import OwnerKeys
 from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Journal, Lifetime, loop_is_live, running_loop
 from ucm_middleware.messenger import Messenger
@@ -410,7 +410,7 @@ class UserContextManager:
 
         Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason.
         """
-        user_id = user_id if is_anonymous_id(user_id) else validate_id(user_id, "user_id")
+        user_id = checked_user_id(user_id)
         self._guard.require(user_id, "revoke")
         actor = self._guard.acting_user()
         if not reason.strip():
@@ -457,7 +457,7 @@ class UserContextManager:
 
     def get_audit_trail(self, user_id: str) -> dict[str, Any] | None:
         """What is on record for one user, before and after their contexts closed; None for a user never seen."""
-        user_id = user_id if is_anonymous_id(user_id) else validate_id(user_id, "user_id")
+        user_id = checked_user_id(user_id)
         self._guard.require(user_id, "get_audit_trail")
         return self._trail.of(user_id)
 
@@ -825,11 +825,7 @@ def _checked_key(key: object) -> Key:
         pair = cast("tuple[object, ...]", key)
         if len(pair) != 2:
             raise InvalidContextError("key", "is a tuple of another length than two", "give (user_id, request_id)")
-        user_id = pair[0]
-        return (
-            user_id if is_anonymous_id(user_id) else validate_id(user_id, "user_id"),
-            validate_id(pair[1], "request_id"),
-        )
+        return checked_user_id(pair[0]), validate_id(pair[1], "request_id")
     return str.__str__(key) if is_anonymous_id(key) else validate_id(key, "key")
 
 

@@ -11,13 +11,12 @@ from typing import Final
 
 from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.trail import AuditTrail
-from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import ConfigurationError, InvalidEventError
 from ucm_middleware.events.delivery import Delivery
 from ucm_middleware.events.envelope import Draft, Narrowing, Origin
 from ucm_middleware.events.hub import Hub, Sent
 from ucm_middleware.guard import Guard
-from ucm_middleware.ids import is_anonymous_id, validate_id
+from ucm_middleware.ids import checked_user_id
 from ucm_middleware.lifetime import running_loop
 
 NOWHERE: Final = Origin()
@@ -63,9 +62,9 @@ class Messenger:
     def _send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Sent:
         hub = self._hub
         if type(user_id) is not str:
-            user_id = _checked_user(user_id)
+            user_id = checked_user_id(user_id)
         self._guard.require(user_id, "send_event")
-        actor = ambient_context()
+        actor = self._guard.acting()
         origin = NOWHERE
         if actor is not None and actor.user_id == user_id:
             origin = Origin(actor.thread_id, actor.run_id, actor.request_id)
@@ -87,7 +86,7 @@ class Messenger:
         """
         if type(user_id) is str and self._hub.knows(user_id):
             return True
-        user_id = _checked_user(user_id)
+        user_id = checked_user_id(user_id)
         self._guard.require(user_id, "send_event")
         return len(self._live_of([user_id])) > 0
 
@@ -132,8 +131,3 @@ def _require_known(is_known: bool) -> None:
         raise InvalidEventError(
             "user_id", "is of a user who was never here", "send to users who have connected, or were on record"
         )
-
-
-def _checked_user(user_id: object) -> str:
-    """An id that is valid, or that of an anonymous context, which only the product makes."""
-    return str.__str__(user_id) if is_anonymous_id(user_id) else validate_id(user_id, "user_id")

@@ -96,7 +96,7 @@ class UserContextMiddleware:
         self.drain_timeout = checked_drain_timeout(drain_timeout)
         self.context_per_message = context_per_message
         self._origins = Origins(allowed_origins)
-        self._message_limits = MessageLimits(max_message_size, message_rate)
+        self.message_limits = MessageLimits(max_message_size, message_rate)
         hooks = self.manager.hooks
         self._is_wrapped = bool(hooks.around_context or hooks.around_message)
         self._ledger = self.manager._durable_ledger
@@ -256,7 +256,7 @@ class UserContextMiddleware:
         connection = AsgiConnection(
             context,
             self.manager._hub,
-            self._message_limits,
+            self.message_limits,
             receive,
             send,
             scope.get("query_string", b""),

@@ -1,14 +1,11 @@
 """The kinds of server that the promises are proved on: the public helper's, and uvicorn with each of its parts."""
 
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ucm_middleware.testing.server import HOST, Server, ServerKind, _environment, _held_port
+from ucm_middleware.testing.server import HOST, Server, ServerKind, run_server
 from ucm_middleware.testing.server import start_server as start_public_server
 
 __all__ = [
@@ -81,21 +78,5 @@ def start_crowd_server(kind: str, app_dir: Path, env: Mapping[str, str]) -> Gene
         with start_public_server("promise_crowd:app", app_dir=app_dir, kind="uvicorn", env=env) as server:
             yield server
         return
-    with _held_port() as port, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "promise_crowd_library", str(port)],
-            cwd=app_dir,
-            env=_environment(app_dir, env),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        server = Server(kind, port, process, log.fileno())
-        try:
-            server.wait_until_up()
-            yield server
-            server.end()
-        finally:
-            server.kill()
-            sys.stdout.write(f"Output of {server!r}:\n{server.output}\n")
+    with run_server(kind, lambda port: ["promise_crowd_library", str(port)], app_dir=app_dir, env=env) as server:
+        yield server

@@ -84,7 +84,8 @@ async def until_closed(connection: ServerConnection) -> None:
 def wrapped(
     manager: UserContextManager, handler: Callable[[ServerConnection], Awaitable[None]] = echo, **settings: Any
 ) -> AsyncioHandler:
-    return wrap_handler(handler, manager=manager, **{"identify": identify, **settings})
+    settings.setdefault("identify", identify)
+    return wrap_handler(handler, manager=manager, **settings)
 
 
 @asynccontextmanager

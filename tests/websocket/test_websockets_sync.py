@@ -80,7 +80,8 @@ def until_closed(connection: ServerConnection) -> None:
 def wrapped(
     manager: UserContextManager, handler: Callable[[ServerConnection], None] = echo, **settings: Any
 ) -> SyncHandler:
-    return wrap_handler(handler, manager=manager, **{"identify": identify, **settings})
+    settings.setdefault("identify", identify)
+    return wrap_handler(handler, manager=manager, **settings)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class SQLiteLedger:
     @property
     def problem(self) -> str | None:
         """As the port says."""
-        return None if self._writer is None else self._writer.trouble
+        return None if self._writer is None else self._writer.trouble()
 
     def append(self, row: Row) -> None:
         """As the port says. Raises LedgerUnavailableError when the line is full and cannot be written."""

@@ -74,9 +74,6 @@ SHOWN_FINDINGS: Final = 100
 SETTLE_TIMEOUT: Final = 10.0
 """Seconds that synchronous code waits in strict mode for a record to be durable."""
 
-_SENT: Final[tuple[Outcome, str | None]] = "ok", None
-_FULL: Final[tuple[Outcome, str | None]] = "failed", "full"
-
 _ENDED_WELL: Final = frozenset({"finished", "closed", "cleared", "replaced"})
 
 
@@ -243,7 +240,6 @@ class AuditTrail:
 
     def event_sent(self, actor: UserExecutionContext | None, user_id: str, data: Data, *, is_full: bool) -> None:
         """An event was put in line for a user's connections. With ``is_full``, one of them loses an event by it."""
-        outcome, reason = _FULL if is_full else _SENT
         by: str | None = None
         core: Core | None = None
         request_id: str | Core | None = None
@@ -266,8 +262,8 @@ class AuditTrail:
                 request_id,
                 thread_id,
                 run_id,
-                outcome,
-                reason,
+                "failed" if is_full else "ok",
+                "full" if is_full else None,
                 None,
                 data,
                 self._next_id(),

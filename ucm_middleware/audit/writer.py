@@ -162,7 +162,7 @@ class Writer:
 
     def passed(self) -> "asyncio.Future[None]":
         """What to await until what is in line now is durable. Raises LedgerUnavailableError."""
-        if (trouble := self.trouble) is not None:
+        if (trouble := self.trouble()) is not None:
             raise LedgerUnavailableError(trouble)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stand(future)
@@ -170,7 +170,7 @@ class Writer:
 
     def wait_passed(self, timeout: float) -> None:
         """The same in a thread, for so many seconds at most."""
-        if (trouble := self.trouble) is not None:
+        if (trouble := self.trouble()) is not None:
             raise LedgerUnavailableError(trouble)
         if self._thread is threading.current_thread():  # likewise: it would wait for itself
             return
@@ -183,7 +183,6 @@ class Writer:
         if barrier.error is not None:
             raise barrier.error
 
-    @property
     def trouble(self) -> str | None:
         """Why nothing can be written at the moment. Whoever is the first to ask after a disk has hung for too long lets
         go of those who wait for it.

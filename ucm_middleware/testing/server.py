@@ -175,9 +175,18 @@ def start_server(
         raise ConfigurationError(f"kind must be one of {', '.join(_COMMANDS)}, not {kind!r}")
     if find_spec(kind) is None:
         raise ConfigurationError(f"{kind} is not installed: add it to what your tests depend on")
+    with run_server(kind, lambda port: [*_COMMANDS[kind](port), *options, app], app_dir=app_dir, env=env) as server:
+        yield server
+
+
+@contextmanager
+def run_server(
+    kind: str, command: Callable[[int], Sequence[str]], *, app_dir: Path, env: Mapping[str, str | None] | None = None
+) -> Generator[Server]:
+    """The same with a server of any kind: ``command`` makes of the port what follows ``python -m``."""
     with _held_port() as port, tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *_COMMANDS[kind](port), *options, app],
+            [sys.executable, "-m", *command(port)],
             cwd=app_dir,
             env=_environment(app_dir, env or {}),
             stdin=subprocess.DEVNULL,

@@ -34,7 +34,7 @@ class MessageLimits:
 class Meter:
     """Counts what one connection sends. ``clock`` is in seconds."""
 
-    __slots__ = ("_burst", "_clock", "_left", "_max_size", "_rate", "_seen", "broken")
+    __slots__ = ("_burst", "_clock", "_left", "_max_size", "_rate", "_refusal", "_seen")
 
     def __init__(self, limits: MessageLimits, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -42,13 +42,15 @@ class Meter:
         self._rate = limits.rate
         self._seen = clock()
         self._left = self._burst = 0.0 if limits.rate is None else _burst(limits.rate)
-        self.broken: MessageLimitError | None = None
+        self._refusal: tuple[str, float] | None = None  # not the error, which would hold the frames it was raised in
 
     def count(self, data: str | bytes) -> None:
         """One message came. Raises MessageLimitError when it is too much, and from then on for each."""
         # On the way of each message: what nearly all of them pass is asked first.
-        if self.broken is not None or (len(data) * 4 > self._max_size and self._is_too_long(data)):
-            raise self._broken("size", self._max_size)
+        if self._refusal is not None:
+            raise MessageLimitError(*self._refusal)
+        if len(data) * 4 > self._max_size and self._is_too_long(data):
+            raise self._refused("size", self._max_size)
         rate = self._rate
         if rate is not None:
             now = self._clock()
@@ -58,7 +60,7 @@ class Meter:
                 left = self._burst
             if left < 1.0:
                 self._left = left
-                raise self._broken("rate", rate)
+                raise self._refused("rate", rate)
             self._left = left - 1.0
 
     def _is_too_long(self, data: str | bytes) -> bool:
@@ -68,10 +70,9 @@ class Meter:
             return len(data) > most
         return len(data.encode(errors="surrogatepass")) > most
 
-    def _broken(self, scope: str, limit: float) -> MessageLimitError:
-        if self.broken is None:
-            self.broken = MessageLimitError(scope, limit)
-        return MessageLimitError(self.broken.scope, self.broken.limit)
+    def _refused(self, scope: str, limit: float) -> MessageLimitError:
+        self._refusal = scope, limit
+        return MessageLimitError(scope, limit)
 
 
 def _burst(rate: float) -> float:

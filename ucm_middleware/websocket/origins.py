@@ -43,13 +43,9 @@ class Origins:
         origins = [value for name, value in given if name == b"origin"]
         if not origins:
             return
-        if len(origins) == 1:
-            origin = _origin(origins[0])
-            if origin is not None and (
-                origin in self._allowed
-                or (not (is_secure and origin[0] == "http") and _site(origin) in _hosts(given, origin))
-            ):
-                return
+        origin = _origin(origins[0]) if len(origins) == 1 else None
+        if origin is not None and (origin in self._allowed or _is_of(_host(given), origin, is_secure)):
+            return
         raise OriginError(
             "a page of another origin opened a WebSocket with the user's cookies; if it is one of yours, name its "
             f"origin in allowed_origins. It gave {origins[0][:200]!r}"
@@ -76,14 +72,17 @@ def _origin(text: str) -> tuple[str, str, int] | None:
     return None if rest or not parts.scheme or not parts.hostname else (parts.scheme, parts.hostname, port)
 
 
-def _site(origin: tuple[str, str, int]) -> tuple[str, int]:
-    return origin[1:]
-
-
-def _hosts(given: list[tuple[bytes, str]], origin: tuple[str, str, int]) -> list[tuple[str, int]]:
-    """What the handshake calls the site that it asks. Without a port, it is the one of the origin's scheme."""
+def _host(given: list[tuple[bytes, str]]) -> str | None:
+    """What the handshake calls the site that it asks. None where it says nothing, or several things."""
     hosts = [value for name, value in given if name == b"host"]
-    if len(hosts) != 1 or origin[0] not in _PORTS:  # the pages of an app or an extension are on no host
-        return []
-    asked = _origin(f"{origin[0]}://{hosts[0]}")
-    return [] if asked is None else [_site(asked)]
+    return hosts[0] if len(hosts) == 1 else None
+
+
+def _is_of(host: str | None, origin: tuple[str, str, int], is_secure: bool) -> bool:
+    """Whether the page is of the very site. Without a port, the host is at the one of the page's scheme; the pages of
+    an app or an extension are on none.
+    """
+    scheme = origin[0]
+    if host is None or scheme not in _PORTS or (is_secure and scheme == "http"):
+        return False
+    return _origin(f"{scheme}://{host}") == origin

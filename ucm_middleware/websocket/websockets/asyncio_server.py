@@ -9,10 +9,10 @@ for: the handshake is answered with what the middleware says, and the handler is
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import Context
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final, Unpack, cast
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
@@ -23,13 +23,11 @@ from websockets.typing import Data
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ConfigurationError, UserContextError
-from ucm_middleware.identity import Identify
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.middleware import CONTEXT, UserContextMiddleware
 from ucm_middleware.refusal import close_reason, refusal_for
 from ucm_middleware.types import Message, Receive, Scope, Send
 from ucm_middleware.websocket.asgi import require_not_cut_off
-from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE
 from ucm_middleware.websocket.websockets.handshake import (
     SWITCHING_PROTOCOLS,
     WITHOUT_CONNECTIONS,
@@ -38,6 +36,7 @@ from ucm_middleware.websocket.websockets.handshake import (
     scope_of,
     wrong_server,
 )
+from ucm_middleware.websocket.websockets.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -51,32 +50,9 @@ CONNECTION: Final = "ucm_middleware.websockets.connection"
 class AsyncioHandler:
     """What ``wrap_handler`` makes of an asynchronous handler."""
 
-    def __init__(
-        self,
-        handler: Handler,
-        *,
-        manager: UserContextManager,
-        identify: Identify | None = None,
-        require_identity: bool = False,
-        ttl: float | None = None,
-        allowed_origins: Sequence[str] = (),
-        max_message_size: int = MAX_MESSAGE_SIZE,
-        message_rate: float | None = MESSAGE_RATE,
-        context_per_message: bool = False,
-    ) -> None:
+    def __init__(self, handler: Handler, *, manager: UserContextManager, **settings: Unpack[Settings]) -> None:
         self._handler = handler
-        self.max_message_size = max_message_size
-        self.middleware = UserContextMiddleware(
-            self._serve,
-            manager=manager,
-            identify=identify,
-            require_identity=require_identity,
-            ttl=ttl,
-            allowed_origins=allowed_origins,
-            max_message_size=max_message_size,
-            message_rate=message_rate,
-            context_per_message=context_per_message,
-        )
+        self.middleware = UserContextMiddleware(self._serve, manager=manager, **settings)
 
     @property
     def create_connection(self) -> type[ServerConnection]:
@@ -102,7 +78,7 @@ class UserConnection(ServerConnection):
         if not isinstance(args[0], ServerProtocol):
             raise wrong_server("asynchronous", "websockets.asyncio.server")
         super().__init__(*args, **kwargs)
-        limit_size(self.protocol, wrapped.max_message_size)
+        limit_size(self.protocol, wrapped.middleware.message_limits.max_size)
         self.wrapped = wrapped
         self._task: asyncio.Task[None] | None = None
         self._answered: asyncio.Future[Response | None] = self.loop.create_future()

@@ -1,16 +1,15 @@
 """wrap_handler: one function for both servers of the library."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from inspect import iscoroutinefunction
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 from websockets.asyncio.server import ServerConnection as AsyncioConnection
 from websockets.sync.server import ServerConnection as SyncConnection
 
-from ucm_middleware.identity import Identify
 from ucm_middleware.manager import UserContextManager
-from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE
 from ucm_middleware.websocket.websockets.asyncio_server import AsyncioHandler
+from ucm_middleware.websocket.websockets.settings import Settings
 from ucm_middleware.websocket.websockets.sync_server import SyncHandler
 
 
@@ -19,13 +18,7 @@ def wrap_handler(
     handler: Callable[[AsyncioConnection], Awaitable[None]],
     *,
     manager: UserContextManager,
-    identify: Identify | None = None,
-    require_identity: bool = False,
-    ttl: float | None = None,
-    allowed_origins: Sequence[str] = (),
-    max_message_size: int = MAX_MESSAGE_SIZE,
-    message_rate: float | None = MESSAGE_RATE,
-    context_per_message: bool = False,
+    **settings: Unpack[Settings],
 ) -> AsyncioHandler: ...
 
 
@@ -34,17 +27,13 @@ def wrap_handler(
     handler: Callable[[SyncConnection], None],
     *,
     manager: UserContextManager,
-    identify: Identify | None = None,
-    require_identity: bool = False,
-    ttl: float | None = None,
-    allowed_origins: Sequence[str] = (),
-    max_message_size: int = MAX_MESSAGE_SIZE,
-    message_rate: float | None = MESSAGE_RATE,
-    context_per_message: bool = False,
+    **settings: Unpack[Settings],
 ) -> SyncHandler: ...
 
 
-def wrap_handler(handler: Callable[[Any], Any], **settings: Any) -> AsyncioHandler | SyncHandler:
+def wrap_handler(
+    handler: Callable[[Any], Any], *, manager: UserContextManager, **settings: Unpack[Settings]
+) -> AsyncioHandler | SyncHandler:
     """The handler for ``serve``, of ``websockets.asyncio.server`` when it is asynchronous, else of
     ``websockets.sync.server``. Give ``serve`` its connections too::
 
@@ -68,7 +57,7 @@ def wrap_handler(handler: Callable[[Any], Any], **settings: Any) -> AsyncioHandl
     Raises ConfigurationError for plugins that wrap contexts or messages, since they need an event loop.
     """
     kind = AsyncioHandler if iscoroutinefunction(handler) or iscoroutinefunction(_call_of(handler)) else SyncHandler
-    return kind(handler, **settings)
+    return kind(handler, manager=manager, **settings)
 
 
 def _call_of(handler: object) -> object:
