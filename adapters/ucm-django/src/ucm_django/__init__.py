@@ -1,0 +1,1 @@
+"""Django's database connections, tied to one user: an adapter of ucm-middleware."""

@@ -1,0 +1,1 @@
+"""SQLAlchemy sessions that belong to one user: an adapter of ucm-middleware."""
