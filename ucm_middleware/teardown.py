@@ -90,12 +90,16 @@ class Closable:
         see as the reason for their exit; after anything but an ordinary end they see one.
         """
         lifetime = self._lifetime
+        handler = lifetime.task
         begun = self._begin(reason)
         if self._waits_for_handler():
             if begun:
                 self._tear_down_after_handler()
         elif lifetime.claim_teardown():
-            self._tear_down_at_home(error)
+            if begun and isinstance(handler, threading.Thread) and handler is not threading.current_thread():
+                self._tear_down_apart(error)  # it has ended while the closing was put on record
+            else:
+                self._tear_down_at_home(error)
 
     async def aclose(
         self, reason: CloseReason = "closed", error: BaseException | None = None
@@ -203,8 +207,8 @@ class Closable:
         back to its pool now would be another user's while this handler still rolls back on it.
         """
         lifetime = self._lifetime
-        loop = lifetime.loop
-        if isinstance(lifetime.task, threading.Thread) and lifetime.task.is_alive():
+        loop, task = lifetime.loop, lifetime.task  # read once: the handler may end meanwhile
+        if isinstance(task, threading.Thread) and task.is_alive():
             self._wait_for_thread()
             return
         if loop is not None and loop_is_live(loop):
@@ -233,6 +237,16 @@ class Closable:
         if self._lifetime.claim_teardown():
             logger.warning("the handler of %s did not end when its context closed: its resources are released", self)
             self._tear_down_at_home(None)
+
+    def _tear_down_apart(self, error: BaseException | None) -> None:
+        """The teardown in a thread of its own: what a handler's thread held is none of the work of who closes it."""
+        releasing = threading.Thread(
+            target=self._tear_down_at_home, args=(error,), name="ucm-middleware release", daemon=True
+        )
+        try:
+            releasing.start()
+        except RuntimeError:  # there can be no more threads
+            self._tear_down_at_home(error)
 
     def _tear_down_at_home(self, error: BaseException | None) -> None:
         """The teardown on the context's event loop, when it is live; else here, as far as it goes."""

@@ -51,6 +51,7 @@ from ucm_middleware import (
     current_context,
     hookimpl,
 )
+from ucm_middleware.audit import Row
 from ucm_middleware.testing import RecordingLedger
 from ucm_middleware.websocket.websockets import wrap_handler
 from ucm_middleware.websocket.websockets.sync_server import SyncHandler
@@ -339,16 +340,15 @@ class TestTheEnd:
 
     @pytest.mark.parametrize("waits", ["for its client", "for something else"])
     def test_a_revoked_user_is_cut_off_and_the_context_refused(self, manager: UserContextManager, waits: str) -> None:
-        """The connection is closed at once. What the context holds is released once the thread has let go of it."""
+        """The connection is closed at once. What the context holds is released once the handler has let go of it."""
         resource, go_on, refused = Resource(), threading.Event(), threading.Event()
-        threads: list[int] = []
+        released_too_soon: list[bool] = []
 
         def handler(connection: ServerConnection) -> None:
             context = current_context()
             if context.user_id == "bob":
                 until_closed(connection)
                 return
-            threads.append(threading.get_ident())
             context.enter_context(resource)
             connection.send("ready")
             if waits == "for something else":
@@ -356,7 +356,10 @@ class TestTheEnd:
                 with pytest.raises(ContextClosedError):
                     _ = context.agent_context
                 refused.set()
-            connection.recv()
+            try:
+                connection.recv()
+            finally:
+                released_too_soon.append(bool(resource.exits))
 
         with (
             serving_threads(wrapped(manager, handler)) as url,
@@ -371,10 +374,42 @@ class TestTheEnd:
                 go_on.set()
                 assert refused.wait(PATIENCE)
             wait_until(lambda: bool(resource.exits), "it is released")
-            assert resource.exits[0][0] == threads[0]
+            assert released_too_soon == [False]
+            assert len(resource.exits) == 1
             assert isinstance(resource.exits[0][1], Exception)
             manager.post_event("bob", "hello")
             assert json.loads(bob.recv(PATIENCE))["type"] == "hello"
+
+    def test_who_revokes_does_not_release_what_a_handler_held_that_ended_meanwhile(
+        self, make_manager: MakeManager
+    ) -> None:
+        resource, ended = Resource(), threading.Event()
+
+        class SlowLedger(RecordingLedger):
+            def append(self, row: Row) -> None:
+                super().append(row)
+                if self.records[-1].event == "revoked" and self.records[-1].context_id is not None:
+                    assert ended.wait(PATIENCE)  # the connection is closed by now, and its handler ends
+
+        def handler(connection: ServerConnection) -> None:
+            current_context().enter_context(resource)
+            connection.send("ready")
+            connection.recv()
+
+        class Served(SyncHandler):
+            def __call__(self, connection: ServerConnection) -> None:
+                super().__call__(connection)
+                ended.set()
+
+        manager = make_manager(guard="open", ledger=SlowLedger())
+        with conversation(Served(handler, manager=manager, identify=identify)) as connection:
+            assert connection.recv(PATIENCE) == "ready"
+            assert manager.revoke("alice", "stolen") == 1
+            assert ended.is_set()
+            wait_until(lambda: bool(resource.exits), "it is released")
+        [(thread, error)] = resource.exits
+        assert thread != threading.get_ident()
+        assert isinstance(error, ContextClosedError)
 
     def test_a_thread_that_does_not_end_keeps_nothing_for_long(
         self, manager: UserContextManager, monkeypatch: pytest.MonkeyPatch
@@ -621,18 +656,20 @@ class TestEvents:
         ledger = RecordingLedger()
         manager = make_manager(guard="open", ledger=ledger, events=EventPolicy(queue_events=8, queue_bytes=512 * 1024))
         resource, blocked = Resource(), threading.Event()
-        threads: list[int] = []
+        ended: list[bool] = []
 
         def handler(connection: ServerConnection) -> None:
             if current_context().user_id == "bob":
                 until_closed(connection)
                 return
             current_context().enter_context(resource)
-            threads.append(threading.get_ident())
-            while handler_sends:
-                blocked.set()
-                connection.send(b"x" * 1_000_000)
-            connection.wait_closed()
+            try:
+                while handler_sends:
+                    blocked.set()
+                    connection.send(b"x" * 1_000_000)
+                connection.wait_closed()
+            finally:
+                ended.append(not resource.exits)
 
         with serving_threads(wrapped(manager, handler), close_timeout=0.2) as url, sync_client(url, "bob") as bob:
             bob.recv(PATIENCE)
@@ -648,7 +685,9 @@ class TestEvents:
                 wait_until(lambda: bool(resource.exits), "it is released")
                 assert live(manager) == 1
         # The handler came to its end, though nothing could be sent; who sends does no work of another's.
-        assert [thread for thread, _ in resource.exits] == threads
+        assert ended == [True]
+        [(thread, _)] = resource.exits
+        assert thread != threading.get_ident()
         [closed] = ledger.select("closed", user="alice")
         assert closed.reason == "slow"
 
