@@ -44,6 +44,7 @@ from ucm_middleware.manager import IsolationReport, UserContextManager
 from ucm_middleware.middleware import UserContextMiddleware
 from ucm_middleware.principal import Principal
 from ucm_middleware.starlette import authenticated_context, user_context
+from ucm_middleware.transactions import IsolationLevel, StatementResult, Transaction, TransactionLog
 
 __all__ = [
     "EVERYONE",
@@ -65,6 +66,7 @@ __all__ = [
     "InvalidContextError",
     "InvalidEventError",
     "IsolatedEnvironment",
+    "IsolationLevel",
     "IsolationReport",
     "LedgerFileError",
     "LedgerUnavailableError",
@@ -74,6 +76,9 @@ __all__ = [
     "PluginError",
     "Principal",
     "Shared",
+    "StatementResult",
+    "Transaction",
+    "TransactionLog",
     "UnauthenticatedError",
     "UnifiedIDManager",
     "UserContextError",

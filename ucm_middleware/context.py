@@ -1,7 +1,7 @@
 """UserExecutionContext: who a request or connection runs for, their data, and what must be released after."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeVar
 
@@ -33,7 +33,7 @@ from ucm_middleware.keys import OwnerKeys, checked_names
 from ucm_middleware.lifetime import CLOSED, CLOSING, OPEN, UNBOUND, CloseReason, Lifetime
 from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
-from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, closing_resource, name_of
+from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, Resource, closing_resource, name_of
 from ucm_middleware.sharing import Root, find_shared
 
 T = TypeVar("T")
@@ -733,6 +733,10 @@ class UserExecutionContext(ResourceHolder):
             self._host.end_within(self, seconds)
         else:
             self._lifetime.limit(time.monotonic() + seconds, time.monotonic)
+
+    def _hold(self, name: str, target: object, release: Callable[[BaseException | None], object]) -> None:
+        """Release a thing with the error that the context ends in; its release may be asynchronous."""
+        self._push(Resource(name, target, release, DEFAULT_RELEASE_TIMEOUT, False))
 
     def _take_session(self, session: Any) -> None:
         self._db_session = session

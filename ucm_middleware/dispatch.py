@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.lifetime import CloseReason
+    from ucm_middleware.transactions import IsolationLevel, Transaction
     from ucm_middleware.types import Message
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,23 @@ class DeriveKey(tuple[Implementation, ...]):
         return None
 
 
+class OpenTransaction(tuple[Implementation, ...]):
+    """``ucm_open_transaction``: the first transaction decides."""
+
+    __slots__ = ()
+
+    def __call__(
+        self, context: "UserExecutionContext", isolation_level: "IsolationLevel | None"
+    ) -> "Transaction | None":
+        for implementation in self:
+            found = _called(implementation, context, isolation_level)
+            if _is_transaction(found):
+                return found
+            if found is not None:
+                raise implementation.wrong(found, "a Transaction, with session, execute() and end(), or None")
+        return None
+
+
 class Around(tuple[Implementation, ...], Generic[*Ts]):
     """The hooks that wrap. Gives what to enter, the outermost first, and whose each is."""
 
@@ -169,6 +187,7 @@ class Hooks:
 
     identify: Identify
     derive_key: DeriveKey
+    open_transaction: OpenTransaction
     around_context: "Around[UserExecutionContext]"
     around_message: "Around[UserExecutionContext, Message]"
     around_resource: "Around[UserExecutionContext, str]"
@@ -185,6 +204,7 @@ class Hooks:
         return cls(
             identify=Identify(found.get("ucm_identify", ())),
             derive_key=DeriveKey(found.get("ucm_derive_key", ())),
+            open_transaction=OpenTransaction(found.get("ucm_open_transaction", ())),
             around_context=Around(found.get("ucm_around_context", ())),
             around_message=Around(found.get("ucm_around_message", ())),
             around_resource=Around(found.get("ucm_around_resource", ())),
@@ -207,3 +227,7 @@ def _called(implementation: Implementation, *args: object) -> object:
 
 def _is_async_cm(value: object) -> TypeGuard[AsyncCM]:
     return hasattr(type(value), "__aenter__") and hasattr(type(value), "__aexit__")
+
+
+def _is_transaction(value: object) -> "TypeGuard[Transaction]":
+    return all(callable(getattr(value, name, None)) for name in ("execute", "end"))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.identity import Identified
     from ucm_middleware.lifetime import CloseReason
+    from ucm_middleware.transactions import IsolationLevel, Transaction
     from ucm_middleware.types import Message
 
 PROJECT: Final = "ucm_middleware"
@@ -54,6 +55,16 @@ def ucm_derive_key(context: "UserExecutionContext", kind: str, client_id: str) -
 
     Text that is printable and not empty, the same each time, and never another user's. It takes the place of the key
     that the secret makes, and of those under previous secrets.
+    """
+
+
+@hookspec(firstresult=True)
+def ucm_open_transaction(
+    context: "UserExecutionContext", isolation_level: "IsolationLevel | None"
+) -> "Transaction | None":
+    """A transaction for a context, tied to its user, which asks nothing of the database before its first statement.
+
+    It is ended with the context, or before. ``isolation_level`` None stands for the database's own.
     """
 
 

@@ -22,6 +22,10 @@ class ContextHost(Protocol):
     hooks: "Hooks"
     telemetry: "Telemetry"
 
+    def subkeys(self, purpose: str) -> tuple[bytes, ...]:
+        """32 bytes for an adapter's own keyed hashes under each secret, the current one's first."""
+        ...
+
     @property
     def guard(self) -> object:
         """Who decides for that manager."""

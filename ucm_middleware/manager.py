@@ -21,6 +21,7 @@ from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.records import UserMention, mention
 from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.database import hold_transaction, require_transactions, run_in_transaction
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
     ConfigurationError,
@@ -53,6 +54,7 @@ from ucm_middleware.secret import SecretRing
 from ucm_middleware.sharing import Finding, find_shared
 from ucm_middleware.sweeper import Sweeper
 from ucm_middleware.telemetry import Telemetry
+from ucm_middleware.transactions import IsolationLevel, StatementResult, checked_level
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +232,17 @@ class UserContextManager:
         """
         self._secrets.require(feature)
 
+    def subkeys(self, purpose: str) -> tuple[bytes, ...]:
+        """For an adapter: 32 bytes to key hashes by, under the current secret and then under each previous one.
+
+        ``purpose`` says in words what they are for, so that no two uses share a key: printable text. Raises
+        ConfigurationError in production when no secret is set.
+        """
+        if not purpose.isprintable() or not purpose.strip():
+            raise ConfigurationError(f"purpose is {purpose!r}; say in a few printable words what the keys are for")
+        self._secrets.require(purpose)
+        return tuple(secret.subkey(f"adapter {purpose}") for secret in self._secrets.all)
+
     # Making contexts.
 
     def create_isolated_context(
@@ -310,6 +323,55 @@ class UserContextManager:
     def create_context_with_unified_ids(self, user_id: str) -> UserExecutionContext:
         """The same, with all ids made by ``UnifiedIDManager``: its run id names its thread id."""
         return self.create_isolated_context(user_id)
+
+    # Transactions.
+
+    def create_context_with_transaction(
+        self, user_id: str, *, isolation_level: IsolationLevel | None = None, ttl_seconds: float | None = None
+    ) -> UserExecutionContext:
+        """A new context whose ``db_session`` works in one transaction, which a plugin opens and ties to the user.
+
+        It is committed when the context closes well, and rolled back after anything else. Run the work in
+        ``managed_user_context(context)``, which raises when the commit fails; a commit that fails when the context is
+        cleared is logged and recorded. Nothing is asked of the database before the first statement.
+
+        Raises ConfigurationError where no plugin opens transactions and for another isolation level, and what
+        ``set_context`` raises.
+        """
+        level = checked_level(isolation_level)
+        require_transactions(self.hooks.open_transaction)
+        context = self.create_isolated_context(user_id, ttl_seconds=ttl_seconds)
+        try:
+            transaction = hold_transaction(context, self.hooks.open_transaction, level)
+            context._db_session = context.own(transaction.session, name="db_session")
+        except BaseException as error:
+            context.close("failed", error)
+            raise
+        return context
+
+    async def execute_in_transaction(
+        self,
+        user_id: str,
+        statement: object,
+        parameters: object = None,
+        *,
+        isolation_level: IsolationLevel | None = None,
+    ) -> StatementResult:
+        """Run one statement as a user, in a transaction of its own: committed when this returns, else rolled back.
+
+        ``statement`` and ``parameters`` are what the plugin's framework takes. In that user's own context it runs in a
+        child of it. Raises what the database raises, CrossUserAccessError for code of another user, and as
+        ``create_context_with_transaction`` does.
+        """
+        level = checked_level(isolation_level)
+        require_transactions(self.hooks.open_transaction)
+        user_id = checked_user_id(user_id)
+        acting = self._guard.acting()
+        if acting is not None and acting.user_id == user_id:
+            context = acting.create_child_context("execute_in_transaction")
+        else:
+            context = self.create_isolated_context(user_id)
+        return await run_in_transaction(context, self.hooks.open_transaction, statement, parameters, level)
 
     def _open_for_connection(
         self, user_id: str | None, ttl: float | None, variables: Context | None, websocket: bool
