@@ -40,9 +40,10 @@ from ucm_middleware.identity import authenticated_user, bearer_token, session_us
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.isolation import Shared
 from ucm_middleware.logs import UserContextFilter, add_user_context
-from ucm_middleware.manager import IsolationReport, UserContextManager
+from ucm_middleware.manager import UserContextManager
 from ucm_middleware.middleware import UserContextMiddleware
 from ucm_middleware.principal import Principal
+from ucm_middleware.sharing import IsolationReport
 from ucm_middleware.starlette import authenticated_context, user_context
 from ucm_middleware.transactions import IsolationLevel, StatementResult, Transaction, TransactionLog
 

@@ -1,77 +1,52 @@
-"""UserContextManager: opens, finds and closes contexts, for as long as the application lives."""
+"""UserContextManager: the interface. It opens, finds and closes contexts, for as long as the application lives."""
 
 # Contexts, their manager and the middleware open doors to each other that applications are not shown.
 # pyright: reportPrivateUsage=false
 
 import asyncio
 import logging
-import sys
-import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from contextvars import Context
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, cast
 
 from ucm_middleware.ambient import Grant
-from ucm_middleware.audit.ledger import DurableLedger, Ledger, NoLedger
-from ucm_middleware.audit.memory import MemoryLedger
-from ucm_middleware.audit.records import UserMention, mention
-from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
+from ucm_middleware.audit.ledger import Ledger
+from ucm_middleware.audit.records import mention
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.database import hold_transaction, require_transactions, run_in_transaction
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
-    ConfigurationError,
     ContextExpiredError,
     ContextIsolationError,
-    ContextLimitError,
     ContextNotFoundError,
-    CrossUserAccessError,
-    IdentityConflictError,
     InvalidContextError,
-    LedgerUnavailableError,
-    ManagerDrainingError,
-    UserContextError,
 )
 from ucm_middleware.events.delivery import Delivery
 from ucm_middleware.events.envelope import TO_ALL, narrowing
-from ucm_middleware.events.hub import Hub
 from ucm_middleware.events.policy import CONTEXT_CHANGED, EventPolicy
 from ucm_middleware.execution import validate_user_context
-from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
-from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.guard import Everyone, Guard
-from ucm_middleware.ids import UnifiedIDManager, checked_user_id, is_anonymous_id, validate_id
-from ucm_middleware.keys import OwnerKeys
-from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Journal, Lifetime, loop_is_live, running_loop
+from ucm_middleware.expiry import checked_ttl
+from ucm_middleware.guard import Everyone
+from ucm_middleware.hosting import Hosting
+from ucm_middleware.ids import checked_user_id, is_anonymous_id, validate_id
 from ucm_middleware.messenger import Messenger
-from ucm_middleware.plugins import load_hooks
-from ucm_middleware.registry import Displaced, Key, Limits, Registry
-from ucm_middleware.secret import SecretRing
-from ucm_middleware.sharing import Finding, find_shared
-from ucm_middleware.sweeper import Sweeper
-from ucm_middleware.telemetry import Telemetry
+from ucm_middleware.registry import Key, Limits
+from ucm_middleware.settings import (
+    check_audit,
+    checked_connections,
+    checked_drain_timeout,
+    checked_guard,
+    checked_limit,
+    require_gil,
+)
+from ucm_middleware.sharing import IsolationReport, find_shared
 from ucm_middleware.transactions import IsolationLevel, StatementResult, checked_level
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class IsolationReport:
-    """What the walk over all live contexts found: each object that two users share, by both paths."""
-
-    contexts: int
-    findings: tuple[Finding, ...]
-
-    def __bool__(self) -> bool:
-        """True when nothing is shared."""
-        return not self.findings
-
-
-class UserContextManager:
+class UserContextManager(Hosting):
     """The live contexts of one application. Every method may be called from any thread and inside a running loop.
 
     ``key`` arguments take a user's own id, any other key of theirs, or the pair (user id, request id). Whoever asks
@@ -120,56 +95,30 @@ class UserContextManager:
         events: EventPolicy | None = None,
         max_connections_per_user: int | None = None,
     ) -> None:
-        per_user = _checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
+        per_user = checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
             per_user,
-            _checked_limit("max_contexts", max_contexts, self.MAX_CONTEXTS),
-            _checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
-            _checked_connections(max_connections_per_user, per_user),
+            checked_limit("max_contexts", max_contexts, self.MAX_CONTEXTS),
+            checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
+            checked_connections(max_connections_per_user, per_user),
         )
-        _check_audit(audit, ledger)
-        if guard not in ("closed", "open"):
-            raise ConfigurationError(f"guard must be 'closed' or 'open', not {guard!r}")
-        if not getattr(sys, "_is_gil_enabled", lambda: True)():
-            raise ConfigurationError(
-                "this interpreter runs without the GIL, on which the table of live contexts relies; "
-                "start it with PYTHON_GIL=1, or use a build that has it"
-            )
-        self.ttl = checked_ttl(ttl)
-        self.environment = IsolatedEnvironment() if environment is None else environment
-        self.ids = UnifiedIDManager()
-        self._clock = clock
-        self.audit = audit
-        if ledger is None:
-            ledger = NoLedger() if audit == "off" else MemoryLedger()
-        self._durable_ledger = ledger if isinstance(ledger, DurableLedger) else None
-        self._sweeper = Sweeper(self.sweep, self._next_wake, clock)
-        self._trail = AuditTrail(ledger, clock, self._sweeper.plan, is_strict=audit == "strict")
-        self.hooks = load_hooks(plugins, self.environment)
-        self._guard = Guard(self._trail, self.hooks, is_open=guard == "open")
-        self._secrets = SecretRing.from_settings(secret, previous_secrets, self.environment)
-        self.keys = OwnerKeys(self._secrets, self._guard.denied)
-        if self._durable_ledger is not None:
-            self._durable_ledger.start(self._secrets)
-        self._registry = Registry(limits, clock)
-        self._hub = Hub(EventPolicy() if events is None else events, clock, self._sweeper.plan)
+        check_audit(audit, ledger)
+        require_gil()
+        super().__init__(
+            limits,
+            ttl=ttl,
+            environment=IsolatedEnvironment() if environment is None else environment,
+            ledger=ledger,
+            audit=audit,
+            is_open=checked_guard(guard) == "open",
+            secret=secret,
+            previous_secrets=previous_secrets,
+            clock=clock,
+            plugins=plugins,
+            telemetry=telemetry,
+            events=EventPolicy() if events is None else events,
+        )
         self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
-        self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
-        self.after_fork()
-        renewed_after_fork(self)
-        weakref.finalize(self, self._sweeper.stop).atexit = False
-        weakref.finalize(self, self._trail.tell_counted)  # also when the interpreter ends
-
-    def after_fork(self) -> None:
-        """Begin anew in a forked child: what is under way in the parent ends there."""
-        self._draining = False
-        self._closing: set[UserExecutionContext] = set()
-        self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-
-    @property
-    def guard(self) -> Guard:
-        """Who decides who may touch whose contexts."""
-        return self._guard
 
     # The keys.
 
@@ -231,17 +180,6 @@ class UserContextManager:
         the secret is for.
         """
         self._secrets.require(feature)
-
-    def subkeys(self, purpose: str) -> tuple[bytes, ...]:
-        """For an adapter: 32 bytes to key hashes by, under the current secret and then under each previous one.
-
-        ``purpose`` says in words what they are for, so that no two uses share a key: printable text. Raises
-        ConfigurationError in production when no secret is set.
-        """
-        if not purpose.isprintable() or not purpose.strip():
-            raise ConfigurationError(f"purpose is {purpose!r}; say in a few printable words what the keys are for")
-        self._secrets.require(purpose)
-        return tuple(secret.subkey(f"adapter {purpose}") for secret in self._secrets.all)
 
     # Making contexts.
 
@@ -372,43 +310,6 @@ class UserContextManager:
         else:
             context = self.create_isolated_context(user_id)
         return await run_in_transaction(context, self.hooks.open_transaction, statement, parameters, level)
-
-    def _open_for_connection(
-        self, user_id: str | None, ttl: float | None, variables: Context | None, websocket: bool
-    ) -> UserExecutionContext:
-        """A context for a request or connection; anonymous without a user. For the middleware, which has checked
-        the id.
-        """
-        if self._draining:
-            self._refuse_while_draining(user_id)
-        core = self.ids.generate_core()
-        where = WEBSOCKET if websocket else "an HTTP request"
-        context = object.__new__(UserExecutionContext)
-        if user_id is None:
-            lifetime = Lifetime.begin(UNBOUND, where, variables)
-            context._start(self.ids.generate_anonymous_id(), core, lifetime, True)
-        else:
-            lifetime = Lifetime.begin(OPEN, where, variables)
-            context._start(user_id, core, lifetime, False)
-        if websocket:
-            context._websocket_client_id = core
-        context._host = self
-        try:
-            displaced = self._registry.admit(context, ttl)
-        except UserContextError as error:
-            raise self._not_admitted(error, context, "connection") from None
-        try:
-            if displaced is not None:
-                self._make_way(displaced, context, "connection")
-            self._trail.connected(context)
-            if lifetime.deadline is not None:
-                self._sweeper.plan(lifetime.deadline)
-        except BaseException:
-            context.close("failed")  # what is not on record does not live
-            raise
-        if self.hooks.context_opened:
-            self.hooks.context_opened(context)
-        return context
 
     # Events.
 
@@ -582,130 +483,6 @@ class UserContextManager:
         await self.all_written()
         return len(contexts)
 
-    def sweep(self) -> int:
-        """Close the contexts whose deadline has come, and record the denials that were counted. Returns how many were
-        closed. Called by the manager's own thread.
-        """
-        closed = 0
-        self._trail.tell_due()
-        self._hub.sweep()
-        while due := self._registry.take_due():
-            for context in due:
-                closed += 1
-                try:
-                    if context.lifetime.loop is not None and context.lifetime.loop is running_loop():
-                        context.close("expired")
-                    else:
-                        self._close_apart(context, "expired")
-                except Exception:
-                    # A fault in closing one context must not keep the others open; the registry offers it again.
-                    logger.exception("%r has expired and could not be closed; it is tried again", context)
-                    self._registry.postpone(context)
-        return closed
-
-    def record_refusal(self, error: Exception, detail: str) -> None:
-        """Note that a connection was refused before it had a user, and why."""
-        self._trail.refused(None, error, detail)
-
-    async def all_written(self) -> None:
-        """Wait until what is on record so far is durable. Where that cannot be, the log says how much is not."""
-        ledger = self._durable_ledger
-        try:
-            self._trail.tell_counted()
-            if ledger is not None:
-                await ledger.durable()
-        except LedgerUnavailableError as error:
-            logger.critical("%d audit records are not written: %s", 0 if ledger is None else ledger.lag, error)
-
-    # Called by contexts.
-
-    def child_opened(self, child: UserExecutionContext, operation_name: str) -> None:
-        self._trail.child_opened(child, operation_name)
-        if self.hooks.context_opened:
-            self.hooks.context_opened(child)
-
-    def journal_of(self, context: UserExecutionContext) -> Journal:
-        return self._trail.journal_of(context)
-
-    def report(
-        self,
-        context: UserExecutionContext,
-        event: str,
-        outcome: str,
-        reason: str | None,
-        seconds: float | None,
-        data: Mapping[str, object],
-    ) -> None:
-        self._trail.reported(context, event, outcome, reason, seconds, data)
-
-    def bind_refused(self, context: UserExecutionContext, user_id: str) -> None:
-        self._trail.denied(context, "bind", UserMention(user_id))
-
-    def context_closing(self, context: UserExecutionContext) -> None:
-        if self.telemetry.metrics is not None:
-            self.telemetry.metrics.closing(context._core)
-        self._closing.add(context)
-        self._registry.remove(context)
-        if context._websocket_client_id is not None:
-            self._hub.leave(context)
-        if context._lifetime.reason in CUT_OFF and (context._parent is None or context._parent.is_open):
-            try:
-                self._trail.cut_off(context)
-            except Exception:
-                logger.exception("why %r is closed could not be recorded", context)
-
-    def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
-        self._registry.remove(context)
-        if context._websocket_client_id is not None:
-            self._hub.leave(context)
-        self._record_end(context, metadata)
-
-    def context_closed(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
-        self._closing.discard(context)
-        self._record_end(context, metadata)
-
-    def _record_end(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
-        try:
-            self._trail.closed(context, metadata)
-        except Exception:
-            # Whatever a ledger raises: the teardown is through, and the next one must not suffer.
-            logger.exception("the end of %r could not be recorded", context)
-        if self.hooks.context_closed:
-            self.hooks.context_closed(context, context.lifetime.reason or "closed")
-        if self._draining:
-            self._note_idle()
-
-    def bind_context(self, context: UserExecutionContext, user_id: str) -> None:
-        self._guard.require_unbound(context)
-        anonymous_id = context.user_id
-        context.verify_isolation()
-        displaced = self._registry.rebind(context, user_id, lambda: context._become(user_id))
-        try:
-            self._close_displaced(displaced)
-            if context.user_id != user_id:
-                raise IdentityConflictError(
-                    "the context closed, or got another identity, at the same moment; open a new one"
-                )
-            self._trail.bound(context, anonymous_id)
-        finally:  # what failed after it has happened all the same, and under the old id nobody would find it again
-            if context._websocket_client_id is not None:
-                self._hub.move(context, anonymous_id)
-        self.hooks.context_bound(context, anonymous_id)
-
-    def end_within(self, context: UserExecutionContext, seconds: float) -> None:
-        self._plan(self._registry.limit(context, seconds))
-
-    def renew_credentials(self, context: UserExecutionContext, seconds: float | None) -> None:
-        self._guard.require(context.user_id, "refresh")
-        self._trail.refreshed(context)
-        self._plan(self._registry.renew(context, seconds))
-
-    def require_owner(self, user_id: str, action: str) -> None:
-        self._guard.require(user_id, action)
-
-    def new_environment(self) -> IsolatedEnvironment:
-        return self.environment.overlay()
-
     # Inside.
 
     def _find(self, key: Key, action: str, *, missing_is_fine: bool = False) -> UserExecutionContext | None:
@@ -735,138 +512,6 @@ class UserContextManager:
             return key
         return key if self._guard.is_granted(key) else (user_id, key)
 
-    def _register(self, context: UserExecutionContext, key: Key, ttl: float | None) -> None:
-        """Let a context live here under a key."""
-        if self._draining:
-            self._refuse_while_draining(context.user_id)
-        was_here = context._host is self
-        if not context._attach(self):
-            raise ConfigurationError("the context lives under another manager")
-        try:
-            self._bind_session(context)
-        except BaseException:
-            if not was_here:
-                context._detach()
-            raise
-        displaced: Displaced = {}
-        try:
-            # So that the user too finds it by this text: from inside, it means the pair.
-            also = (context.user_id, key) if isinstance(key, str) and key != context.user_id else None
-            displaced.update(self._registry.insert(context, key, ttl, self.ttl, also))
-            self._require_still_open(context)
-        except UserContextError as error:
-            self._close_displaced(displaced)
-            if not was_here:
-                context._detach()
-            raise self._recorded(error, context, "set_context", key) from None
-        self._close_displaced(displaced, context)
-        self._record_opening(context, "set_context", is_new=not was_here)
-
-    def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> None:
-        """Let a new context live here, under the pair of its user and its request."""
-        try:
-            displaced = self._registry.admit(context, ttl)
-        except UserContextError as error:
-            raise self._not_admitted(error, context, source) from None
-        if displaced is not None:
-            self._make_way(displaced, context, source)
-
-    def _not_admitted(self, error: UserContextError, context: UserExecutionContext, source: str) -> UserContextError:
-        context._detach()
-        return self._recorded(error, context, source, (context.user_id, context.request_id))
-
-    def _make_way(self, displaced: Displaced, context: UserExecutionContext, source: str) -> None:
-        """Close what a new context took the place of."""
-        try:
-            self._require_still_open(context)
-        except UserContextError as error:
-            self._close_displaced(displaced)
-            raise self._not_admitted(error, context, source) from None
-        self._close_displaced(displaced, context)
-
-    def _refuse_while_draining(self, user_id: str | None) -> None:
-        if self._guard.acting_user() is None:  # what runs already may still finish
-            error = ManagerDrainingError("the server is shutting down")
-            self._trail.refused(user_id, error, str(error))
-            raise error
-
-    def _require_still_open(self, context: UserExecutionContext) -> None:
-        """Refuse what was closed in the middle of it, by a thread, a finalizer or a signal handler."""
-        state = context._lifetime.state
-        if state is not OPEN and state is not UNBOUND:
-            self._registry.remove(context)
-            raise context._closed_error()
-
-    def _recorded(
-        self, error: UserContextError, context: UserExecutionContext, source: str, key: Key
-    ) -> UserContextError:
-        """The error to raise for a context that could not live here, once it is on record."""
-        if isinstance(error, CrossUserAccessError):
-            return self._guard.denied(source, mention(key))
-        if isinstance(error, ContextLimitError):  # nobody would ever look for the id of a visitor that was refused
-            self._trail.refused(None if context.is_anonymous else context.user_id, error, str(error))
-        return error
-
-    def _bind_session(self, context: UserExecutionContext) -> None:
-        """Have plugins bind the session that a context brings with it, before anybody gets to see the context."""
-        if self.hooks.bind_session and context._db_session is not None and not hasattr(context, "_session_bound"):
-            self.hooks.bind_session(context, context._db_session)
-            context._session_bound = True
-
-    def _record_opening(self, context: UserExecutionContext, source: str, *, is_new: bool = True) -> None:
-        try:
-            self._trail.opened(context, source)
-            deadline = context._lifetime.deadline
-            if deadline is not None:
-                self._sweeper.plan(deadline)
-            if is_new and self.hooks.context_opened:
-                self.hooks.context_opened(context)
-        except BaseException:
-            context.close("failed")  # what is not on record does not live
-            raise
-
-    def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
-        for context, reason in displaced.items():
-            if successor is None or context.user_id != successor.user_id:
-                self._close_apart(context, reason)
-            else:
-                context.lifetime.hand_over(successor.lifetime)
-                context.close(reason)
-
-    def _close_apart(self, context: UserExecutionContext, reason: CloseReason) -> None:
-        """Close another's context without doing its releases here: they may be slow, and are nothing of the asker's."""
-        loop = context.lifetime.loop
-        if not context.needs_waiting:
-            context.close(reason)
-            return
-        if loop is not None and loop_is_live(loop):
-            with suppress(RuntimeError):  # the loop was closed in this very moment
-                loop.call_soon_threadsafe(context.close, reason, context=Context())
-                return
-        threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
-
-    def _live(self) -> int:
-        return len(self._registry)
-
-    def _lag(self) -> int:
-        return 0 if self._durable_ledger is None else self._durable_ledger.lag
-
-    def _next_wake(self) -> float | None:
-        wakes = self._registry.next_wake(), self._trail.next_wake(), self._hub.next_wake()
-        return min((wake for wake in wakes if wake is not None), default=None)
-
-    def _plan(self, deadline: float | None) -> None:
-        if deadline is not None:
-            self._sweeper.plan(deadline)
-
-    def _note_idle(self) -> None:
-        if len(self._registry) or self._closing:
-            return
-        for loop, event in self._drained:
-            with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone
-                loop.call_soon_threadsafe(event.set)
-        self._drained.clear()
-
     def _describe(self, context: UserExecutionContext) -> dict[str, Any]:
         deadline = context.lifetime.deadline
         return {
@@ -889,40 +534,3 @@ def _checked_key(key: object) -> Key:
             raise InvalidContextError("key", "is a tuple of another length than two", "give (user_id, request_id)")
         return checked_user_id(pair[0]), validate_id(pair[1], "request_id")
     return str.__str__(key) if is_anonymous_id(key) else validate_id(key, "key")
-
-
-def _check_audit(audit: object, ledger: Ledger | None) -> None:
-    if audit not in ("strict", "async", "off"):
-        raise ConfigurationError(f"audit must be 'strict', 'async' or 'off', not {audit!r}")
-    if audit == "off" and ledger is not None:
-        raise ConfigurationError("audit is 'off', and a ledger is given; leave one of the two out")
-    if audit == "strict" and not isinstance(ledger, DurableLedger):
-        raise ConfigurationError(
-            "audit is 'strict', which needs a ledger that keeps records for good: "
-            "ledger=SQLiteLedger('audit.db', keys='audit-keys.db')"
-        )
-
-
-def _checked_limit(name: str, limit: object, default: int) -> int:
-    if limit is None:
-        return default
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ConfigurationError(f"{name} must be a whole number of at least 1, not {limit!r}")
-    return limit
-
-
-def _checked_connections(connections: int | None, contexts: int) -> int:
-    limit = _checked_limit("max_connections_per_user", connections, max(1, contexts * 4 // 5))
-    if limit > contexts:
-        raise ConfigurationError(
-            f"max_connections_per_user is {limit}, and a user may have {contexts} contexts in all, each connection one "
-            "of them; raise max_contexts_per_user too"
-        )
-    return limit
-
-
-def checked_drain_timeout(timeout: object) -> float:
-    """Seconds as a float. Raises ConfigurationError for what is no finite number of at least 0."""
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= LONGEST_TTL:
-        raise ConfigurationError(f"drain_timeout must be a number of seconds of at least 0, not {timeout!r}")
-    return float(timeout)

@@ -24,9 +24,10 @@ from ucm_middleware.errors import LedgerUnavailableError
 from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.lifetime import CloseReason
-from ucm_middleware.manager import UserContextManager, checked_drain_timeout
+from ucm_middleware.manager import UserContextManager
 from ucm_middleware.messages import Messages
 from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, send_refusal
+from ucm_middleware.settings import checked_drain_timeout
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 from ucm_middleware.websocket.asgi import AsgiConnection
 from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE, MessageLimits

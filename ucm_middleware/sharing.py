@@ -49,6 +49,18 @@ class Finding:
         return f"{self.first_path} is {self.second_path} ({self.type_name})"
 
 
+@dataclass(frozen=True, slots=True)
+class IsolationReport:
+    """What the walk over all live contexts found: each object that two users share, by both paths."""
+
+    contexts: int
+    findings: tuple[Finding, ...]
+
+    def __bool__(self) -> bool:
+        """True when nothing is shared."""
+        return not self.findings
+
+
 def find_shared(roots: Iterable[Root], user_id: str | None = None) -> list[Finding]:
     """Every place where an owner's data lead into something mutable that an earlier owner reaches too.
 
