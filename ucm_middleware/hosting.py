@@ -34,12 +34,13 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Guard
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.keys import OwnerKeys
-from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Journal, Lifetime, loop_is_live, running_loop
+from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Journal, Lifetime
 from ucm_middleware.plugins import load_hooks
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sweeper import Sweeper
 from ucm_middleware.telemetry import Telemetry
+from ucm_middleware.waiting import loop_is_live, running_loop
 
 logger = logging.getLogger(__name__)
 

@@ -13,19 +13,18 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextvars import Context
-from typing import Any, Final, Literal, ParamSpec, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import anyio
 
 from ucm_middleware.errors import ConfigurationError
 from ucm_middleware.expiry import Timed
 from ucm_middleware.resources import ReleaseFailure, ReleaseOutcome, Resource, awaiting, is_only
+from ucm_middleware.waiting import Cancelled, in_background, loop_is_live, running_loop, settle, uncancelled, wake
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
 
 CANCEL_GRACE: Final = 1.0
 """Seconds a release that ran out of time gets to obey its cancellation before it is left behind."""
@@ -291,7 +290,7 @@ class Lifetime(Timed):
         waiters, closing.waiters = closing.waiters, ()
         for waiter in waiters:
             with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
-                waiter.get_loop().call_soon_threadsafe(_wake, waiter)
+                waiter.get_loop().call_soon_threadsafe(wake, waiter)
 
     def _closing(self) -> Closing:
         """The teardown's record, also when the context ended without one."""
@@ -320,7 +319,7 @@ class Lifetime(Timed):
             closing.waiters = (*closing.waiters, waiter)
             if self.state is CLOSED:  # looked at last: who closed before found no waiter
                 return
-        await _uncancelled(waiter)
+        await uncancelled(waiter)
 
     def run_in_current_task(self) -> None:
         """Note that the handler runs in this task, on this event loop: it is cancelled when the context is cut off."""
@@ -551,10 +550,10 @@ class Lifetime(Timed):
             context=self.variables,
             name=f"release {resource.name}",
         )
-        await _settle(task, resource.timeout, cancelled)
+        await settle(task, resource.timeout, cancelled)
         if not task.done():
             task.cancel()
-            await _settle(task, CANCEL_GRACE, cancelled)
+            await settle(task, CANCEL_GRACE, cancelled)
             self._fail(resource, "timed out", _timeout(resource, left_running=not task.done()))
             task.add_done_callback(_retrieve)
         elif task.cancelled():
@@ -563,84 +562,6 @@ class Lifetime(Timed):
             self._fail(resource, "failed", _as_exception(resource, raised))
         else:
             self._exited(resource)
-
-
-def in_background(
-    loop: asyncio.AbstractEventLoop, work: Callable[P, Coroutine[Any, Any, None]], *args: P.args, **kwargs: P.kwargs
-) -> None:
-    """Run a teardown in a task on ``loop``."""
-    if loop is running_loop():
-        # Nothing here keeps the task: it waits with a timeout, and the loop holds its timers.
-        asyncio.Task(work(*args, **kwargs), loop=loop, name="context teardown")
-    else:
-        loop.call_soon_threadsafe(lambda: in_background(loop, work, *args, **kwargs))
-
-
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The event loop that runs in this thread, if one does."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-def loop_is_live(loop: asyncio.AbstractEventLoop) -> bool:
-    """True when a callback given to the loop now will run."""
-    return loop.is_running() and not loop.is_closed()
-
-
-class Cancelled:
-    """The last cancellation that arrived while something had to be finished first.
-
-    Kept in here and not in a variable of the frames that its traceback holds, which would be a reference cycle.
-    """
-
-    __slots__ = ("_error",)
-
-    def __init__(self) -> None:
-        self._error: asyncio.CancelledError | None = None
-
-    def keep(self, error: asyncio.CancelledError) -> None:
-        self._error = error
-
-    def raise_it(self) -> None:
-        """Raise it, now that it may be; nothing when there was none."""
-        error, self._error = self._error, None
-        if error is not None:
-            try:
-                raise error
-            finally:
-                del error
-
-
-async def _settle(task: asyncio.Task[None], timeout: float, cancelled: Cancelled) -> None:
-    """Wait for a task, for so many seconds, through any number of cancellations of the one who waits."""
-    loop = asyncio.get_running_loop()
-    expired: asyncio.Future[None] = loop.create_future()
-    # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
-    timer = loop.call_later(timeout, _wake, expired, context=Context())
-    while not task.done() and not expired.done():
-        try:
-            await asyncio.wait((task, expired), return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError as error:
-            cancelled.keep(error)
-    timer.cancel()
-
-
-async def _uncancelled(waiter: asyncio.Future[None]) -> None:
-    cancelled = Cancelled()
-    with anyio.CancelScope(shield=True):
-        while not waiter.done():
-            try:
-                await asyncio.wait((waiter,))
-            except asyncio.CancelledError as error:
-                cancelled.keep(error)
-    cancelled.raise_it()
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

@@ -17,7 +17,7 @@ from ucm_middleware.events.envelope import Draft, Narrowing, Origin
 from ucm_middleware.events.hub import Hub, Sent
 from ucm_middleware.guard import Guard
 from ucm_middleware.ids import checked_user_id
-from ucm_middleware.lifetime import running_loop
+from ucm_middleware.waiting import running_loop
 
 NOWHERE: Final = Origin()
 

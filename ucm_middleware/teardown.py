@@ -11,20 +11,9 @@ from typing import Final
 
 from ucm_middleware.current import ambient
 from ucm_middleware.errors import ContextClosedError, ContextLimitError
-from ucm_middleware.lifetime import (
-    CLOSED,
-    CLOSING,
-    HANDLER_GRACE,
-    INTERRUPTING,
-    Cancelled,
-    CloseReason,
-    Lifetime,
-    Releasing,
-    in_background,
-    loop_is_live,
-    running_loop,
-)
+from ucm_middleware.lifetime import CLOSED, CLOSING, HANDLER_GRACE, INTERRUPTING, CloseReason, Lifetime, Releasing
 from ucm_middleware.resources import ReleaseFailure
+from ucm_middleware.waiting import Cancelled, in_background, loop_is_live, running_loop
 
 logger = logging.getLogger(__name__)
 

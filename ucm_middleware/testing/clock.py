@@ -7,9 +7,9 @@ import threading
 import weakref
 from typing import TypeVar
 
-from ucm_middleware.lifetime import loop_is_live
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.sweeper import THREAD_NAME
+from ucm_middleware.waiting import loop_is_live
 
 ManagerT = TypeVar("ManagerT", bound=UserContextManager)
 

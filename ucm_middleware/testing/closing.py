@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ucm_middleware.context import UserExecutionContext
-from ucm_middleware.lifetime import State, loop_is_live
+from ucm_middleware.lifetime import State
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.testing.leaks import problem_of
 from ucm_middleware.testing.waiting import wait_until
+from ucm_middleware.waiting import loop_is_live
 
 ManagerT = TypeVar("ManagerT", bound=UserContextManager)
 

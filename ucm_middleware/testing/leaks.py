@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 from ucm_middleware.context import UserExecutionContext
-from ucm_middleware.lifetime import Lifetime, State, loop_is_live
+from ucm_middleware.lifetime import Lifetime, State
+from ucm_middleware.waiting import loop_is_live
 
 UNRELEASED: Final = frozenset({"unclosed", "timed out", "cancelled"})
 """The outcomes after which a resource may still be held. One that failed was asked to let go, and raised."""
