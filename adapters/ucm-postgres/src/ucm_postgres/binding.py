@@ -54,15 +54,19 @@ class Binding:
         Raises UnauthenticatedError for an anonymous context, ContextClosedError for a closed one, and
         ConfigurationError for a role that cannot be one, and in the hardened mode for a context without a manager.
         """
+        self.require_user(context)
+        value = sign(context) if self.signed else context.user_id
+        role = self.role if self.role_of is None else _check_role(self.role_of(context), "what role_of gives")
+        return ((self.setting, value),) if role is None else ((self.setting, value), ("role", role))
+
+    def require_user(self, context: UserExecutionContext) -> None:
+        """Raise as ``settings`` does for a context that is anonymous or closed: before a connection is waited for."""
         context.require_usable()
         if context.is_anonymous:
             raise UnauthenticatedError(
                 "a transaction was begun in a context without a user; identify the user first, or ask the database "
                 "over a connection of your own for what anonymous users may see"
             )
-        value = sign(context) if self.signed else context.user_id
-        role = self.role if self.role_of is None else _check_role(self.role_of(context), "what role_of gives")
-        return ((self.setting, value),) if role is None else ((self.setting, value), ("role", role))
 
 
 def _check_role(role: object, field: str) -> str:

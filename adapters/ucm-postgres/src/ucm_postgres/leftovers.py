@@ -1,0 +1,40 @@
+"""What a context's code still holds when the context closes: given back by the teardown."""
+
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from ucm_middleware import UserExecutionContext
+
+T = TypeVar("T")
+
+
+class Leftovers(Generic[T]):
+    """Watches transactions by context. ``abandon`` is called at the teardown for each that is still under way.
+
+    A context gets one release for all of them, whatever their number: a connection's context may live for days.
+    """
+
+    __slots__ = ("_abandon", "_watched")
+
+    def __init__(self, abandon: Callable[[T], Awaitable[None]]) -> None:
+        self._abandon = abandon
+        self._watched: WeakKeyDictionary[UserExecutionContext, set[T]] = WeakKeyDictionary()
+
+    @contextmanager
+    def watch(self, context: UserExecutionContext, transaction: T) -> Generator[None]:
+        """Inside of the block, the transaction is under way. Raises ContextClosedError."""
+        watched = self._watched.get(context)
+        if watched is None:
+            watched = self._watched.setdefault(context, set())
+            context.callback(self._release, watched)
+        watched.add(transaction)
+        try:
+            yield
+        finally:
+            watched.discard(transaction)
+
+    async def _release(self, watched: set[T]) -> None:
+        for transaction in tuple(watched):
+            await self._abandon(transaction)
