@@ -10,8 +10,9 @@ from asyncpg.transaction import Transaction  # type: ignore[import-untyped]
 
 from ucm_middleware import ConfigurationError, IsolationLevel, StatementResult, UserExecutionContext
 from ucm_postgres.binding import Binding
+from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.reset import RESET_QUERY
-from ucm_postgres.transaction import ResetMode, UserTransaction, UserTransactions, checked_reset
+from ucm_postgres.transaction import UserTransaction, UserTransactions
 
 LEVELS: Final[dict[IsolationLevel | None, str | None]] = {
     None: None,

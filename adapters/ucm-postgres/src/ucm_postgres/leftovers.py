@@ -1,6 +1,6 @@
 """What a context's code still holds when the context closes: given back by the teardown."""
 
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ class Leftovers(Generic[T]):
 
     __slots__ = ("_abandon", "_watched")
 
-    def __init__(self, abandon: Callable[[T], Awaitable[None]]) -> None:
+    def __init__(self, abandon: Callable[[T], Awaitable[None] | None]) -> None:
         self._abandon = abandon
         self._watched: WeakKeyDictionary[UserExecutionContext, set[T]] = WeakKeyDictionary()
 
@@ -27,14 +27,20 @@ class Leftovers(Generic[T]):
         """Inside of the block, the transaction is under way. Raises ContextClosedError."""
         watched = self._watched.get(context)
         if watched is None:
-            watched = self._watched.setdefault(context, set())
-            context.callback(self._release, watched)
+            watched = set[T]()
+            context.callback(self._abandon_leftovers, watched)
+            self._watched[context] = watched
         watched.add(transaction)
         try:
             yield
         finally:
             watched.discard(transaction)
 
-    async def _release(self, watched: set[T]) -> None:
-        for transaction in tuple(watched):
-            await self._abandon(transaction)
+    def _abandon_leftovers(self, watched: set[T]) -> Awaitable[None] | None:
+        rest = [awaitable for each in tuple(watched) if (awaitable := self._abandon(each)) is not None]
+        return _all(rest) if rest else None
+
+
+async def _all(rest: Sequence[Awaitable[None]]) -> None:
+    for awaitable in rest:
+        await awaitable

@@ -1,6 +1,6 @@
 """Transactions of a user's on an ``AsyncConnectionPool`` of psycopg_pool."""
 
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from psycopg import AsyncConnection, AsyncTransaction
 from psycopg import IsolationLevel as PsycopgLevel
@@ -10,18 +10,13 @@ from psycopg_pool import AsyncConnectionPool
 
 from ucm_middleware import IsolationLevel, StatementResult, UserExecutionContext
 from ucm_postgres.binding import Binding
+from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.counting import StatementCounter
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
-from ucm_postgres.sockets import shut_down
-from ucm_postgres.transaction import ResetMode, UserTransaction, UserTransactions, checked_reset
+from ucm_postgres.transaction import UserTransaction, UserTransactions
 
 C = TypeVar("C", bound=AsyncConnection[Any])
-
-LEVELS: Final[dict[IsolationLevel, PsycopgLevel]] = {
-    "READ COMMITTED": PsycopgLevel.READ_COMMITTED,
-    "REPEATABLE READ": PsycopgLevel.REPEATABLE_READ,
-    "SERIALIZABLE": PsycopgLevel.SERIALIZABLE,
-}
 
 
 async def reset(connection: AsyncConnection[Any]) -> None:
@@ -95,12 +90,11 @@ class _PsycopgTransaction(UserTransaction[C]):
         self._autocommit_before = connection.autocommit
         await connection.set_autocommit(True)  # else a BEGIN of its own goes before the first statement
         self._block = AsyncTransaction(connection)
-        calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
         async with connection.pipeline():  # all of it is one round trip
             await self._block.__aenter__()
             for statement in self._reset_first:
                 await connection.execute(statement.encode(), prepare=False)
-            await connection.execute(f"SELECT {calls}".encode(), [part for setting in settings for part in setting])
+            await connection.execute(*bind_query(settings))
         self._counter.begin(connection, self.log)
 
     async def _run(self, connection: C, statement: object, parameters: object) -> StatementResult:

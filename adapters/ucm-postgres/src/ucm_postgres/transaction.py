@@ -7,10 +7,9 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Final, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from ucm_middleware import (
-    ConfigurationError,
     HandleRevokedError,
     IsolationLevel,
     StatementResult,
@@ -21,6 +20,7 @@ from ucm_middleware import (
     revoke_handle,
 )
 from ucm_postgres.binding import Binding
+from ucm_postgres.checks import check_isolation_level, check_savepoint_level, role_error
 from ucm_postgres.leftovers import Leftovers
 
 logger = logging.getLogger(__name__)
@@ -28,14 +28,6 @@ logger = logging.getLogger(__name__)
 GRACE: Final = 5.0
 """Seconds that a rollback, or the end of a transaction that nobody waits for any more, may take. Then the connection is
 closed."""
-
-ResetMode = Literal["return", "begin"]
-"""When connections are brought back to a clean state: as they go back to the pool, or as each transaction begins."""
-
-LEVELS: Final[tuple[str, ...]] = get_args(IsolationLevel)
-
-# invalid_parameter_value, undefined_object, insufficient_privilege: what SET ROLE is refused with.
-_ROLE_REFUSED: Final = frozenset({"22023", "42704", "42501"})
 
 
 class Connection(Protocol):
@@ -57,10 +49,7 @@ class UserTransaction(ABC, Generic[C]):
     def __init__(
         self, context: UserExecutionContext, binding: Binding, database: str, isolation_level: IsolationLevel | None
     ) -> None:
-        if isolation_level is not None and isolation_level not in LEVELS:
-            raise ConfigurationError(
-                f"isolation_level is {isolation_level!r}; give one of {', '.join(LEVELS)}, or None"
-            )
+        check_isolation_level(isolation_level)
         self.context = context
         self.isolation_level: IsolationLevel | None = isolation_level
         self.log = TransactionLog(context, database, isolation_level=isolation_level)
@@ -70,6 +59,7 @@ class UserTransaction(ABC, Generic[C]):
         self._starting = asyncio.Lock()
         self._ending: asyncio.Task[None] | None = None
         self._is_over = False
+        self._is_abandoned = False
 
     # What the core asks for.
 
@@ -82,13 +72,11 @@ class UserTransaction(ABC, Generic[C]):
 
     def end(self, error: BaseException | None) -> Awaitable[None] | None:
         """Commit, or with an error roll back, and give the connection back. The second time does nothing."""
-        if self._ending is not None:
-            return self._ended(self._ending)
+        if self._is_abandoned and error is None:
+            raise self._over_error()  # what was done is rolled back
         self._is_over = True  # what is about to begin is refused
-        if self._connection is None:
-            return None
-        self._ending = asyncio.ensure_future(self._end(self._connection, error))
-        return self._see_through(self._connection, self._ending)
+        # No task yet: this may be called in a thread, and awaited on the loop.
+        return None if self._connection is None else self._end_once(self._connection, error)
 
     # What applications work with.
 
@@ -110,6 +98,7 @@ class UserTransaction(ABC, Generic[C]):
         connection = self._connection
         if connection is None:
             return
+        self._is_abandoned = self._ending is None
         if self._ending is None:
             self._cut(connection)
             self._ending = asyncio.ensure_future(self._throw_away(connection, None))
@@ -179,8 +168,8 @@ class UserTransaction(ABC, Generic[C]):
         except BaseException as error:
             self.log.rollback(error)
             await self._see_through(connection, asyncio.ensure_future(self._discard(connection)))
-            if len(settings) > 1 and getattr(error, "sqlstate", None) in _ROLE_REFUSED:
-                raise _role_error(self._binding, error) from error
+            if (role_refused := role_error(self._binding, error)) is not None:
+                raise role_refused from error
             raise
         self._connection = connection
 
@@ -225,8 +214,12 @@ class UserTransaction(ABC, Generic[C]):
         finally:
             await self._discard(connection)
 
-    async def _ended(self, ending: asyncio.Task[None]) -> None:
-        await asyncio.wait((ending,))
+    async def _end_once(self, connection: C, error: BaseException | None) -> None:
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._end(connection, error))
+            await self._see_through(connection, self._ending)
+        else:
+            await asyncio.wait((self._ending,))
 
     async def _see_through(self, connection: C, ending: "asyncio.Future[None]") -> None:
         """Wait until it has ended. Who is cancelled waits no longer; it goes on, and has a little time more."""
@@ -289,8 +282,7 @@ class UserTransactions(ABC, Generic[C]):
         context = current_context()
         outer = self._current.get()
         if outer is not None and outer.is_open and outer.context.user_id == context.user_id:
-            if isolation_level not in (None, outer.isolation_level):
-                raise ConfigurationError("isolation_level is that of the outer transaction; give it there")
+            check_savepoint_level(isolation_level, outer.isolation_level)
             connection = await outer.connection()
             async with connection.transaction():
                 yield connection
@@ -310,18 +302,6 @@ class UserTransactions(ABC, Generic[C]):
                 self._current.set(outer)
 
 
-def checked_reset(reset: object, pool: object, remedy: str) -> ResetMode:
-    """The mode; raises ConfigurationError for another word, and for a pool that resets nothing when it should."""
-    if reset not in ("return", "begin"):
-        raise ConfigurationError(f"reset is {reset!r}; give 'return', or 'begin' behind PgBouncer in transaction mode")
-    if reset == "return" and getattr(pool, "_reset", None) is None:
-        raise ConfigurationError(
-            "the pool resets no connection as it comes back: SET, SET ROLE and temporary tables would reach the next "
-            f"borrower; make it with {remedy}, or, behind PgBouncer in transaction mode, give reset='begin'"
-        )
-    return reset
-
-
 async def _ended(transaction: UserTransaction[Any], error: BaseException | None) -> None:
     if (ending := transaction.end(error)) is not None:
         await ending
@@ -331,11 +311,3 @@ def _let_go(timer: asyncio.TimerHandle, ended: "asyncio.Future[None]") -> None:
     timer.cancel()
     if not ended.cancelled():
         ended.exception()  # seen: nobody waits for it
-
-
-def _role_error(binding: Binding, error: BaseException) -> ConfigurationError:
-    role = "the role that role_of gives" if binding.role is None else f"the role {binding.role}"
-    return ConfigurationError(
-        f"the login cannot take on {role}: {error}; create it and grant it to the login, with "
-        "GRANT role TO login WITH SET TRUE, INHERIT FALSE"
-    )

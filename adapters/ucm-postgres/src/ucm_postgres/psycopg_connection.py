@@ -1,0 +1,40 @@
+"""What transactions on psycopg's connections have in common, asynchronous and in threads."""
+
+import os
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from psycopg import IsolationLevel as PsycopgLevel
+from psycopg import OperationalError
+from psycopg.pq.abc import PGconn
+
+from ucm_middleware import IsolationLevel
+
+LEVELS: Final[dict[IsolationLevel, PsycopgLevel]] = {
+    "READ COMMITTED": PsycopgLevel.READ_COMMITTED,
+    "REPEATABLE READ": PsycopgLevel.REPEATABLE_READ,
+    "SERIALIZABLE": PsycopgLevel.SERIALIZABLE,
+}
+
+
+def bind_query(settings: Sequence[tuple[str, str]]) -> tuple[bytes, list[str]]:
+    """The statement that binds a transaction, and its parameters: nothing of a user's is part of the SQL."""
+    calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
+    return f"SELECT {calls}".encode(), [part for setting in settings for part in setting]
+
+
+def shut_down(pgconn: PGconn) -> None:
+    """Let whatever waits for the server find the line dead, in whichever thread. The connection itself stays whole.
+
+    To close it instead would free it under the feet of the thread that waits.
+    """
+    try:
+        descriptor = os.dup(pgconn.socket)
+    except OperationalError:
+        return  # it is closed already
+    with socket.socket(fileno=descriptor) as line:
+        try:
+            line.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # the server was first

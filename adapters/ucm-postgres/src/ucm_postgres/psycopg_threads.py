@@ -1,0 +1,227 @@
+"""Transactions of a user's on a ``ConnectionPool`` of psycopg_pool, for code in threads."""
+
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+from psycopg import Connection, Transaction
+from psycopg import IsolationLevel as PsycopgLevel
+from psycopg.pq import TransactionStatus
+from psycopg_pool import ConnectionPool
+
+from ucm_middleware import (
+    HandleRevokedError,
+    IsolationLevel,
+    TransactionLog,
+    UserExecutionContext,
+    current_context,
+    revoke_handle,
+)
+from ucm_postgres.binding import Binding
+from ucm_postgres.checks import ResetMode, check_isolation_level, check_savepoint_level, checked_reset, role_error
+from ucm_postgres.counting import StatementCounter
+from ucm_postgres.leftovers import Leftovers
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, shut_down
+from ucm_postgres.reset import RESET, RESET_QUERY
+
+C = TypeVar("C", bound=Connection[Any])
+
+
+def reset(connection: Connection[Any]) -> None:
+    """What the pool is to do with what comes back: ``ConnectionPool(..., reset=reset)``.
+
+    The pool calls it in a thread of its own, so that nobody waits for it, and closes the connection when it fails.
+    """
+    autocommit = connection.autocommit
+    connection.autocommit = True  # it asks the server nothing: only that no BEGIN goes before
+    connection.execute(RESET_QUERY.encode(), prepare=False)
+    connection.autocommit = autocommit
+
+
+class PsycopgThreadPool(Generic[C]):
+    """Gives each transaction of code in threads a connection of the pool, bound to its user.
+
+    As ``PsycopgPool``, for plain ``def`` endpoints and scripts. It is no plugin: the manager's own transactions are
+    asynchronous.
+
+    Raises ConfigurationError for a pool that resets nothing.
+    """
+
+    def __init__(
+        self,
+        pool: ConnectionPool[C],
+        binding: Binding | None = None,
+        *,
+        reset: ResetMode = "return",
+        name: str = "postgres",
+    ) -> None:
+        self._pool = pool
+        self._binding = binding or Binding()
+        checked = checked_reset(reset, pool, "ConnectionPool(..., reset=ucm_postgres.psycopg_threads.reset)")
+        self._reset_first = RESET if checked == "begin" else ()
+        self._name = name
+        self._counter = StatementCounter()
+        self._leftovers: Leftovers[_Lent[C]] = Leftovers(self._abandon)
+        self._current: ContextVar[_Lent[C] | None] = ContextVar("ucm_postgres_threads", default=None)
+
+    @contextmanager
+    def transaction(self, *, isolation_level: IsolationLevel | None = None) -> Generator[C]:
+        """A transaction of the user that the calling code runs for: its connection, bound, as an owned handle.
+
+        As ``PsycopgPool.transaction``, with the same errors. When the context closes while a thread is still inside of
+        the block, the line is cut: the statement under way fails, and the connection is closed.
+        """
+        context = current_context()
+        outer = self._current.get()
+        if outer is not None and outer.is_open and outer.context.user_id == context.user_id:
+            check_savepoint_level(isolation_level, outer.isolation_level)
+            with outer.handle.transaction():
+                yield outer.handle
+            return
+        lent: _Lent[C] = _Lent(context, isolation_level, self._name)
+        with self._leftovers.watch(context, lent):
+            try:
+                self._begin(lent)
+                self._current.set(lent)
+                yield lent.handle
+            except BaseException as error:
+                self._roll_back(lent, error)
+                if (role_refused := role_error(self._binding, error)) is not None and not lent.is_begun:
+                    raise role_refused from error
+                raise
+            else:
+                self._commit(lent)
+            finally:
+                self._current.set(outer)
+
+    def _begin(self, lent: "_Lent[C]") -> None:
+        context = lent.context
+        self._binding.require_user(context)
+        lent.log.begin()
+        connection = lent.take(self._pool.getconn())
+        # Now, and not before: a signed value ages while the pool lets wait.
+        settings = self._binding.settings(context)
+        context.bind_session(connection)
+        if lent.isolation_level is not None:
+            connection.isolation_level = LEVELS[lent.isolation_level]
+        connection.autocommit = True  # else a BEGIN of its own goes before the first statement
+        lent.block = Transaction(connection)
+        with connection.pipeline():  # all of it is one round trip
+            lent.block.__enter__()
+            for statement in self._reset_first:
+                connection.execute(statement.encode(), prepare=False)
+            connection.execute(*bind_query(settings))
+        lent.handle = context.own(connection, name="transaction")
+        self._counter.begin(connection, lent.log)
+        lent.is_begun = True
+
+    def _commit(self, lent: "_Lent[C]") -> None:
+        if not lent.claim():  # the context closed meanwhile, and with it the connection
+            raise lent.over_error()
+        self._let_go(lent)
+        try:
+            assert lent.block is not None
+            lent.block.__exit__(None, None, None)
+            lent.log.commit()
+        except BaseException as error:
+            lent.log.rollback(error)
+            self._discard(lent.connection)
+            raise
+        self._give_back(lent)
+
+    def _roll_back(self, lent: "_Lent[C]", error: BaseException) -> None:
+        if not lent.claim():
+            return
+        self._let_go(lent)
+        lent.log.rollback(error)
+        if lent.block is None or lent.is_begun:
+            connection = lent.connection
+            if lent.block is not None and connection.pgconn.transaction_status != TransactionStatus.ACTIVE:
+                lent.block.__exit__(type(error), error, error.__traceback__)  # its own failures are only logged
+            if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+                self._give_back(lent)
+                return
+        self._discard(lent.connection)
+
+    def _abandon(self, lent: "_Lent[C]") -> None:
+        connection = lent.abandoned()
+        if connection is None:
+            return
+        shut_down(connection.pgconn)
+        # Else its thread is in the middle of something: it finds the line dead, and its block closes the connection.
+        if connection.lock.acquire(blocking=False):
+            try:
+                if not lent.claim():
+                    return
+                connection.pgconn.finish()
+            finally:
+                connection.lock.release()
+            self._let_go(lent)
+            lent.log.rollback(lent.over_error())
+            self._pool.putconn(connection)
+
+    def _let_go(self, lent: "_Lent[C]") -> None:
+        self._counter.end(lent.connection)
+        if lent.is_begun:
+            revoke_handle(lent.handle)
+
+    def _give_back(self, lent: "_Lent[C]") -> None:
+        lent.restore()
+        self._pool.putconn(lent.connection)
+
+    def _discard(self, connection: C) -> None:
+        with connection.lock:
+            connection.pgconn.finish()  # close() would give it to a pool with close_returns
+        self._pool.putconn(connection)
+
+
+class _Lent(Generic[C]):
+    """One connection while a block has it. Its thread and the teardown may both want to end it: one of them does."""
+
+    connection: C
+    handle: C
+
+    def __init__(self, context: UserExecutionContext, isolation_level: IsolationLevel | None, name: str) -> None:
+        check_isolation_level(isolation_level)
+        self.context = context
+        self.isolation_level: IsolationLevel | None = isolation_level
+        self.log = TransactionLog(context, name, isolation_level=isolation_level)
+        self.block: Transaction | None = None
+        self.is_begun = False
+        self._is_over = False
+        self._is_taken = False
+        self._lock = threading.Lock()
+        self._before: tuple[bool, PsycopgLevel | None] = (False, None)
+
+    @property
+    def is_open(self) -> bool:
+        return self.is_begun and not self._is_over
+
+    def take(self, connection: C) -> C:
+        """A connection came from the pool; perhaps the context has closed by then, which whoever asks it is told."""
+        with self._lock:
+            self.connection = connection
+            self._is_taken = True
+        self._before = (connection.autocommit, connection.isolation_level)
+        return connection
+
+    def restore(self) -> None:
+        """Give the connection the settings of its own that it came with. The server is not asked."""
+        self.connection.autocommit, self.connection.isolation_level = self._before
+
+    def claim(self) -> bool:
+        """True for whoever is to end it; False when there is nothing to end."""
+        with self._lock:
+            claimed = self._is_taken and not self._is_over
+            self._is_over = True
+            return claimed
+
+    def abandoned(self) -> C | None:
+        """The connection that is still out, if there is one."""
+        with self._lock:
+            return self.connection if self._is_taken and not self._is_over else None
+
+    def over_error(self) -> HandleRevokedError:
+        return HandleRevokedError(self.context.request_id, self.context.lifetime.where(), "transaction")
