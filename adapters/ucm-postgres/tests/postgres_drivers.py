@@ -16,7 +16,7 @@ from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
 from support.postgres import Login
-from support.waiting import PATIENCE
+from support.waiting import wait_until
 from ucm_middleware import UserContextManager, managed_user_context
 from ucm_postgres import Binding
 from ucm_postgres import asyncpg as ucm_asyncpg
@@ -62,9 +62,9 @@ class Pool:
 
     async def settled(self) -> None:
         """Until all connections are back: psycopg's pool resets them in a task of its own."""
-        async with asyncio.timeout(PATIENCE):
-            while self.driver == "psycopg" and self.raw.get_stats()["pool_available"] < self.raw.min_size:
-                await asyncio.sleep(0.001)
+        if self.driver == "psycopg":
+            are_back = lambda: self.raw.get_stats()["pool_available"] == self.raw.min_size  # noqa: E731
+            await asyncio.to_thread(wait_until, are_back, "all connections are back")
 
     def manager(self, **options: Any) -> UserContextManager:
         return UserContextManager(plugins=[self.plugin], **options)

@@ -49,9 +49,8 @@ class AsyncpgPool(UserTransactions[Any]):
         reset: ResetMode = "return",
         name: str = "postgres",
     ) -> None:
-        super().__init__()
+        super().__init__(binding)
         self._pool = pool
-        self._binding = binding or Binding()
         self._reset = checked_reset(reset, pool, "asyncpg.create_pool(..., reset=ucm_postgres.asyncpg.reset)")
         self._name = name
 

@@ -47,9 +47,8 @@ class PsycopgPool(UserTransactions[C]):
         reset: ResetMode = "return",
         name: str = "postgres",
     ) -> None:
-        super().__init__()
+        super().__init__(binding)
         self._pool = pool
-        self._binding = binding or Binding()
         self._reset = checked_reset(reset, pool, "AsyncConnectionPool(..., reset=ucm_postgres.psycopg.reset)")
         self._name = name
         self._counter = StatementCounter()

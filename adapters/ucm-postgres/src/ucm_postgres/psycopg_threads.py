@@ -1,12 +1,13 @@
 """Transactions of a user's on a ``ConnectionPool`` of psycopg_pool, for code in threads."""
 
+import logging
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
-from psycopg import Connection, Transaction
+from psycopg import Connection, Error, Transaction
 from psycopg import IsolationLevel as PsycopgLevel
 from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool
@@ -25,6 +26,9 @@ from ucm_postgres.counting import StatementCounter
 from ucm_postgres.leftovers import Leftovers
 from ucm_postgres.psycopg_connection import LEVELS, bind_query, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
+from ucm_postgres.transaction import GRACE
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Connection[Any])
 
@@ -80,6 +84,7 @@ class PsycopgThreadPool(Generic[C]):
             with outer.handle.transaction():
                 yield outer.handle
             return
+        self._binding.require_user(context)  # before anything counts as a use of a context that may still get its user
         lent: _Lent[C] = _Lent(context, isolation_level, self._name)
         with self._leftovers.watch(context, lent):
             try:
@@ -149,9 +154,10 @@ class PsycopgThreadPool(Generic[C]):
         connection = lent.abandoned()
         if connection is None:
             return
-        shut_down(connection.pgconn)
         # Else its thread is in the middle of something: it finds the line dead, and its block closes the connection.
-        if connection.lock.acquire(blocking=False):
+        if not connection.lock.acquire(blocking=False):
+            threading.Thread(target=_stop, args=(connection,), name="ucm_postgres stops a statement").start()
+        else:
             try:
                 if not lent.claim():
                     return
@@ -175,6 +181,16 @@ class PsycopgThreadPool(Generic[C]):
         with connection.lock:
             connection.pgconn.finish()  # close() would give it to a pool with close_returns
         self._pool.putconn(connection)
+
+
+def _stop(connection: Connection[Any]) -> None:
+    """Have the server stop what it is doing, and then cut the line, whether it has or not."""
+    try:
+        connection.cancel_safe(timeout=GRACE)
+    except Error:
+        logger.warning("a statement of a context that has closed could not be cancelled: its line is cut")
+    finally:
+        shut_down(connection.pgconn)
 
 
 class _Lent(Generic[C]):

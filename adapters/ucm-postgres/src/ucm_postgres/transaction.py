@@ -254,7 +254,8 @@ class UserTransactions(ABC, Generic[C]):
 
     UCM_HOOK_API = 1
 
-    def __init__(self) -> None:
+    def __init__(self, binding: Binding | None) -> None:
+        self._binding = binding or Binding()
         self._leftovers: Leftovers[UserTransaction[C]] = Leftovers(UserTransaction[C].abandon)
         # By the code that is inside of the block, and not by the context: tasks of one context may have one each.
         self._current: ContextVar[UserTransaction[C] | None] = ContextVar("ucm_postgres_transaction", default=None)
@@ -287,6 +288,7 @@ class UserTransactions(ABC, Generic[C]):
             async with connection.transaction():
                 yield connection
             return
+        self._binding.require_user(context)  # before anything counts as a use of a context that may still get its user
         transaction = self._open(context, isolation_level)
         with self._leftovers.watch(context, transaction):
             try:
