@@ -104,7 +104,7 @@ async def open_pool(
             yield Pool(driver, raw, ucm_psycopg.PsycopgPool(raw, binding, reset=mode))
         return
     given_too = {"return": ucm_asyncpg.reset, "begin": nothing, "none": None}[reset]
-    cache = {} if prepares else {"statement_cache_size": 0}
+    cache: dict[str, Any] = {} if prepares else {"statement_cache_size": 0}
     pool = await asyncpg.create_pool(login.dsn, min_size=size, max_size=size, reset=given_too, **cache)
     try:
         yield Pool(driver, pool, ucm_asyncpg.AsyncpgPool(pool, binding, reset=mode))

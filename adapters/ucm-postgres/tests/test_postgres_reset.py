@@ -1,6 +1,5 @@
 """What the next borrower of a connection finds of the one before: without the adapter, and with it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]
@@ -203,6 +202,7 @@ class TestPreparedStatements:
     async def test_of_a_pool_survive_it(self, emptied: Database, driver: str) -> None:
         async with open_pool(driver, emptied.app) as pool:
             manager = pool.manager()
+            prepared: list[tuple[Any, ...]] = []
             for number in range(12):  # psycopg prepares what it has seen five times
                 with running_as(manager, "alice"):
                     async with pool.plugin.transaction() as connection:
@@ -218,7 +218,7 @@ class TestAPoolThatResetsNothing:
     async def test_is_refused(self, emptied: Database) -> None:
         for driver in DRIVERS:
             async with open_pool(driver, emptied.app, reset="none") as pool:
-                kind: Callable[..., object] = PsycopgPool if driver == "psycopg" else AsyncpgPool
+                kind: Any = PsycopgPool if driver == "psycopg" else AsyncpgPool
                 with pytest.raises(ConfigurationError, match=rf"reset=ucm_postgres\.{driver}\.reset"):
                     kind(pool.raw)
                 with pytest.raises(ConfigurationError, match="'return', or 'begin'"):

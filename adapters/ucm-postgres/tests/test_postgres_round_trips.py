@@ -34,6 +34,7 @@ async def test_a_transaction_begins_with_so_many_round_trips_more(
     async with open_pool(driver, login, reset=reset, prepares=prepares, binding=binding) as pool:
         manager = pool.manager()
         unbound = await begin_unbound(pool, postgres_proxy)
+        bound = 0
         for _ in range(2):  # the second time, with what is prepared once
             with running_as(manager, "alice"):
                 await pool.settled()
