@@ -109,6 +109,10 @@ class Database:
         self._roles.append(login.user)
         return login
 
+    def adopt(self, role: str) -> None:
+        """Drop this role too, which a test makes by itself, or not."""
+        self._roles.append(role)
+
     def execute(self, statements: str, *, as_: Login | None = None) -> None:
         """Run statements, committed, as the owner unless said otherwise. {app} and {owner} stand for the roles."""
         named = statements.replace("{app}", self.app.user).replace("{owner}", self.owner.user)
@@ -124,7 +128,7 @@ class Database:
         with psycopg.connect(replace(self.superuser, dbname="postgres").dsn, autocommit=True) as connection:
             connection.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(self.name)))
             for role in reversed(self._roles):
-                connection.execute(sql.SQL("drop role {}").format(sql.Identifier(role)))
+                connection.execute(sql.SQL("drop role if exists {}").format(sql.Identifier(role)))
 
 
 class PostgresServer:

@@ -1,0 +1,209 @@
+"""What policies really let through, asked of PostgreSQL: each condition is worked out for rows that do not exist."""
+
+import json
+import secrets
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import psycopg
+from psycopg import sql
+
+from ucm_postgres.doctor.catalog import Catalog, Policy, Table
+from ucm_postgres.doctor.findings import Finding
+from ucm_postgres.doctor.mending import fenced, guarded, rewritten
+
+Bound = Literal["unset", "empty", "another"]
+"""Who is bound: nobody yet on this connection, nobody any more, or somebody whose rows these are not."""
+
+Row = Literal["owned", "empty", "null"]
+"""Whose row it is: somebody's, or what an empty setting and an absent one would match."""
+
+_UNBOUND: Final[tuple[Bound, ...]] = ("unset", "empty")
+_COMMANDS: Final = {"r": "select", "a": "insert", "w": "update", "W": "update", "d": "delete"}
+"""What may be done with a row. An update is asked about twice: for the row that is there, and what it becomes."""
+
+_WRITING: Final = {"a", "W"}
+_TEXTS: Final = {"text", "character varying", "character", "citext"}
+_NUMBERS: Final = {"smallint": 32_000, "integer": 2_000_000_000, "bigint": 9_000_000_000_000_000_000, "numeric": 10**30}
+
+
+@dataclass(slots=True)
+class _Judged:
+    """A policy, with the rows that its conditions are true for: those that are there, and those that are written."""
+
+    policy: Policy
+    seen: dict[Bound, set[Row]] = field(default_factory=dict[Bound, set[Row]])
+    written: dict[Bound, set[Row]] = field(default_factory=dict[Bound, set[Row]])
+
+    def lets(self, command: str, bound: Bound) -> set[Row]:
+        """The rows that it lets this command reach."""
+        return (self.written if command in _WRITING else self.seen).get(bound, set())
+
+
+def examine_policies(catalog: Catalog) -> Iterator[Finding]:
+    """Policies that hold nobody back, and rows that are visible to nobody in particular.
+
+    Changes the setting in the transaction that the caller rolls back.
+    """
+    tables = [table for table in catalog.tables if table.enabled and _is_bound(catalog, table)]
+    judged = {table.oid: [_Judged(policy) for policy in catalog.policies[table.oid]] for table in tables}
+    visible: set[int] = set()
+    slow: set[int] = set()
+    for bound in ("unset", "empty", "another"):
+        for table in tables:
+            mine, other = _users(table)
+            if not _bind(catalog, bound, other):
+                continue
+            for each in judged[table.oid]:
+                if not _judge(catalog, table, each, bound, mine):
+                    slow.add(table.oid)
+            if bound in _UNBOUND and "select" in table.privileges:
+                _look(catalog, table, visible, slow)
+    for table in tables:
+        found = list(_verdicts(catalog, table, judged[table.oid]))
+        yield from found
+        if table.oid in visible and not found:
+            problem = "rows are visible where no user is bound"
+            yield Finding("visible", "serious", table.name, problem, fenced(catalog, table))
+        if table.oid in slow:
+            problem = "what its policies let through could not be told in time"
+            yield Finding("not-probed", "info", table.name, problem)
+
+
+def _is_bound(catalog: Catalog, table: Table) -> bool:
+    return table.user_column is not None or any(policy.mentions for policy in catalog.policies[table.oid])
+
+
+def _users(table: Table) -> tuple[str, str]:
+    # Two that nobody has, as the column takes them.
+    kind = table.user_type or "text"
+    if kind == "uuid":
+        return str(uuid.uuid4()), str(uuid.uuid4())
+    if kind in _NUMBERS:
+        return str(_NUMBERS[kind]), str(_NUMBERS[kind] - 1)
+    return f"doctor-{secrets.token_hex(8)}", f"doctor-{secrets.token_hex(8)}"
+
+
+def _bind(catalog: Catalog, bound: Bound, other: str) -> bool:
+    setting = catalog.binding.setting
+    if bound == "unset":
+        # Once it was set it never is null again, on this connection.
+        row = catalog.connection.execute("select current_setting(%s, true) is null", [setting]).fetchone()
+        return row == (True,)
+    value = "" if bound == "empty" else other
+    catalog.connection.execute("select set_config(%s, %s, true)", [setting, value])
+    return True
+
+
+def _judge(catalog: Catalog, table: Table, judged: _Judged, bound: Bound, user: str) -> bool:
+    # False is for what could not be told in time.
+    policy = judged.policy
+    seen = set[Row]() if policy.using is None else _true_for(catalog, table, policy.using, user)
+    written = seen if policy.check is None else _true_for(catalog, table, policy.check, user)
+    judged.seen[bound], judged.written[bound] = seen or set(), written or set()
+    return seen is not None and written is not None
+
+
+def _true_for(catalog: Catalog, table: Table, condition: str, user: str) -> set[Row] | None:
+    rows: dict[Row, dict[str, str | None]] = {"null": {}}
+    if table.user_column is not None:
+        column = table.user_column.strip('"').replace('""', '"')
+        rows["owned"] = {column: user}
+        if table.user_type in _TEXTS:
+            rows["empty"] = {column: ""}
+    found: set[Row] = set()
+    relation = sql.Identifier(table.schema, table.bare_name).as_string(catalog.connection)
+    alias = sql.Identifier(table.bare_name).as_string(catalog.connection)
+    for row, values in rows.items():
+        # By the table's own name, as the condition may say it.
+        query = (
+            f"select ({condition}) is true "
+            f"from (select (jsonb_populate_record(null::{relation}, $1::jsonb)).*) as {alias}"
+        )
+        answer = _ask(catalog, query, json.dumps(values))
+        if answer is None:
+            return None
+        if answer:
+            found.add(row)
+    return found
+
+
+def _ask(catalog: Catalog, query: str, *parameters: str) -> bool | None:
+    # None is for what could not be told in time.
+    try:
+        with catalog.connection.transaction(), psycopg.RawCursor(catalog.connection) as cursor:
+            return cursor.execute(query.encode(), parameters).fetchone() == (True,)
+    except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
+        return None
+    except psycopg.DatabaseError:
+        # What cannot be worked out lets nothing through: the statement fails.
+        if catalog.connection.broken:
+            raise
+        return False
+
+
+def _look(catalog: Catalog, table: Table, visible: set[int], slow: set[int]) -> None:
+    found = _ask(catalog, f"select row_security_active({table.oid}::oid) and exists (select from {table.name})")
+    if found:
+        visible.add(table.oid)
+    elif found is None:
+        slow.add(table.oid)
+
+
+def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iterator[Finding]:
+    guilty: dict[str, set[str]] = {}  # a policy's name, and what it lets somebody do
+    open_to_all: set[str] = set()
+    for command in _COMMANDS:
+        for bound in ("unset", "empty", "another"):
+            rows = _leaking(table, judged, command, bound)
+            for each in judged:
+                if each.policy.permissive and each.policy.covers(command.lower()) and rows & each.lets(command, bound):
+                    guilty.setdefault(each.policy.name, set()).add(_COMMANDS[command])
+                    if bound == "another":
+                        open_to_all.add(each.policy.name)
+    for each in judged:
+        commands = guilty.get(each.policy.name)
+        if commands is None:
+            continue
+        doing = ", ".join(name for name in dict.fromkeys(_COMMANDS.values()) if name in commands)
+        subject = f"{table.name}.{each.policy.name}"
+        if each.policy.name in open_to_all:
+            problem = f"the policy holds for rows of other users ({doing}), and another policy cannot take that back"
+            mending = _closed(catalog, table, each, judged, open_to_all)
+            yield Finding("policy-open", "serious", subject, problem, mending)
+        else:
+            problem = f"the policy takes an unset or empty {catalog.binding.setting} for a match ({doing})"
+            yield Finding("unset-matches", "serious", subject, problem, guarded(catalog, table, each.policy))
+
+
+def _leaking(table: Table, judged: Sequence[_Judged], command: str, bound: Bound) -> set[Row]:
+    let = _allowed(judged, command, bound)
+    if bound == "another":
+        if table.user_column is not None:
+            return let & {"owned"}
+        # Without a column of the user, only a policy that asks for no user beside one that does is a mistake.
+        careless = [each for each in judged if not each.policy.mentions]
+        return let & _allowed([*careless, *(each for each in judged if not each.policy.permissive)], command, bound)
+    # A row of nobody's that a bound user sees as well is meant for all.
+    return let - (_allowed(judged, command, "another") - {"owned"})
+
+
+def _allowed(judged: Sequence[_Judged], command: str, bound: Bound) -> set[Row]:
+    let: set[Row] = set()
+    for each in judged:
+        if each.policy.permissive and each.policy.covers(command.lower()):
+            let |= each.lets(command, bound)
+    for each in judged:
+        if not each.policy.permissive and each.policy.covers(command.lower()):
+            let &= each.lets(command, bound)
+    return let
+
+
+def _closed(catalog: Catalog, table: Table, guilty: _Judged, judged: Sequence[_Judged], open_to_all: set[str]) -> str:
+    policy = guilty.policy
+    others = [each.policy for each in judged if each.policy.permissive and each.policy.name not in open_to_all]
+    if table.user_column is None or any(other.command in {"*", policy.command} for other in others):
+        return f"drop policy {policy.name} on {table.name};"
+    return rewritten(catalog, table, policy)

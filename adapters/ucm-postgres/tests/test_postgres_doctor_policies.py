@@ -1,0 +1,193 @@
+"""Policies are judged by what they let through, also where the table is empty."""
+
+from collections.abc import Sequence
+
+import psycopg
+import pytest
+
+from support.postgres import Database
+from ucm_postgres.doctor import Finding, examine
+
+READ = "current_setting('app.user_id', true)"
+SAFE = f"nullif({READ}, '')"
+
+TAKES_UNSET = [
+    f"{READ} is null or user_id = {READ}",
+    f"user_id = coalesce({SAFE}, user_id)",
+    f"user_id is not distinct from {READ}",
+    f"user_id is not distinct from {SAFE}",
+    f"user_id = {READ}",  # an owner that is the empty text
+    f"user_id = coalesce({READ}, '')",
+    f"case when {READ} = '' then true else user_id = {READ} end",
+    f"user_id like coalesce({SAFE}, '%')",
+    f"(user_id <> {SAFE}) is not true",
+    "user_id = current_setting('app.user_id')",
+]
+
+OPEN = ["true", "user_id is not null", f"{READ} is not null", f"{SAFE} <> ''", "body is null"]
+
+SOUND = [
+    f"user_id = {SAFE}",
+    f"user_id = {SAFE} or body = 'for all'",
+    f"user_id is null or user_id = {SAFE}",  # what is nobody's is for all
+    f"{SAFE} is not null and user_id = {READ}",
+    f"user_id = any (array[{SAFE}])",
+    "user_id = current_setting('app.user_id')::uuid::text",  # an error where it is unset or empty
+    "false",
+    "1 / (case when user_id is null then 1 else 0 end) = 2",  # an error lets nothing through
+]
+
+
+def look(database: Database) -> tuple[Finding, ...]:
+    with psycopg.connect(database.app.dsn) as connection:
+        return examine(connection)
+
+
+def keys(found: Sequence[Finding]) -> list[str]:
+    return [finding.key for finding in found]
+
+
+def mend(database: Database, found: Sequence[Finding]) -> None:
+    for finding in found:
+        database.execute(finding.sql)
+
+
+class TestConditions:
+    @pytest.mark.parametrize("condition", TAKES_UNSET)
+    def test_that_take_an_unset_setting_for_a_match(self, database: Database, condition: str) -> None:
+        database.execute(f"drop policy notes_of_user on notes; create policy p on notes using ({condition})")
+        (finding,) = found = look(database)
+        assert finding.key == "unset-matches:public.notes.p"
+        assert finding.severity == "serious"
+        mend(database, found)
+        assert look(database) == ()
+        with psycopg.connect(database.app.dsn) as connection:
+            connection.execute("select set_config('app.user_id', 'alice', true)")
+            connection.execute("insert into notes (body) values ('hers')")  # as before
+            assert connection.execute("select body from notes").fetchall() == [("hers",)]
+
+    @pytest.mark.parametrize("condition", OPEN)
+    def test_that_hold_for_rows_of_others_are_rewritten_where_there_is_no_other(
+        self, database: Database, condition: str
+    ) -> None:
+        database.execute(f"drop policy notes_of_user on notes; create policy p on notes using ({condition})")
+        (finding,) = found = look(database)
+        assert finding.key == "policy-open:public.notes.p"
+        assert finding.sql.startswith("alter policy p on public.notes using (user_id = nullif(")
+        mend(database, found)
+        assert look(database) == ()
+
+    @pytest.mark.parametrize("condition", OPEN)
+    def test_that_hold_for_rows_of_others_are_dropped_beside_one_that_does_not(
+        self, database: Database, condition: str
+    ) -> None:
+        database.execute(f"create policy p on notes for select using ({condition})")
+        (finding,) = found = look(database)
+        assert finding.key == "policy-open:public.notes.p"
+        assert "(select)" in finding.problem
+        assert finding.sql == "drop policy p on public.notes;"
+        mend(database, found)
+        assert look(database) == ()
+
+    @pytest.mark.parametrize("condition", SOUND)
+    def test_that_are_sound(self, database: Database, condition: str) -> None:
+        database.execute(f"drop policy notes_of_user on notes; create policy p on notes using ({condition})")
+        assert look(database) == ()
+
+
+class TestCommands:
+    @pytest.mark.parametrize("clause", ["for insert with check (true)", "for delete using (true)"])
+    def test_each_is_judged(self, database: Database, clause: str) -> None:
+        database.execute(f"create policy p on notes {clause}")
+        (finding,) = look(database)
+        assert finding.key == "policy-open:public.notes.p"
+        assert f"({clause.split()[1]})" in finding.problem
+
+    def test_an_update_that_gives_rows_away(self, database: Database) -> None:
+        database.execute(f"create policy p on notes for update using (user_id = {SAFE}) with check (true)")
+        (finding,) = found = look(database)
+        assert finding.key == "policy-open:public.notes.p"
+        assert "(update)" in finding.problem
+        mend(database, found)
+        assert look(database) == ()
+
+    def test_a_restrictive_policy_takes_back_what_others_let_through(self, database: Database) -> None:
+        database.execute("create policy p on notes using (true)")
+        assert keys(look(database)) == ["policy-open:public.notes.p"]
+        database.execute(f"create policy r on notes as restrictive using (user_id = {SAFE})")
+        assert look(database) == ()
+
+    def test_a_policy_for_another_role_does_not_count(self, database: Database) -> None:
+        reporting = database.login("reporting", "nologin")
+        database.execute(f"create policy p on notes for select to {reporting.user} using (true)")
+        assert look(database) == ()
+        database.execute(f"grant {reporting.user} to {database.app.user}", as_=database.superuser)
+        assert keys(look(database)) == ["policy-open:public.notes.p"]
+
+
+class TestColumns:
+    @pytest.mark.parametrize("kind", ["uuid", "integer", "bigint", "varchar(40)", "numeric", "text"])
+    def test_of_any_type(self, database: Database, kind: str) -> None:
+        database.execute(
+            f"create table typed (user_id {kind}, n int); grant select, insert, update, delete on typed to {{app}}"
+        )
+        (finding,) = found = look(database)
+        mend(database, found)
+        assert look(database) == ()
+        database.execute("create policy open on typed using (user_id is not null)")
+        (finding,) = look(database)
+        assert finding.key == "policy-open:public.typed.open"
+
+    def test_a_child_table_without_one_is_judged_by_its_policy(self, database: Database) -> None:
+        database.execute(
+            "create table lines (note bigint, body text); grant select on lines to {app};"
+            "alter table lines enable row level security, force row level security;"
+            "create policy of_note on lines using (exists (select from notes where notes.id = lines.note))"
+        )
+        assert look(database) == ()
+        database.execute(f"create policy p on lines for select using ({READ} is null or body = {READ})")
+        (finding,) = found = look(database)
+        assert finding.key == "unset-matches:public.lines.p"
+        mend(database, found)
+        assert look(database) == ()
+        database.execute("drop policy p on lines; create policy q on lines for select using (body = " + SAFE + ")")
+        database.execute("create policy p on lines for select using (true)")
+        (finding,) = found = look(database)
+        assert finding.key == "policy-open:public.lines.p"
+        mend(database, found)
+        assert look(database) == ()
+
+    def test_names_that_need_quotes(self, database: Database) -> None:
+        database.execute(
+            'create schema "My %s"; create table "My %s"."no""tes" (user_id text, "order" int);'
+            'grant usage on schema "My %s" to {app}; grant select on "My %s"."no""tes" to {app};'
+            'alter table "My %s"."no""tes" enable row level security, force row level security;'
+            """create policy "p %s" on "My %s"."no""tes" using ("no""tes"."order" is null)""",
+            as_=database.superuser,
+        )
+        (finding,) = look(database)
+        assert finding.key == 'policy-open:"My %s"."no""tes"."p %s"'
+        database.execute(finding.sql, as_=database.superuser)
+        assert look(database) == ()
+
+
+class TestRows:
+    def test_that_are_visible_to_nobody_in_particular_are_found_though_no_condition_shows_it(
+        self, database: Database
+    ) -> None:
+        database.execute("create policy p on notes for select using (body = 'shown')")
+        database.execute("insert into notes (user_id, body) values ('alice', 'shown')", as_=database.superuser)
+        (finding,) = found = look(database)
+        assert finding.key == "visible:public.notes"
+        assert "alice" not in str(finding)
+        mend(database, found)
+        assert look(database) == ()
+
+    def test_a_function_that_reads_the_setting_is_seen_through(self, database: Database) -> None:
+        database.execute(
+            f"create function me() returns text stable language sql as $$select {READ}$$;"
+            "create table lines (body text); grant select on lines to {app};"
+            "alter table lines enable row level security, force row level security;"
+            "create policy p on lines for select using (me() is null or body = me())"
+        )
+        assert keys(look(database)) == ["unset-matches:public.lines.p"]
