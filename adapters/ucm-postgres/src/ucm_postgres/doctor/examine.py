@@ -1,6 +1,6 @@
 """The examination of a database, over one connection of the application's."""
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,16 +55,18 @@ def require_healthy(
     binding: Binding | None = None,
     *,
     user_column: str = "user_id",
+    also: Sequence[Finding] = (),
     accepted: Collection[str] = (),
 ) -> tuple[Finding, ...]:
     """Examine at the start of an application, and refuse to start where something serious is found.
 
-    ``accepted`` are the keys of findings that are meant to be so. What is not serious, and not accepted, is returned.
+    ``also`` is what else was found, by ``examine_pool``, to be judged with the rest. ``accepted`` are the keys of
+    findings that are meant to be so. What is not serious, and not accepted, is returned.
 
     Raises ConfigurationError, which names every serious finding with the SQL that mends it, and what ``examine``
     raises.
     """
-    found = unaccepted(examine(connection, binding, user_column=user_column), accepted)
+    found = unaccepted((*also, *examine(connection, binding, user_column=user_column)), accepted)
     serious = [finding for finding in found if finding.severity == "serious"]
     if serious:
         lines = [f"- {finding.key}: {finding.problem}\n  {_indented(finding.sql)}" for finding in serious]
