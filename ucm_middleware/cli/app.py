@@ -3,6 +3,7 @@
 import typer
 
 from ucm_middleware.cli.audit import make_audit
+from ucm_middleware.cli.doctor import make_doctor
 
 
 def make_app() -> typer.Typer:
@@ -10,6 +11,7 @@ def make_app() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
     app.callback()(_ucm)
     app.add_typer(make_audit(), name="audit")
+    app.add_typer(make_doctor(), name="doctor")
     return app
 
 

@@ -258,7 +258,7 @@ class TestFindings:
         with psycopg.connect(database.app.dsn) as connection:
             (finding,) = examine(connection, Binding(setting="shop.buyer"), user_column="holder")
             assert finding.key == "row-security-off:public.carts"
-            assert "holder = nullif(current_setting('shop.buyer', true), '')" in finding.sql
+            assert "holder = (select nullif(current_setting('shop.buyer', true), '')" in finding.sql
             connection.rollback()
             database.execute(finding.sql)
             assert examine(connection, Binding(setting="shop.buyer"), user_column="holder") == ()

@@ -73,7 +73,7 @@ class TestConditions:
         database.execute(f"drop policy notes_of_user on notes; create policy p on notes using ({condition})")
         (finding,) = found = look(database)
         assert finding.key == "policy-open:public.notes.p"
-        assert finding.sql.startswith("alter policy p on public.notes using (user_id = nullif(")
+        assert finding.sql.startswith("alter policy p on public.notes using (user_id = (select nullif(")
         mend(database, found)
         assert look(database) == ()
 
@@ -169,6 +169,24 @@ class TestColumns:
         assert finding.key == 'policy-open:"My %s"."no""tes"."p %s"'
         database.execute(finding.sql, as_=database.superuser)
         assert look(database) == ()
+
+    def test_a_type_that_takes_no_made_up_values_is_said(self, database: Database) -> None:
+        database.execute(
+            "create domain filled as text not null; create table strict (user_id text, body filled);"
+            f"alter table strict enable row level security, force row level security;"
+            f"create policy p on strict using (user_id = {SAFE}); grant select on strict to {{app}}"
+        )
+        (finding,) = look(database)
+        assert (finding.key, finding.severity) == ("not-judged:public.strict", "warning")
+
+    def test_a_table_in_a_schema_that_is_closed_cannot_be_reached(self, database: Database) -> None:
+        database.execute(
+            "create schema closed; create table closed.t (user_id text); grant select on closed.t to {app}",
+            as_=database.superuser,
+        )
+        assert look(database) == ()
+        database.execute("grant usage on schema closed to {app}", as_=database.superuser)
+        assert keys(look(database)) == ["row-security-off:closed.t"]
 
 
 class TestRows:

@@ -8,6 +8,7 @@ import asyncpg  # type: ignore[import-untyped]
 import psycopg
 import pytest
 import sqlalchemy
+import sqlalchemy.event
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool

@@ -18,6 +18,7 @@ class Role:
     """The login, or the role that transactions take on."""
 
     oid: int
+    bare_name: str
     name: str
     is_superuser: bool
     bypasses: bool
@@ -71,7 +72,8 @@ class Policy:
 
 
 _ROLES: Final = """
-select oid::int8 as oid, quote_ident(rolname) as name, rolsuper as is_superuser, rolbypassrls as bypasses
+select oid::int8 as oid, rolname::text as bare_name, quote_ident(rolname) as name, rolsuper as is_superuser,
+    rolbypassrls as bypasses
 from pg_roles where rolname = %(name)s
 """
 
@@ -85,7 +87,8 @@ select c.oid::int8 as oid, n.nspname::text as schema, c.relname::text as bare_na
     array(select inhparent::int8 from pg_inherits where inhrelid = c.oid) as parents,
     array(
         select kind from unnest(array['select', 'insert', 'update', 'delete', 'truncate']) kind
-        where case when kind in ('delete', 'truncate') then has_table_privilege(%(role)s, c.oid, kind)
+        where has_schema_privilege(%(role)s, n.oid, 'USAGE')
+            and case when kind in ('delete', 'truncate') then has_table_privilege(%(role)s, c.oid, kind)
             else has_any_column_privilege(%(role)s, c.oid, kind) end
     ) as privileges,
     {grantees} as grantees

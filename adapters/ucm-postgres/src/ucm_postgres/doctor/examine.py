@@ -11,6 +11,7 @@ from ucm_middleware import ConfigurationError
 from ucm_postgres.binding import Binding
 from ucm_postgres.doctor.catalog import Catalog
 from ucm_postgres.doctor.findings import SEVERITIES, Finding
+from ucm_postgres.doctor.hardened import examine_hardened
 from ucm_postgres.doctor.policies import examine_policies
 from ucm_postgres.doctor.roles import examine_roles
 from ucm_postgres.doctor.surroundings import examine_surroundings
@@ -45,7 +46,7 @@ def examine(
         closed = {"role-missing", "role-closed"} & {finding.code for finding in found}
         if catalog.binding.role is not None and not closed:
             connection.execute("select set_config('role', %s, true)", [catalog.binding.role])
-        for part in (examine_tables, examine_policies, examine_views, examine_functions):
+        for part in (examine_hardened, examine_tables, examine_policies, examine_views, examine_functions):
             found += part(catalog)
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 

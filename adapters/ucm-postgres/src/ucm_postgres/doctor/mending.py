@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from psycopg import sql
 
 from ucm_postgres.doctor.catalog import Catalog, Policy, Table
+from ucm_postgres.policies import SCHEMA
 
 _COMMANDS = {"r": "select", "a": "insert", "w": "update", "d": "delete"}
 
@@ -28,9 +29,13 @@ def bound(catalog: Catalog) -> str:
 
 def is_users(catalog: Catalog, table: Table) -> str:
     """The condition that a row is the bound user's. The table has a column of the user."""
-    value = f"nullif(current_setting({literal(catalog, catalog.binding.setting)}, true), '')"
-    is_text = table.user_type in {"text", "character varying"}
-    return f"{table.user_column} = {value}" + ("" if is_text else f"::{table.user_type}")
+    if catalog.binding.signed:
+        value = f"{SCHEMA}.current_user_id()"
+    else:
+        value = f"nullif(current_setting({literal(catalog, catalog.binding.setting)}, true), '')"
+    cast = "" if table.user_type in {"text", "character varying"} else f"::{table.user_type}"
+    # In a query of its own it is worked out once, and not for each row.
+    return f"{table.user_column} = (select {value}{cast})"
 
 
 def secured(table: Table) -> str:

@@ -12,14 +12,16 @@ from psycopg import sql
 
 from ucm_postgres.doctor.catalog import Catalog, Policy, Table
 from ucm_postgres.doctor.findings import Finding
-from ucm_postgres.doctor.mending import fenced, guarded, rewritten
+from ucm_postgres.doctor.mending import fenced, guarded, literal, rewritten
 
-Bound = Literal["unset", "empty", "another"]
-"""Who is bound: nobody yet on this connection, nobody any more, or somebody whose rows these are not."""
+Bound = Literal["unset", "empty", "another", "unsigned"]
+"""Who is bound: nobody yet on this connection, nobody any more, somebody whose rows these are not, or, in the hardened
+mode, somebody who says that they are theirs and cannot prove it."""
 
 Row = Literal["owned", "empty", "null"]
 """Whose row it is: somebody's, or what an empty setting and an absent one would match."""
 
+_BOUND: Final[tuple[Bound, ...]] = ("unset", "empty", "another", "unsigned")
 _UNBOUND: Final[tuple[Bound, ...]] = ("unset", "empty")
 _COMMANDS: Final = {"r": "select", "a": "insert", "w": "update", "W": "update", "d": "delete"}
 """What may be done with a row. An update is asked about twice: for the row that is there, and what it becomes."""
@@ -50,26 +52,29 @@ def examine_policies(catalog: Catalog) -> Iterator[Finding]:
     tables = [table for table in catalog.tables if table.enabled and _is_bound(catalog, table)]
     judged = {table.oid: [_Judged(policy) for policy in catalog.policies[table.oid]] for table in tables}
     visible: set[int] = set()
-    slow: set[int] = set()
-    for bound in ("unset", "empty", "another"):
+    unknown = {table.oid for table in tables if not _can_be_judged(catalog, table, _users(table)[0])}
+    for bound in _BOUND:
         for table in tables:
             mine, other = _users(table)
-            if not _bind(catalog, bound, other):
+            if not _bind(catalog, bound, mine if bound == "unsigned" else other):
                 continue
             for each in judged[table.oid]:
                 if not _judge(catalog, table, each, bound, mine):
-                    slow.add(table.oid)
+                    unknown.add(table.oid)
             if bound in _UNBOUND and "select" in table.privileges:
-                _look(catalog, table, visible, slow)
+                _look(catalog, table, visible, unknown)
     for table in tables:
         found = list(_verdicts(catalog, table, judged[table.oid]))
         yield from found
         if table.oid in visible and not found:
             problem = "rows are visible where no user is bound"
             yield Finding("visible", "serious", table.name, problem, fenced(catalog, table))
-        if table.oid in slow:
-            problem = "what its policies let through could not be told in time"
-            yield Finding("not-probed", "info", table.name, problem)
+        if table.oid in unknown:
+            problem = (
+                "what its policies let through could not be told: it took too long, or a type of a column takes no "
+                "values that were made up; judge them yourself, and accept this"
+            )
+            yield Finding("not-judged", "warning", table.name, problem)
 
 
 def _is_bound(catalog: Catalog, table: Table) -> bool:
@@ -83,16 +88,18 @@ def _users(table: Table) -> tuple[str, str]:
         return str(uuid.uuid4()), str(uuid.uuid4())
     if kind in _NUMBERS:
         return str(_NUMBERS[kind]), str(_NUMBERS[kind] - 1)
-    return f"doctor-{secrets.token_hex(8)}", f"doctor-{secrets.token_hex(8)}"
+    return f"d-{secrets.token_hex(4)}", f"d-{secrets.token_hex(4)}"
 
 
-def _bind(catalog: Catalog, bound: Bound, other: str) -> bool:
+def _bind(catalog: Catalog, bound: Bound, user: str) -> bool:
     setting = catalog.binding.setting
     if bound == "unset":
         # Once it was set it never is null again, on this connection.
         row = catalog.connection.execute("select current_setting(%s, true) is null", [setting]).fetchone()
         return row == (True,)
-    value = "" if bound == "empty" else other
+    if bound == "unsigned" and not catalog.binding.signed:
+        return False
+    value = "" if bound == "empty" else user
     catalog.connection.execute("select set_config(%s, %s, true)", [setting, value])
     return True
 
@@ -101,68 +108,84 @@ def _judge(catalog: Catalog, table: Table, judged: _Judged, bound: Bound, user: 
     # False is for what could not be told in time.
     policy = judged.policy
     seen = set[Row]() if policy.using is None else _true_for(catalog, table, policy.using, user)
-    written = seen if policy.check is None else _true_for(catalog, table, policy.check, user)
+    written = (
+        seen if policy.check is None or policy.check == policy.using else _true_for(catalog, table, policy.check, user)
+    )
     judged.seen[bound], judged.written[bound] = seen or set(), written or set()
     return seen is not None and written is not None
 
 
 def _true_for(catalog: Catalog, table: Table, condition: str, user: str) -> set[Row] | None:
+    rows = _rows(catalog, table, user)
+    asked = [f"(select ({condition}) is true from {source})" for source in rows.values()]
+    answers = _ask(catalog, f"select {', '.join(asked)}")
+    if answers == ():  # one of them is an error, which lets nothing through: the statement fails
+        each = [_ask(catalog, f"select {question}") for question in asked]
+        answers = None if None in each else [bool(answer and answer[0]) for answer in each]
+    if answers is None:
+        return None
+    return {row for row, answer in zip(rows, answers, strict=True) if answer}
+
+
+def _rows(catalog: Catalog, table: Table, user: str) -> dict[Row, str]:
+    # Each as what FROM takes, by the table's own name, as a condition may say it.
     rows: dict[Row, dict[str, str | None]] = {"null": {}}
     if table.user_column is not None:
         column = table.user_column.strip('"').replace('""', '"')
         rows["owned"] = {column: user}
         if table.user_type in _TEXTS:
             rows["empty"] = {column: ""}
-    found: set[Row] = set()
     relation = sql.Identifier(table.schema, table.bare_name).as_string(catalog.connection)
     alias = sql.Identifier(table.bare_name).as_string(catalog.connection)
-    for row, values in rows.items():
-        # By the table's own name, as the condition may say it.
-        query = (
-            f"select ({condition}) is true "
-            f"from (select (jsonb_populate_record(null::{relation}, $1::jsonb)).*) as {alias}"
-        )
-        answer = _ask(catalog, query, json.dumps(values))
-        if answer is None:
-            return None
-        if answer:
-            found.add(row)
-    return found
+    return {
+        row: f"(select (jsonb_populate_record(null::{relation}, {literal(catalog, json.dumps(values))}::jsonb)).*) as "
+        f"{alias}"
+        for row, values in rows.items()
+    }
 
 
-def _ask(catalog: Catalog, query: str, *parameters: str) -> bool | None:
-    # None is for what could not be told in time.
+def _can_be_judged(catalog: Catalog, table: Table, user: str) -> bool:
+    # Types may refuse such values: a domain that is not null, an enumeration.
+    row = sql.Identifier(table.bare_name).as_string(catalog.connection)
+    asked = ", ".join(f"(select ({row}.*)::text from {source})" for source in _rows(catalog, table, user).values())
+    return bool(_ask(catalog, f"select {asked}"))
+
+
+def _ask(catalog: Catalog, query: str) -> Sequence[object] | None:
+    # The row; an empty one for an error, and None for what could not be told in time.
     try:
         with catalog.connection.transaction(), psycopg.RawCursor(catalog.connection) as cursor:
-            return cursor.execute(query.encode(), parameters).fetchone() == (True,)
+            return cursor.execute(query.encode()).fetchone() or ()
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
         return None
     except psycopg.DatabaseError:
-        # What cannot be worked out lets nothing through: the statement fails.
         if catalog.connection.broken:
             raise
-        return False
+        return ()
 
 
-def _look(catalog: Catalog, table: Table, visible: set[int], slow: set[int]) -> None:
+def _look(catalog: Catalog, table: Table, visible: set[int], unknown: set[int]) -> None:
     found = _ask(catalog, f"select row_security_active({table.oid}::oid) and exists (select from {table.name})")
-    if found:
+    if found is None:
+        unknown.add(table.oid)
+    elif found and found[0]:
         visible.add(table.oid)
-    elif found is None:
-        slow.add(table.oid)
 
 
 def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iterator[Finding]:
     guilty: dict[str, set[str]] = {}  # a policy's name, and what it lets somebody do
     open_to_all: set[str] = set()
+    unsigned: set[str] = set()
     for command in _COMMANDS:
-        for bound in ("unset", "empty", "another"):
+        for bound in _BOUND:
             rows = _leaking(table, judged, command, bound)
             for each in judged:
                 if each.policy.permissive and each.policy.covers(command.lower()) and rows & each.lets(command, bound):
                     guilty.setdefault(each.policy.name, set()).add(_COMMANDS[command])
                     if bound == "another":
                         open_to_all.add(each.policy.name)
+                    elif bound == "unsigned":
+                        unsigned.add(each.policy.name)
     for each in judged:
         commands = guilty.get(each.policy.name)
         if commands is None:
@@ -173,6 +196,9 @@ def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iter
             problem = f"the policy holds for rows of other users ({doing}), and another policy cannot take that back"
             mending = _closed(catalog, table, each, judged, open_to_all)
             yield Finding("policy-open", "serious", subject, problem, mending)
+        elif each.policy.name in unsigned and table.user_column is not None:
+            problem = f"the policy takes a user id that nobody has signed ({doing})"
+            yield Finding("unsigned", "serious", subject, problem, rewritten(catalog, table, each.policy))
         else:
             problem = f"the policy takes an unset or empty {catalog.binding.setting} for a match ({doing})"
             yield Finding("unset-matches", "serious", subject, problem, guarded(catalog, table, each.policy))
@@ -180,7 +206,7 @@ def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iter
 
 def _leaking(table: Table, judged: Sequence[_Judged], command: str, bound: Bound) -> set[Row]:
     let = _allowed(judged, command, bound)
-    if bound == "another":
+    if bound in {"another", "unsigned"}:
         if table.user_column is not None:
             return let & {"owned"}
         # Without a column of the user, only a policy that asks for no user beside one that does is a mistake.
