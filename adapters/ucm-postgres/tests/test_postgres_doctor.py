@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 import pytest
+from psycopg.rows import DictRow, dict_row
 
 from support.postgres import Database, PostgresServer
 from ucm_middleware import ConfigurationError
@@ -110,6 +111,13 @@ CASES = [
         "view:public.all_notes",
         "warning",
         "owner's policies",
+    ),
+    Case(
+        "create table drafts (user_id text); create view my_drafts as select * from drafts;"
+        "grant select on my_drafts to {app}",
+        "view:public.my_drafts",
+        "serious",
+        "public.drafts as its owner",
     ),
     Case(
         "create view inner_notes as select * from notes;"
@@ -320,6 +328,20 @@ class TestChangesNothing:
                 " coalesce(current_setting('app.user_id', true), '')"
             ).fetchone()
         assert rows == ('"$user", public', "0", "none", "")
+
+    def test_the_connection_may_be_set_up_in_any_way_and_stays_so(self, database: Database) -> None:
+        database.execute("grant truncate on notes to {app}")
+        with psycopg.Connection[DictRow].connect(database.app.dsn, row_factory=dict_row) as connection:
+            connection.cursor_factory = psycopg.RawCursor
+            assert [finding.code for finding in examine(connection)] == ["truncate"]
+            assert connection.prepare_threshold == 5
+            question = "select count(*) as prepared from pg_prepared_statements where $1"
+            assert connection.execute(question, [True]).fetchone() == {"prepared": 0}
+
+    def test_a_role_for_each_user_is_asked_for_one(self, database: Database) -> None:
+        binding = Binding(role_of=lambda context: context.user_id)
+        with psycopg.connect(database.app.dsn) as connection, pytest.raises(ConfigurationError, match="any user's"):
+            examine(connection, binding)
 
     def test_a_connection_in_a_transaction_is_refused(self, database: Database) -> None:
         with psycopg.connect(database.app.dsn) as connection:

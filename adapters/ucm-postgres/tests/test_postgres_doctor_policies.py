@@ -220,3 +220,26 @@ class TestRows:
             "create policy p on lines for select using (me() is null or body = me())"
         )
         assert keys(look(database)) == ["unset-matches:public.lines.p"]
+
+    def test_a_function_that_looks_for_its_tables_along_the_search_path(self, database: Database) -> None:
+        database.execute(
+            "create table switches (is_on boolean); insert into switches values (true);"
+            "grant select on switches to {app};"
+            "create function is_on() returns boolean stable language plpgsql as"
+            " 'begin return (select bool_or(is_on) from switches); end';"
+            "create policy p on notes for select using (is_on())"
+        )
+        assert keys(look(database)) == ["policy-open:public.notes.p"]
+
+    def test_a_column_whose_name_needs_quotes(self, database: Database) -> None:
+        database.execute(
+            'drop table notes; create table t ("who""" text); grant select, insert on t to {app};'
+            "alter table t enable row level security, force row level security;"
+            'create policy p on t using ("who""" is not null)'
+        )
+        with psycopg.connect(database.app.dsn) as connection:
+            (finding,) = examine(connection, user_column='who"')
+        assert finding.key == "policy-open:public.t.p"
+        mend(database, [finding])
+        with psycopg.connect(database.app.dsn) as connection:
+            assert examine(connection, user_column='who"') == ()

@@ -133,7 +133,7 @@ select p.polrelid::int8 as table, quote_ident(p.polname) as name, p.polname::tex
     ) is true as mentions
 from pg_policy p
 where p.polrelid = any(%(tables)s) and (
-    0 = any(p.polroles) or exists (select from unnest(p.polroles) r where pg_has_role(%(role)s, r, %(membership)s))
+    0 = any(p.polroles) or exists (select from unnest(p.polroles) r where pg_has_role(%(role)s, r, 'USAGE'))
 )
 order by 1, 3
 """
@@ -147,13 +147,19 @@ class Catalog:
         self.binding = binding
         self.version = connection.info.server_version
         """Such as 180006."""
-        self._user_column = user_column
+        self.user_column = user_column
+        """As it stands in the catalog, not quoted."""
 
     def rows(self, kind: type[_T], query: str, **parameters: object) -> list[_T]:
         """What a query gives, one object for each row. It may use %(login)s and %(role)s, and {grantees}."""
         given = {**self._parameters, **parameters}
         with self.connection.cursor(row_factory=class_row(kind)) as cursor:
             return cursor.execute(query.encode(), given).fetchall()
+
+    def value(self, query: str, *parameters: object) -> object:
+        """The one value that a query gives; None where it gives none."""
+        row = self.connection.execute(query.encode(), parameters or None).fetchone()
+        return row[0] if row else None
 
     @cached_property
     def login(self) -> Role:
@@ -180,7 +186,7 @@ class Catalog:
     def tables(self) -> list[Table]:
         """What holds users' rows: has the column of the user or policies, or row security is on."""
         grantees = GRANTEES.format(acl="c.relacl", kind="r", owner="c.relowner")
-        return self.rows(Table, _TABLES.replace("{grantees}", grantees), column=self._user_column)
+        return self.rows(Table, _TABLES.replace("{grantees}", grantees), column=self.user_column)
 
     @cached_property
     def table_of(self) -> dict[int, Table]:
@@ -191,10 +197,8 @@ class Catalog:
     def policies(self) -> dict[int, list[Policy]]:
         """Of each table, those that apply."""
         found: dict[int, list[Policy]] = {table.oid: [] for table in self.tables}
-        # With a role for each user, a login without inheritance still takes on each of them.
-        membership = "USAGE" if self.binding.role_of is None else "MEMBER"
         setting = self.binding.setting.lower()
-        for policy in self.rows(Policy, _POLICIES, tables=list(found), setting=setting, membership=membership):
+        for policy in self.rows(Policy, _POLICIES, tables=list(found), setting=setting):
             found[policy.table].append(policy)
         return found
 
@@ -204,9 +208,7 @@ class Catalog:
 
     def require_postgres(self) -> None:
         """Raises ConfigurationError for a server that is none, or too old."""
-        row = self.connection.execute("select version()").fetchone()
-        if row is None or not str(row[0]).startswith("PostgreSQL ") or self.version < 140000:
-            found = str(row[0]).split(" on ")[0] if row else "nothing"
-            raise ConfigurationError(
-                f"the server says that it is {found[:100]!r}; the doctor knows PostgreSQL, from 14 on"
-            )
+        said = str(self.value("select version()"))
+        if not said.startswith("PostgreSQL ") or self.version < 140000:
+            found = said.split(" on ")[0][:100]
+            raise ConfigurationError(f"the server says that it is {found!r}; the doctor knows PostgreSQL, from 14 on")

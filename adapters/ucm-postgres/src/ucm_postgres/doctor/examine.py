@@ -4,8 +4,9 @@ from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from psycopg import Connection
+from psycopg import Connection, Cursor
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from ucm_middleware import ConfigurationError
 from ucm_postgres.binding import Binding
@@ -35,19 +36,29 @@ def examine(
     rows. It changes nothing: all is asked in a read-only transaction, which is rolled back. Of rows it asks only
     whether there are any that should not be visible, for 10 seconds a table at most.
 
-    Raises ConfigurationError for a connection in a transaction and for a server that is no PostgreSQL, and what psycopg
-    raises.
+    Raises ConfigurationError for a connection in a transaction, for a binding with ``role_of`` and for a server that is
+    no PostgreSQL, and what psycopg raises.
     """
-    catalog = Catalog(connection, binding or Binding(), user_column)
+    binding = binding or Binding()
+    if binding.role_of is not None:
+        raise ConfigurationError(
+            "role_of gives each user a role, and the doctor looks with the eyes of one; give Binding(role=...) with "
+            "any user's"
+        )
+    catalog = Catalog(connection, binding, user_column)
     with _only_looking(connection):
+        path = str(catalog.value("select current_setting('search_path')"))
         connection.execute(_SETTINGS)
         catalog.require_postgres()
         found = [*examine_surroundings(catalog), *examine_roles(catalog)]
         closed = {"role-missing", "role-closed"} & {finding.code for finding in found}
-        if catalog.binding.role is not None and not closed:
-            connection.execute("select set_config('role', %s, true)", [catalog.binding.role])
-        for part in (examine_hardened, examine_tables, examine_policies, examine_views, examine_functions):
+        if binding.role is not None and not closed:
+            connection.execute("select set_config('role', %s, true)", [binding.role])
+        for part in (examine_hardened, examine_tables, examine_views, examine_functions):
             found += part(catalog)
+        # What was read of the catalogs has all names in full; functions that policies call may not.
+        connection.execute("select set_config('search_path', %s, true)", [path])
+        found += examine_policies(catalog)
     return tuple(sorted(found, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
@@ -96,11 +107,14 @@ def _indented(sql: str) -> str:
 def _only_looking(connection: Connection[Any]) -> Generator[None]:
     if connection.info.transaction_status != TransactionStatus.IDLE:
         raise ConfigurationError("the connection is in a transaction, or closed; give the doctor one that is idle")
-    before = connection.read_only
+    before = connection.read_only, connection.prepare_threshold, connection.row_factory, connection.cursor_factory
     connection.read_only = True
+    connection.prepare_threshold = None  # behind a pooler, a prepared statement would be left to somebody else
+    connection.row_factory, connection.cursor_factory = tuple_row, Cursor
     try:
         with connection.transaction(force_rollback=True):
             yield
     finally:
+        connection.prepare_threshold, connection.row_factory, connection.cursor_factory = before[1:]
         if not connection.closed:
-            connection.read_only = before
+            connection.read_only = before[0]

@@ -36,8 +36,7 @@ def examine_hardened(catalog: Catalog) -> Iterator[Finding]:
     """Nothing where user ids are not signed."""
     if not catalog.binding.signed:
         return
-    there = catalog.connection.execute("select to_regprocedure(%s) is not null", [FUNCTION]).fetchone()
-    if there != (True,):
+    if not catalog.value("select to_regprocedure(%s) is not null", FUNCTION):
         yield Finding(
             "signing-missing",
             "serious",

@@ -17,9 +17,7 @@ def literal(catalog: Catalog, text: str) -> str:
 
 def identifier(catalog: Catalog, name: str) -> str:
     """A name, quoted where it needs to be."""
-    row = catalog.connection.execute("select quote_ident(%s)", [name]).fetchone()
-    assert row is not None
-    return str(row[0])
+    return str(catalog.value("select quote_ident(%s)", name))
 
 
 def bound(catalog: Catalog) -> str:
@@ -53,6 +51,14 @@ def policies_for(catalog: Catalog, table: Table, commands: Sequence[str]) -> str
         f"{_clauses(command, condition)};"
         for command in commands
     )
+
+
+def secured_wholly(catalog: Catalog, table: Table) -> str:
+    """Row security for a table that has none yet, with a policy unless it has some."""
+    parts = [secured(table)]
+    if table.user_column is not None and not any(policy.permissive for policy in catalog.policies[table.oid]):
+        parts.append(policies_for(catalog, table, tuple(_COMMANDS)))
+    return "\n".join(parts)
 
 
 def rewritten(catalog: Catalog, table: Table, policy: Policy) -> str:

@@ -95,8 +95,7 @@ def _bind(catalog: Catalog, bound: Bound, user: str) -> bool:
     setting = catalog.binding.setting
     if bound == "unset":
         # Once it was set it never is null again, on this connection.
-        row = catalog.connection.execute("select current_setting(%s, true) is null", [setting]).fetchone()
-        return row == (True,)
+        return catalog.value("select current_setting(%s, true) is null", setting) is True
     if bound == "unsigned" and not catalog.binding.signed:
         return False
     value = "" if bound == "empty" else user
@@ -131,10 +130,9 @@ def _rows(catalog: Catalog, table: Table, user: str) -> dict[Row, str]:
     # Each as what FROM takes, by the table's own name, as a condition may say it.
     rows: dict[Row, dict[str, str | None]] = {"null": {}}
     if table.user_column is not None:
-        column = table.user_column.strip('"').replace('""', '"')
-        rows["owned"] = {column: user}
+        rows["owned"] = {catalog.user_column: user}
         if table.user_type in _TEXTS:
-            rows["empty"] = {column: ""}
+            rows["empty"] = {catalog.user_column: ""}
     relation = sql.Identifier(table.schema, table.bare_name).as_string(catalog.connection)
     alias = sql.Identifier(table.bare_name).as_string(catalog.connection)
     return {

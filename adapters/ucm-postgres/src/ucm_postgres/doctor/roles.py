@@ -57,7 +57,7 @@ def _named_role(catalog: Catalog, name: str) -> Iterator[Finding]:
         )
         return
     asked = f"select pg_has_role(%s::oid, %s::oid, '{_may_become(catalog)}')"
-    if catalog.connection.execute(asked.encode(), [catalog.login.oid, role.oid]).fetchone() != (True,):
+    if not catalog.value(asked, catalog.login.oid, role.oid):
         yield Finding(
             "role-closed",
             "serious",

@@ -17,19 +17,19 @@ def examine_surroundings(catalog: Catalog) -> Iterator[Finding]:
 
 
 def _encoding(catalog: Catalog) -> Iterator[Finding]:
-    row = catalog.connection.execute("select quote_ident(current_database()), current_setting('server_encoding')")
-    database, encoding = row.fetchone() or ("", "")
+    encoding = catalog.value("select current_setting('server_encoding')")
     if encoding == "UTF8":
         return
     if encoding == "SQL_ASCII":
         problem = "its encoding is SQL_ASCII, which takes any bytes: one user's id may be kept in several spellings"
     else:
         problem = f"its encoding is {encoding}, which cannot hold all ids of users"
-    another = identifier(catalog, f"{str(database).strip(chr(34))[:50]}_utf8")
+    name = str(catalog.value("select current_database()"))
+    another = identifier(catalog, f"{name[:50]}_utf8")
     yield Finding(
         "encoding",
         "warning",
-        str(database),
+        identifier(catalog, name),
         f"{problem}; move to a database in UTF8, by pg_dump and psql",
         f"create database {another} template template0 encoding 'UTF8' locale 'C';",
     )
@@ -59,8 +59,7 @@ def _preset(catalog: Catalog) -> Iterator[Finding]:
         target = f"{whom} in {where}" if whom and where else whom or where or "role all"
         problem = f"each connection begins with a {setting} that nobody has bound: its user is seen where no one is"
         yield Finding("preset", "serious", target, problem, f"alter {target} reset {setting};")
-    row = catalog.connection.execute("select current_setting(%s, true)", [setting]).fetchone()
-    if row is not None and row[0] and not defaults:
+    if catalog.value("select nullif(current_setting(%s, true), '')", setting) is not None and not defaults:
         problem = "this connection comes with a user that is bound: its last borrower's, or the connection string's"
         yield Finding("preset", "serious", setting, problem, f"reset {setting};")
 
@@ -68,8 +67,7 @@ def _preset(catalog: Catalog) -> Iterator[Finding]:
 def _pooler(catalog: Catalog) -> Iterator[Finding]:
     # A pooler answers for the server while the client connects, and so makes up a number of its own.
     told = catalog.connection.info.backend_pid
-    row = catalog.connection.execute("select pg_backend_pid()").fetchone()
-    if row is None or row[0] == told:
+    if catalog.value("select pg_backend_pid()") == told:
         return
     info = catalog.connection.info
     yield Finding(

@@ -6,7 +6,7 @@ from typing import Final
 
 from ucm_postgres.doctor.catalog import Catalog, Table
 from ucm_postgres.doctor.findings import Finding
-from ucm_postgres.doctor.mending import identifier, policies_for, revoked, secured
+from ucm_postgres.doctor.mending import identifier, policies_for, revoked, secured_wholly
 
 COMMANDS: Final = {"select": "r", "insert": "a", "update": "w", "delete": "d"}
 
@@ -62,15 +62,12 @@ def _not_enabled(catalog: Catalog, table: Table) -> Iterator[Finding]:
         return
     policies = catalog.policies[table.oid]
     why = "it has policies" if policies else f"it has a column {table.user_column}"
-    mending = [secured(table)]
-    if not any(policy.permissive for policy in policies) and table.user_column is not None:
-        mending.append(policies_for(catalog, table, tuple(COMMANDS.values())))
     yield Finding(
         "row-security-off",
         "serious",
         table.name,
         f"{why}, and row security is off: every user reaches all of its rows",
-        "\n".join(mending),
+        secured_wholly(catalog, table),
     )
 
 

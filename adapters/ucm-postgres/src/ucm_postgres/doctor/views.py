@@ -6,7 +6,7 @@ from typing import Final
 
 from ucm_postgres.doctor.catalog import GRANTEES, Catalog, Table
 from ucm_postgres.doctor.findings import Finding
-from ucm_postgres.doctor.mending import revoked
+from ucm_postgres.doctor.mending import revoked, secured_wholly
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,10 @@ def examine_views(catalog: Catalog) -> Iterator[Finding]:
 def _as_owner(catalog: Catalog, view: _View, names: str) -> Finding:
     if catalog.version >= 150000:
         mending = [f"alter view {view.name} set (security_invoker = true);"]
+        # With that the role needs the tables themselves, and the view is no longer what stands before them.
+        mending += [
+            secured_wholly(catalog, catalog.table_of[oid]) for oid in view.targets if not _is_enabled(catalog, oid)
+        ]
         mending += [f"grant select on {name} to {catalog.role.name};" for name in view.unreadable]
         sql = "\n".join(mending)
     else:
@@ -91,13 +95,17 @@ def _as_owner(catalog: Catalog, view: _View, names: str) -> Finding:
     return Finding("view", "warning", view.name, problem, sql)
 
 
+def _is_enabled(catalog: Catalog, oid: int) -> bool:
+    return catalog.table_of[oid].enabled
+
+
 def _is_free_of(catalog: Catalog, role: int, table: Table) -> bool:
     if not table.enabled:
         return True
     if table.forced:
         return False
     asked = "select pg_has_role(%s::oid, relowner, 'USAGE') from pg_class where oid = %s::oid"
-    return catalog.connection.execute(asked, [role, table.oid]).fetchone() == (True,)
+    return bool(catalog.value(asked, role, table.oid))
 
 
 @dataclass(frozen=True, slots=True)
