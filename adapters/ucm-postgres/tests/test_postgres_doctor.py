@@ -1,6 +1,7 @@
 """The doctor finds what is wrong, and its SQL mends it. It changes nothing itself."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import psycopg
 import pytest
@@ -332,7 +333,8 @@ class TestChangesNothing:
     def test_the_connection_may_be_set_up_in_any_way_and_stays_so(self, database: Database) -> None:
         database.execute("grant truncate on notes to {app}")
         with psycopg.Connection[DictRow].connect(database.app.dsn, row_factory=dict_row) as connection:
-            connection.cursor_factory = psycopg.RawCursor
+            raw: Any = psycopg.RawCursor
+            connection.cursor_factory = raw
             assert [finding.code for finding in examine(connection)] == ["truncate"]
             assert connection.prepare_threshold == 5
             question = "select count(*) as prepared from pg_prepared_statements where $1"

@@ -11,12 +11,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from psycopg_pool import AsyncConnectionPool
 from typer.testing import CliRunner, Result
 
 from support.postgres import Database
+from ucm_middleware import ConfigurationError
 from ucm_middleware.cli.app import make_app
+from ucm_postgres import doctor
+from ucm_postgres.psycopg import reset
 
 UCM = str(Path(sys.executable).with_name("ucm"))
 PASSWORD = "hunter2 is @ secret/%?#:"
@@ -140,6 +145,10 @@ class TestCannotLook:
         said = self.refused(replace(database.app, password=PASSWORD).dsn)
         assert f'password authentication failed for user "{database.app.user}"' in said
 
+    def test_a_password_that_the_server_speaks_of(self, database: Database) -> None:
+        said = self.refused(replace(database.app, user=PASSWORD, password=PASSWORD).dsn)
+        assert 'password authentication failed for user "***"' in said
+
     def test_no_such_database(self, database: Database) -> None:
         assert 'database "absent" does not exist' in self.refused(replace(database.app, dbname="absent").dsn)
 
@@ -158,6 +167,7 @@ class TestCannotLook:
             "postgresql://u:hunter2@secret@127.0.0.1:1/x",
             "postgresql://u:hunter2/secret@127.0.0.1:1/x",
             "postgresql://u:1/hunter2@127.0.0.1:1/x",
+            "postgresql://u:hunter2/x",
             "postgresql://u:hunter2 secret@127.0.0.1:1/x",
             "postgresql://u:hunter2%zz@127.0.0.1:1/x",
             "postgresql+asyncpg://u:hunter2@127.0.0.1:1/x",
@@ -180,6 +190,26 @@ class TestCannotLook:
 
 class TestGuide:
     GUIDE = Path(__file__).parents[3] / "docs" / "how-to" / "check-postgres.md"
+
+    async def test_its_check_at_the_start(self, database: Database) -> None:
+        (code,) = re.findall(r"```python\n(.*?)```", self.GUIDE.read_text(), re.DOTALL)
+        module: dict[str, Any] = {}
+        exec(compile(code, self.GUIDE, "exec"), module)
+        module["DSN"] = database.app.dsn
+        async with AsyncConnectionPool(database.app.dsn, min_size=1, open=False, reset=reset) as pool:
+            await module["check"](pool)
+        async with AsyncConnectionPool(database.app.dsn, min_size=1, open=False) as pool:
+            with pytest.raises(ConfigurationError, match=r"pool:psycopg_pool\.AsyncConnectionPool"):
+                await module["check"](pool)
+
+    def test_it_tells_of_every_finding(self) -> None:
+        source = Path(doctor.__file__).parent
+        codes = {
+            code for file in source.glob("*.py") for code in re.findall(r'Finding\(\s*"([a-z-]+)"', file.read_text())
+        }
+        assert len(codes) > 20
+        told = set(re.findall(r"^\| (`[a-z-]+`(?:, `[a-z-]+`)*) \|", self.GUIDE.read_text(), re.MULTILINE))
+        assert codes == {code for line in told for code in re.findall(r"[a-z-]+", line)}
 
     def test_its_commands_work(self, database: Database) -> None:
         commands = re.findall(r"^ucm doctor .*$", self.GUIDE.read_text(), re.MULTILINE)

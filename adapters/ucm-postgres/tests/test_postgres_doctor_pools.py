@@ -113,6 +113,8 @@ class TestThreads:
         with engine_of(database, resets=False) as engine:
             assert ALL_THREE in told(examine_pool(engine))
         with engine_of(database, resets=True) as engine:
+            # An adapter binds what begins, and refuses without a user.
+            sqlalchemy.event.listen(engine, "begin", lambda connection: pytest.fail("a transaction began"))
             assert examine_pool(engine) == ()
         with engine_of(database, resets=False, poolclass=NullPool) as engine:
             assert examine_pool(engine) == ()  # it closes what comes back
@@ -186,11 +188,12 @@ class TestAsynchronous:
 class TestPooler:
     @pytest.mark.parametrize("mode", ["transaction", "session"])
     def test_one_in_between_is_noticed(self, database: Database, mode: str) -> None:
-        with (
-            start_pgbouncer(database, mode=mode) as pgbouncer,
-            psycopg.connect(pgbouncer.login(database.app).dsn, prepare_threshold=None) as connection,
-        ):
-            (finding,) = examine(connection)
+        with start_pgbouncer(database, mode=mode) as pgbouncer:
+            dsn = pgbouncer.login(database.app).dsn
+            with psycopg.connect(dsn, prepare_threshold=0) as careless:
+                careless.execute("select 'left behind'")  # a prepared statement, on the connection of the next one
+            with psycopg.connect(dsn, prepare_threshold=1) as connection:
+                (finding,) = examine(connection)
         assert finding.key == f"pooler:127.0.0.1:{pgbouncer.port}"
         assert finding.severity == "warning"
         assert "reset='begin'" in finding.problem

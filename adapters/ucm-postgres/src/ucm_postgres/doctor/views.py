@@ -152,7 +152,9 @@ def examine_functions(catalog: Catalog) -> Iterator[Finding]:
         if reached:
             problem += f", and names {', '.join(table.name for table in reached)}"
         yield Finding(
-            *("security-definer", "serious" if reached else "warning", function.name),
+            "security-definer",
+            "serious" if reached else "warning",
+            function.name,
             f"{problem}; the role may call it",
             f"alter routine {function.name} security invoker;",
         )
