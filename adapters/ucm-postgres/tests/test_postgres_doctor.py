@@ -150,6 +150,7 @@ CASES = [
         "whom no policy holds back",
         by_superuser=True,
     ),
+    Case("grant create on schema public to public", "schema-open:public", "warning", "may create functions", True),
     Case(
         "create role more_{database} bypassrls; create role between_{database};"
         "grant more_{database} to between_{database};grant between_{database} to {app}",
@@ -159,7 +160,14 @@ CASES = [
         by_superuser=True,
         roles=("more_{database}", "between_{database}"),
     ),
-    Case("grant {owner} to {app}", "membership:{owner}", "serious", "owns public.notes", True, frozenset({"owner"})),
+    Case(
+        "grant {owner} to {app}",
+        "membership:{owner}",
+        "serious",
+        "owns public.notes",
+        True,
+        frozenset({"owner", "schema-open"}),
+    ),
     Case("grant pg_read_server_files to {app}", "membership:pg_read_server_files", "serious", "files", True),
     Case(
         "create table events (user_id text, at date) partition by range (at);"

@@ -17,7 +17,7 @@ from ucm_postgres.doctor.policies import examine_policies
 from ucm_postgres.doctor.roles import examine_roles
 from ucm_postgres.doctor.surroundings import examine_surroundings
 from ucm_postgres.doctor.tables import examine_tables
-from ucm_postgres.doctor.views import examine_functions, examine_views
+from ucm_postgres.doctor.views import examine_functions, examine_schemas, examine_views
 
 _SETTINGS = """
 select set_config('client_encoding', 'UTF8', true), set_config('search_path', '', true),
@@ -54,7 +54,7 @@ def examine(
         closed = {"role-missing", "role-closed"} & {finding.code for finding in found}
         if binding.role is not None and not closed:
             connection.execute("select set_config('role', %s, true)", [binding.role])
-        for part in (examine_hardened, examine_tables, examine_views, examine_functions):
+        for part in (examine_hardened, examine_tables, examine_views, examine_functions, examine_schemas):
             found += part(catalog)
         # What was read of the catalogs has all names in full; functions that policies call may not.
         connection.execute("select set_config('search_path', %s, true)", [path])

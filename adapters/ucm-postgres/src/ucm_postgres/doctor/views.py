@@ -158,3 +158,30 @@ def examine_functions(catalog: Catalog) -> Iterator[Finding]:
             f"{problem}; the role may call it",
             f"alter routine {function.name} security invoker;",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Schema:
+    name: str
+    grantees: list[str]
+
+
+_SCHEMAS: Final = """
+select quote_ident(n.nspname) as name, {grantees} as grantees from pg_namespace n
+where n.nspname !~ '^pg_' and n.nspname <> 'information_schema' and has_schema_privilege(%(role)s, n.oid, 'CREATE')
+order by 1
+"""
+
+
+def examine_schemas(catalog: Catalog) -> Iterator[Finding]:
+    """Schemas that the role may create in: what one user puts there, the others' statements may find and run."""
+    if catalog.role.is_superuser:
+        return
+    grantees = GRANTEES.format(acl="n.nspacl", kind="n", owner="n.nspowner")
+    for schema in catalog.rows(_Schema, _SCHEMAS.replace("{grantees}", grantees)):
+        problem = (
+            "the role may create functions and tables in it: what SQL in one user's transaction puts there, others' "
+            "statements may take for what they meant, and run"
+        )
+        mending = revoked("create", f"schema {schema.name}", schema.grantees)
+        yield Finding("schema-open", "warning", schema.name, problem, mending)
