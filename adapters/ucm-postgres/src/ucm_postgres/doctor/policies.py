@@ -31,6 +31,17 @@ _TEXTS: Final = {"text", "character varying", "character", "citext"}
 _NUMBERS: Final = {"smallint": 32_000, "integer": 2_000_000_000, "bigint": 9_000_000_000_000_000_000, "numeric": 10**30}
 
 
+# It took too long, or a function wrote, and did not come to its answer.
+_UNTOLD: Final = (
+    psycopg.errors.QueryCanceled,
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.ReadOnlySqlTransaction,
+)
+
+# The connection, prepared statements, the server's means, its operators, its files and its faults.
+_NOT_ITS_OWN: Final = ("08", "26", "42P05", "53", "57", "58", "XX")
+
+
 @dataclass(slots=True)
 class _Judged:
     """A policy, with the rows that its conditions are true for: those that are there, and those that are written."""
@@ -71,8 +82,8 @@ def examine_policies(catalog: Catalog) -> Iterator[Finding]:
             yield Finding("visible", "serious", table.name, problem, fenced(catalog, table))
         if table.oid in unknown:
             problem = (
-                "what its policies let through could not be told: it took too long, or a type of a column takes no "
-                "values that were made up; judge them yourself, and accept this"
+                "what its policies let through could not be told: it took too long, a function writes, or a type of a "
+                "column takes no values that were made up; judge them yourself, and accept this"
             )
             yield Finding("not-judged", "warning", table.name, problem)
 
@@ -150,14 +161,14 @@ def _can_be_judged(catalog: Catalog, table: Table, user: str) -> bool:
 
 
 def _ask(catalog: Catalog, query: str) -> Sequence[object] | None:
-    # The row; an empty one for an error, and None for what could not be told in time.
+    # The row; an empty one for an error of the statement's own, and None for what could not be told.
     try:
         with catalog.connection.transaction(), psycopg.RawCursor(catalog.connection) as cursor:
             return cursor.execute(query.encode()).fetchone() or ()
-    except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
+    except _UNTOLD:
         return None
-    except psycopg.DatabaseError:
-        if catalog.connection.broken:
+    except psycopg.DatabaseError as error:
+        if catalog.connection.broken or (error.sqlstate or "").startswith(_NOT_ITS_OWN):
             raise
         return ()
 
