@@ -1,0 +1,154 @@
+"""ValkeyCache and SyncValkeyCache: the plugins, which give each context its own user's cache."""
+
+from dataclasses import replace
+from typing import ClassVar, Final
+from weakref import WeakKeyDictionary
+
+from ucm_middleware import UnauthenticatedError, UserExecutionContext, current_context, hookimpl
+from ucm_valkey.cache import SyncUserCache, UserCache
+from ucm_valkey.exchange import AsyncExchange, AsyncRunner, SyncExchange, SyncRunner
+from ucm_valkey.keys import checked_namespace, group_of, keys_of, login_of
+from ucm_valkey.library import pool_of
+from ucm_valkey.operations import Limits, Operations
+from ucm_valkey.server_users import ServerUsers
+
+DEFAULT_TTL: Final = 300.0
+LONGEST_TTL: Final = 86_400.0
+LARGEST_VALUE: Final = 1_048_576
+KEEP_USERS: Final = 3600.0
+PASSWORDS: Final = "valkey users"
+
+
+class _Plugin:
+    UCM_HOOK_API: ClassVar[int] = 1
+
+    def __init__(
+        self, namespace: str, limits: Limits, anonymous_ttl: float | None, users: ServerUsers | None, group: str
+    ) -> None:
+        self._namespace = namespace
+        self._limits = limits
+        self._anonymous = (
+            None
+            if anonymous_ttl is None
+            else replace(limits, default_ttl=min(limits.default_ttl, anonymous_ttl), longest_ttl=anonymous_ttl)
+        )
+        self._users = users
+        self._group = group
+        self._logins: WeakKeyDictionary[UserExecutionContext, str] = WeakKeyDictionary()
+
+    def _operations(self, context: UserExecutionContext) -> Operations:
+        limits = self._limits
+        if context.is_anonymous:
+            if self._anonymous is None or self._users is not None:
+                raise UnauthenticatedError(
+                    "a cache belongs to a user, and the context has none yet: bind the identity first, or give the "
+                    "cache an anonymous_ttl (not in the mode of server users), for entries of this context alone"
+                )
+            limits = self._anonymous
+        keys = keys_of(context, self._namespace)
+        if self._users is None:
+            return Operations(keys, limits)
+        host = context.host
+        assert host is not None  # it has derived a key
+        login = login_of(keys, self._group, host.subkeys(PASSWORDS)[0])
+        self._logins[context] = login.name
+        return Operations(keys, limits, login, self._users)
+
+    @hookimpl
+    def ucm_context_closed(self, context: UserExecutionContext, reason: str) -> None:
+        # Nothing may be asked of the server in here: it is done at the next occasion.
+        if self._users is not None and (name := self._logins.pop(context, None)) is not None and reason == "revoked":
+            self._users.revoked.add(name)
+
+
+class ValkeyCache(_Plugin):
+    """Gives each context its own user's cache, on a pool or client of ``redis.asyncio`` or ``valkey.asyncio``.
+
+    The adapter takes the pool of a client; nothing else should use it. Close it yourself. Users are told apart by the
+    prefixes of their keys; with ``admin``, another pool or client whose login may make users, by the server as well.
+
+    ``namespace`` names the cache: another one has other keys. ``default_ttl`` and ``longest_ttl`` are in seconds,
+    ``largest_value`` in bytes. ``anonymous_ttl`` gives contexts without a user a cache too, whose entries live so long
+    at most; without it they are refused. ``keep_users`` is how long, in seconds, an unused user stays on the server.
+
+    Raises ConfigurationError for what is no pool, and for limits that are none.
+    """
+
+    def __init__(
+        self,
+        source: object,
+        *,
+        admin: object = None,
+        namespace: str = "cache",
+        default_ttl: float = DEFAULT_TTL,
+        longest_ttl: float = LONGEST_TTL,
+        largest_value: int = LARGEST_VALUE,
+        anonymous_ttl: float | None = None,
+        keep_users: float = KEEP_USERS,
+    ) -> None:
+        pool, library = pool_of(source, "source", asynchronous=True)
+        data = administers = AsyncExchange(pool, library)
+        users, group = None, ""
+        if admin is not None:
+            administers = AsyncExchange(*pool_of(admin, "admin", asynchronous=True))
+            group = group_of(namespace, administers.database)
+            users = ServerUsers(group, keep_users)
+        limits = Limits(default_ttl, longest_ttl, largest_value)
+        super().__init__(checked_namespace(namespace), limits, anonymous_ttl, users, group)
+        self._runner = AsyncRunner(data, administers)
+
+    def current(self) -> UserCache:
+        """The cache of the user whom the calling code runs for, as an owned handle: it works for that user's code,
+        until the context closes.
+
+        Raises ContextNotFoundError outside of a context, ContextClosedError in code that outlived its own,
+        UnauthenticatedError in a context without a user, and ConfigurationError in production without a secret.
+        """
+        context = current_context()
+        return context.own(UserCache(self._runner, self._operations(context)), name="cache")
+
+    async def remove_unused_users(self) -> int:
+        """Remove from the server the users that nobody used for ``keep_users`` seconds; returns how many.
+
+        This happens by itself as well, now and then, when users are made. Raises CacheUnavailableError.
+        """
+        return 0 if self._users is None else await self._runner.run(self._users.sweep())
+
+
+class SyncValkeyCache(_Plugin):
+    """The same on a pool or client of ``redis`` or ``valkey``, for code that blocks: see ``ValkeyCache``."""
+
+    def __init__(
+        self,
+        source: object,
+        *,
+        admin: object = None,
+        namespace: str = "cache",
+        default_ttl: float = DEFAULT_TTL,
+        longest_ttl: float = LONGEST_TTL,
+        largest_value: int = LARGEST_VALUE,
+        anonymous_ttl: float | None = None,
+        keep_users: float = KEEP_USERS,
+    ) -> None:
+        pool, library = pool_of(source, "source", asynchronous=False)
+        data = administers = SyncExchange(pool, library)
+        users, group = None, ""
+        if admin is not None:
+            administers = SyncExchange(*pool_of(admin, "admin", asynchronous=False))
+            group = group_of(namespace, administers.database)
+            users = ServerUsers(group, keep_users)
+        limits = Limits(default_ttl, longest_ttl, largest_value)
+        super().__init__(checked_namespace(namespace), limits, anonymous_ttl, users, group)
+        self._runner = SyncRunner(data, administers)
+
+    def current(self) -> SyncUserCache:
+        """The cache of the user whom the calling code runs for; see ``ValkeyCache.current``."""
+        context = current_context()
+        return context.own(SyncUserCache(self._runner, self._operations(context)), name="cache")
+
+    def remove_unused_users(self) -> int:
+        """Remove from the server the users that nobody used for ``keep_users`` seconds; returns how many.
+
+        This happens by itself as well, now and then, when users are made. Raises CacheUnavailableError.
+        """
+        return 0 if self._users is None else self._runner.run(self._users.sweep())
