@@ -181,7 +181,9 @@ def test_only_pools_and_clients_of_the_right_kind_are_taken(library: LibraryName
         with pytest.raises(ConfigurationError, match="must be"):
             ValkeyCache(asynchronous, **limits)
     with pytest.raises(ConfigurationError, match="keep_users"):
-        ValkeyCache(asynchronous, admin=asynchronous, keep_users=0)
+        ValkeyCache(async_pool(library, 1, username="gate"), admin=asynchronous, keep_users=0)
+    with pytest.raises(ConfigurationError, match="must have a username"):
+        ValkeyCache(asynchronous, admin=asynchronous)
 
 
 async def test_a_client_is_as_good_as_its_pool(valkey_server: ValkeyServer) -> None:

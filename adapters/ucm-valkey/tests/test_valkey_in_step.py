@@ -1,20 +1,21 @@
 """A reply that is on its way when its command is cancelled: the next borrower of the connection must not get it.
 
-The incident of March 2023 (redis-py#2624): the client gave a connection back to the pool when the task that waited for a
-reply was cancelled, and the next task took that reply for its own.
+The incident of March 2023 (redis-py#2624): the client gave a connection back to the pool when the task that waited for
+a reply was cancelled, and the next task took that reply for its own.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
 import redis.asyncio
 import valkey.asyncio
+
 from support.tcp_proxy import TcpProxy
 from support.valkey import GATE, SECRET, LibraryName, ValkeyServer, async_pool
-
 from ucm_middleware import UserContextManager, managed_user_context
 from ucm_valkey import CacheUnavailableError, UserCache, ValkeyCache
 
@@ -113,9 +114,8 @@ class Both:
 
     async def fill(self) -> None:
         for user_id in ("alice", "bob"):
-            await self.as_user(
-                user_id, lambda cache, name=user_id: cache.set_many({"a": f"{name} a", "b": f"{name} b"})
-            )  # type: ignore[misc]
+            values = {name: f"{user_id} {name}" for name in "ab"}
+            await self.as_user(user_id, partial(UserCache.set_many, values=values))
 
     async def get(self, user_id: str) -> Any:
         return await self.as_user(user_id, lambda cache: cache.get("a"))

@@ -13,9 +13,10 @@ import asyncio
 import secrets
 from typing import Any, TypeVar
 
+from ucm_middleware import ConfigurationError
 from ucm_valkey.errors import CacheUnavailableError
 from ucm_valkey.library import Fault, Library, Pool
-from ucm_valkey.programs import Command, Commands, Program, Replies, Step
+from ucm_valkey.programs import Command, Commands, Login, Program, Replies, Step
 
 T = TypeVar("T")
 
@@ -32,22 +33,34 @@ class _Exchange:
         """The number of the database that the pool's connections select."""
         return self.pool.connection_kwargs.get("db", 0)
 
+    @property
+    def own(self) -> Login:
+        """The pool's own login. Raises ConfigurationError when it has none that could be taken again."""
+        settings = self.pool.connection_kwargs
+        if not settings.get("username") or not settings.get("password"):
+            raise ConfigurationError(
+                "in the mode of server users, the cache's own pool must have a username and a password, of a login "
+                "that may do nothing but ECHO; the login with more rights is for the pool that is given as admin="
+            )
+        return Login(settings["username"], settings["password"])
+
     def _commands(self, step: Step, word: bytes) -> Commands:
-        opening: tuple[Command, ...] = (("ECHO", word),)
+        commands: tuple[Command, ...] = (("ECHO", word), *step.commands)
         if step.login is not None:
-            # In the same round trip. Were it refused, what follows would be done as whom the connection was before: the
-            # pool's own login, which may do nothing, or the user before, whom the server refuses this user's keys.
-            opening = (("AUTH", step.login.name, step.login.password), *opening)
-        return Commands((*opening, *step.commands))
+            # In the same round trip. Were the first refused, what follows would be done as the pool's own login, which
+            # may do nothing; the last makes the connection that again.
+            commands = (_auth(step.login), *commands, _auth(self.own))
+        return Commands(commands)
 
     def _answer(self, step: Step, word: bytes, replies: list[object]) -> Replies:
-        at = 0 if step.login is None else 1
-        echoed = replies[at]
+        if step.login is not None:
+            replies = replies[1:-1]
+        echoed = replies[0]
         if isinstance(echoed, Fault):
             raise echoed.error()
         if echoed != word:
             raise CacheUnavailableError("out of step")
-        return replies[at + 1 :]
+        return replies[1:]
 
 
 class AsyncExchange(_Exchange):
@@ -66,14 +79,16 @@ class AsyncExchange(_Exchange):
         except (self.library.base, OSError) as error:
             raise self.library.unavailable(error) from None
         in_step = False
+        replies: list[object] = []
         task = asyncio.current_task()
         cancelled_before = 0 if task is None else task.cancelling()
         try:
+            if await self._is_stale(connection):
+                await connection.disconnect(nowait=True)  # it is connected anew when it sends
             await connection.send_packed_command(connection.pack_commands(commands))
             if task is not None and task.cancelling() > cancelled_before:
                 # Both clients send by asyncio.wait_for, which before Python 3.12 can swallow a cancellation.
                 raise asyncio.CancelledError
-            replies: list[object] = []
             for _ in commands:
                 try:
                     replies.append(await connection.read_response(disable_decoding=True))
@@ -83,7 +98,7 @@ class AsyncExchange(_Exchange):
             in_step = True
             return answer
         except (self.library.base, OSError) as error:
-            if isinstance(error, self.library.authentication) and step.login is not None:
+            if isinstance(error, self.library.authentication) and step.login is not None and not replies:
                 return None
             raise self.library.unavailable(error) from None
         finally:
@@ -92,6 +107,14 @@ class AsyncExchange(_Exchange):
             self._returning.add(task)
             task.add_done_callback(self._returning.discard)
             await asyncio.shield(task)
+
+    async def _is_stale(self, connection: Any) -> bool:
+        if self.library.checks_connections:
+            return False
+        try:
+            return bool(await connection.can_read())
+        except (self.library.base, OSError):
+            return True
 
     async def _give_back(self, connection: Any, in_step: bool) -> None:
         try:
@@ -113,9 +136,11 @@ class SyncExchange(_Exchange):
         except (self.library.base, OSError) as error:
             raise self.library.unavailable(error) from None
         in_step = False
+        replies: list[object] = []
         try:
+            if self._is_stale(connection):
+                connection.disconnect()  # it is connected anew when it sends
             connection.send_packed_command(connection.pack_commands(commands))
-            replies: list[object] = []
             for _ in commands:
                 try:
                     replies.append(connection.read_response(disable_decoding=True))
@@ -125,7 +150,7 @@ class SyncExchange(_Exchange):
             in_step = True
             return answer
         except (self.library.base, OSError) as error:
-            if isinstance(error, self.library.authentication) and step.login is not None:
+            if isinstance(error, self.library.authentication) and step.login is not None and not replies:
                 return None
             raise self.library.unavailable(error) from None
         finally:
@@ -134,6 +159,14 @@ class SyncExchange(_Exchange):
                     connection.disconnect()
             finally:
                 self.pool.release(connection)
+
+    def _is_stale(self, connection: Any) -> bool:
+        if self.library.checks_connections:
+            return False
+        try:
+            return bool(connection.can_read())
+        except (self.library.base, OSError):
+            return True
 
 
 class AsyncRunner:
@@ -174,3 +207,7 @@ class SyncRunner:
             return result
         finally:
             program.close()
+
+
+def _auth(login: Login) -> Command:
+    return ("AUTH", login.name, login.password)

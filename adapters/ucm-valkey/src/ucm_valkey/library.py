@@ -67,6 +67,14 @@ class Library:
         """What ``get_connection`` takes: valkey-py wants the name of a command, redis-py warns of one."""
         return () if self.name == "redis" else ("cache",)
 
+    @property
+    def checks_connections(self) -> bool:
+        """Whether the pool sees to it that a connection is open and has nothing to be read.
+
+        redis-py does not, unless the notices of maintenance are switched off that a server may send at any time.
+        """
+        return self.name == "valkey"
+
     def fault(self, error: Exception) -> Fault:
         """A server's answer, by its code alone."""
         for kind in type(error).__mro__:

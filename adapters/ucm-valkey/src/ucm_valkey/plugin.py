@@ -91,7 +91,8 @@ class ValkeyCache(_Plugin):
         users, group = None, ""
         if admin is not None:
             administers = AsyncExchange(*pool_of(admin, "admin", asynchronous=True))
-            group = group_of(namespace, administers.database)
+            _ = data.own  # so that one that is missing is missed now
+            group = group_of(namespace, data.database)
             users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)
         super().__init__(checked_namespace(namespace), limits, anonymous_ttl, users, group)
@@ -135,7 +136,8 @@ class SyncValkeyCache(_Plugin):
         users, group = None, ""
         if admin is not None:
             administers = SyncExchange(*pool_of(admin, "admin", asynchronous=False))
-            group = group_of(namespace, administers.database)
+            _ = data.own  # so that one that is missing is missed now
+            group = group_of(namespace, data.database)
             users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)
         super().__init__(checked_namespace(namespace), limits, anonymous_ttl, users, group)
