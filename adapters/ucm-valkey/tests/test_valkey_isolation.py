@@ -149,7 +149,7 @@ async def test_a_handle_works_for_its_user_and_until_its_context_closes(
     denied = ledger.select("denied")
     assert {record.user_id for record in denied} == {"bob"}
     assert len(denied) >= 7
-    assert "cache" in repr(denied[0])
+    assert "handle cache" in str(denied[0].data)
 
 
 async def test_a_user_finds_their_entries_again_after_the_logout_and_nobody_else_does(
