@@ -20,7 +20,7 @@ import ucm_valkey
 from support.tcp_proxy import TcpProxy
 from support.valkey import SECRET, LibraryName, ValkeyServer, sync_pool
 from ucm_middleware import UserContextManager, managed_user_context
-from ucm_valkey import SyncValkeyCache
+from ucm_valkey import CacheUnavailableError, SyncValkeyCache
 
 Place = tuple[str, int]
 
@@ -79,6 +79,34 @@ def _traced(call: Callable[[], object], packages: tuple[ModuleType, ...], at_lin
         call()
     finally:
         sys.settrace(before)
+
+
+def faulty_connection(library: LibraryName) -> Any:
+    """A connection that leaves it to others to close it when no reply came in time."""
+    current: Any = LIBRARIES[library].Connection
+
+    class FaultyConnection(current):  # type: ignore[misc]
+        def read_response(self, *arguments: Any, **options: Any) -> Any:
+            return super().read_response(*arguments, **{**options, "disconnect_on_error": False})
+
+    return FaultyConnection
+
+
+def test_the_adapter_itself_closes_a_connection_whose_reply_is_late(
+    library: LibraryName, valkey_proxy: TcpProxy
+) -> None:
+    pool = sync_pool(library, valkey_proxy.port, 1, socket_timeout=0.1, connection_class=faulty_connection(library))
+    cache = SyncValkeyCache(pool)
+    manager = UserContextManager(secret=SECRET)
+    with managed_user_context(manager.create_isolated_context("alice")):
+        cache.current().set("a", "for alice")
+        valkey_proxy.hold("replies")
+        with pytest.raises(CacheUnavailableError):
+            cache.current().get("a")
+        valkey_proxy.release("replies")
+    with managed_user_context(manager.create_isolated_context("bob")):
+        assert cache.current().get("a") is None
+    pool.disconnect()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,18 @@ from ucm_valkey import CacheUnavailableError, ValkeyCache
 from ucm_valkey.keys import UserKeys, keys_of, login_of
 from ucm_valkey.server_users import ServerUsers
 
+README = Path(__file__).parents[1] / "README.md"
+
 
 class Site:
-    """One application with server users."""
+    """One application with server users, with the logins that the README says are needed."""
 
     def __init__(self, library: LibraryName, server: ValkeyServer, **given: Any) -> None:
-        self.admin = async_pool(library, server.port, 2)
+        for line in README.read_text().splitlines():
+            if line.startswith("ACL SETUSER "):
+                command, verb, name, *rules = line.replace("PASSWORD", GATE).split()
+                server.admin.execute_command(command, verb, name, "reset", *rules)
+        self.admin = async_pool(library, server.port, 2, username="cache-admin", password=GATE)
         self.gate = async_pool(library, server.port, 1, username="gate", password=GATE)
         self.cache = ValkeyCache(self.gate, admin=self.admin, **given)
         self.manager = UserContextManager(plugins=[self.cache], secret=SECRET)
@@ -36,7 +43,7 @@ class Site:
             return await self.cache.current().get("a")
 
     def users(self) -> list[str]:
-        return sorted(name for name in self.server.admin.acl_users() if name not in ("default", "gate"))
+        return sorted(name for name in self.server.admin.acl_users() if name.startswith("ucm_"))
 
     def keys(self, user_id: str) -> UserKeys:
         return keys_of(self.manager.create_isolated_context(user_id), "cache")
@@ -45,6 +52,7 @@ class Site:
         """A client of the driver's own that logs in as the user of the server."""
         group = self.users()[0].split("_")[1]
         login = login_of(self.keys(user_id), group, self.manager.subkeys("valkey users")[0])
+        assert login.password not in repr(login)
         return valkey.Valkey(port=self.server.port, username=login.name, password=login.password)
 
 
