@@ -20,7 +20,7 @@ import ucm_valkey
 from support.tcp_proxy import TcpProxy
 from support.valkey import SECRET, LibraryName, ValkeyServer, sync_pool
 from ucm_middleware import UserContextManager, managed_user_context
-from ucm_valkey import CacheUnavailableError, SyncValkeyCache
+from ucm_valkey import SyncValkeyCache
 
 Place = tuple[str, int]
 
@@ -81,31 +81,39 @@ def _traced(call: Callable[[], object], packages: tuple[ModuleType, ...], at_lin
         sys.settrace(before)
 
 
-def faulty_connection(library: LibraryName) -> Any:
-    """A connection that leaves it to others to close it when no reply came in time."""
+def alarming_connection(library: LibraryName) -> Any:
+    """A connection on which an alarm goes off after a command was sent, before its reply is waited for: once armed."""
     current: Any = LIBRARIES[library].Connection
 
-    class FaultyConnection(current):  # type: ignore[misc]
+    class AlarmingConnection(current):  # type: ignore[misc]
+        is_armed = False
+
         def read_response(self, *arguments: Any, **options: Any) -> Any:
-            return super().read_response(*arguments, **{**options, "disconnect_on_error": False})
+            if AlarmingConnection.is_armed:
+                AlarmingConnection.is_armed = False
+                raise Alarm
+            return super().read_response(*arguments, **options)
 
-    return FaultyConnection
+    return AlarmingConnection
 
 
-def test_the_adapter_itself_closes_a_connection_whose_reply_is_late(
+def test_the_adapter_closes_such_a_connection_and_the_next_borrower_is_served(
     library: LibraryName, valkey_proxy: TcpProxy
 ) -> None:
-    pool = sync_pool(library, valkey_proxy.port, 1, socket_timeout=0.1, connection_class=faulty_connection(library))
+    kind = alarming_connection(library)
+    pool = sync_pool(library, valkey_proxy.port, 1, connection_class=kind)
     cache = SyncValkeyCache(pool)
     manager = UserContextManager(secret=SECRET)
+    for user_id in ("alice", "bob"):
+        with managed_user_context(manager.create_isolated_context(user_id)):
+            cache.current().set("a", f"for {user_id}")
+    valkey_proxy.delay("replies", 0.05)
     with managed_user_context(manager.create_isolated_context("alice")):
-        cache.current().set("a", "for alice")
-        valkey_proxy.hold("replies")
-        with pytest.raises(CacheUnavailableError):
+        kind.is_armed = True
+        with pytest.raises(Alarm):
             cache.current().get("a")
-        valkey_proxy.release("replies")
     with managed_user_context(manager.create_isolated_context("bob")):
-        assert cache.current().get("a") is None
+        assert cache.current().get("a") == b"for bob"
     pool.disconnect()
 
 
