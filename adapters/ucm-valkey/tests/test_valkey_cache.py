@@ -171,19 +171,30 @@ def test_only_pools_and_clients_of_the_right_kind_are_taken(library: LibraryName
     for namespace in ("", "Über", "a" * 33, "a:b"):
         with pytest.raises(ConfigurationError, match="namespace must"):
             ValkeyCache(asynchronous, namespace=namespace)
-    for limits in (
+    wrong: list[dict[str, Any]] = [
         {"default_ttl": 0},
         {"longest_ttl": 1},
         {"largest_value": 0},
         {"default_ttl": float("nan")},
         {"longest_ttl": float("inf")},
-    ):
+    ]
+    for limits in wrong:
         with pytest.raises(ConfigurationError, match="must be"):
             ValkeyCache(asynchronous, **limits)
     with pytest.raises(ConfigurationError, match="keep_users"):
         ValkeyCache(async_pool(library, 1, username="gate"), admin=asynchronous, keep_users=0)
     with pytest.raises(ConfigurationError, match="must have a username"):
         ValkeyCache(asynchronous, admin=asynchronous)
+
+
+def test_the_client_of_all_users_is_no_user_s_session(library: LibraryName) -> None:
+    pool, admin, other = (async_pool(library, 1, username="gate") for _ in range(3))
+    manager = UserContextManager(plugins=[ValkeyCache(pool, admin=admin)], secret=SECRET)
+    context = manager.create_isolated_context("alice")
+    for session in (pool, admin):
+        with pytest.raises(ConfigurationError, match="all users share"):
+            context.bind_session(session)
+    assert context.bind_session(other) is other
 
 
 async def test_a_client_is_as_good_as_its_pool(valkey_server: ValkeyServer) -> None:

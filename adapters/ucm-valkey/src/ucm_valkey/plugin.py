@@ -1,16 +1,16 @@
 """ValkeyCache and SyncValkeyCache: the plugins, which give each context its own user's cache."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Final
-from weakref import WeakKeyDictionary
 
-from ucm_middleware import UnauthenticatedError, UserExecutionContext, current_context, hookimpl
+from ucm_middleware import ConfigurationError, UnauthenticatedError, UserExecutionContext, current_context, hookimpl
 from ucm_valkey.cache import SyncUserCache, UserCache
 from ucm_valkey.exchange import AsyncExchange, AsyncRunner, SyncExchange, SyncRunner
 from ucm_valkey.keys import checked_namespace, group_of, keys_of, login_of
 from ucm_valkey.library import pool_of
 from ucm_valkey.operations import Limits, Operations
-from ucm_valkey.server_users import ServerUsers
+from ucm_valkey.server_users import Revocations, ServerUsers
 
 DEFAULT_TTL: Final = 300.0
 LONGEST_TTL: Final = 86_400.0
@@ -23,7 +23,13 @@ class _Plugin:
     UCM_HOOK_API: ClassVar[int] = 1
 
     def __init__(
-        self, namespace: str, limits: Limits, anonymous_ttl: float | None, users: ServerUsers | None, group: str
+        self,
+        namespace: str,
+        limits: Limits,
+        anonymous_ttl: float | None,
+        users: ServerUsers | None,
+        group: str,
+        pools: Sequence[object],
     ) -> None:
         self._namespace = namespace
         self._limits = limits
@@ -34,7 +40,11 @@ class _Plugin:
         )
         self._users = users
         self._group = group
-        self._logins: WeakKeyDictionary[UserExecutionContext, str] = WeakKeyDictionary()
+        self._pools = pools
+        self._revocations = None if users is None else Revocations(users)
+        if self._revocations is not None:
+            # The hook of an instance: with prefixes alone, no request pays for one.
+            self.ucm_context_closed = self._revocations.ucm_context_closed
 
     def _operations(self, context: UserExecutionContext) -> Operations:
         limits = self._limits
@@ -46,19 +56,22 @@ class _Plugin:
                 )
             limits = self._anonymous
         keys = keys_of(context, self._namespace)
-        if self._users is None:
+        if self._users is None or self._revocations is None:
             return Operations(keys, limits)
         host = context.host
         assert host is not None  # it has derived a key
         login = login_of(keys, self._group, host.subkeys(PASSWORDS)[0])
-        self._logins[context] = login.name
+        self._revocations.logins[context] = login.name
         return Operations(keys, limits, login, self._users)
 
     @hookimpl
-    def ucm_context_closed(self, context: UserExecutionContext, reason: str) -> None:
-        # Nothing may be asked of the server in here: it is done at the next occasion.
-        if self._users is not None and (name := self._logins.pop(context, None)) is not None and reason == "revoked":
-            self._users.revoked.add(name)
+    def ucm_bind_session(self, session: object) -> None:
+        pool = getattr(session, "connection_pool", session)
+        if any(pool is each for each in self._pools):
+            raise ConfigurationError(
+                "the session is the client that the caches of all users share, and reaches everybody's entries: give "
+                "the context none, and take cache.current()"
+            )
 
 
 class ValkeyCache(_Plugin):
@@ -95,7 +108,9 @@ class ValkeyCache(_Plugin):
             group = group_of(namespace, data.database)
             users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)
-        super().__init__(checked_namespace(namespace), limits, anonymous_ttl, users, group)
+        super().__init__(
+            checked_namespace(namespace), limits, anonymous_ttl, users, group, (data.pool, administers.pool)
+        )
         self._runner = AsyncRunner(data, administers)
 
     def current(self) -> UserCache:
@@ -140,7 +155,9 @@ class SyncValkeyCache(_Plugin):
             group = group_of(namespace, data.database)
             users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)
-        super().__init__(checked_namespace(namespace), limits, anonymous_ttl, users, group)
+        super().__init__(
+            checked_namespace(namespace), limits, anonymous_ttl, users, group, (data.pool, administers.pool)
+        )
         self._runner = SyncRunner(data, administers)
 
     def current(self) -> SyncUserCache:

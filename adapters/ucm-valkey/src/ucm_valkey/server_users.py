@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from typing import Final, cast
+from weakref import WeakKeyDictionary
 
-from ucm_middleware import ConfigurationError
+from ucm_middleware import ConfigurationError, UserExecutionContext, hookimpl
 from ucm_valkey.keys import UserKeys
 from ucm_valkey.library import Fault
 from ucm_valkey.programs import Command, Login, Program, Step, checked
@@ -98,6 +99,20 @@ class ServerUsers:
             self._fresh_until.pop(name, None)
         removed, _ = map(checked, (yield Step(commands, by_admin=True)) or (0, 0))
         return cast(int, removed)
+
+
+class Revocations:
+    """Notes who is revoked. ``logins`` are the names that contexts which asked for a cache have on the server."""
+
+    def __init__(self, users: ServerUsers) -> None:
+        self._users = users
+        self.logins: WeakKeyDictionary[UserExecutionContext, str] = WeakKeyDictionary()
+
+    @hookimpl
+    def ucm_context_closed(self, context: UserExecutionContext, reason: str) -> None:
+        # Nothing may be asked of the server in here: it is done at the next occasion.
+        if (name := self.logins.pop(context, None)) is not None and reason == "revoked":
+            self._users.revoked.add(name)
 
 
 def _marker(name: str) -> str:
