@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import redis
 import redis.asyncio
+import redis.asyncio.retry
 import redis.backoff
 import redis.retry
 import valkey

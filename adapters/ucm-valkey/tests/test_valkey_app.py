@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.valkey import LIBRARIES, SECRET, ValkeyServer
+from support.valkey import ADMIN, GATE, LIBRARIES, SECRET, ValkeyServer
 from ucm_middleware.testing import Server, start_server
 
 USERS = [f"user-{number}" for number in range(46)] + ["*", "a:b", "[a]", "?"]
@@ -24,6 +24,8 @@ def shop(request: pytest.FixtureRequest, valkey_process: ValkeyServer) -> Iterat
         "SHOP_CONNECTIONS": str(connections),
         "SHOP_VALKEY_PORT": str(valkey_process.port),
         "SHOP_MODE": mode,
+        "SHOP_ADMIN": ADMIN,
+        "SHOP_GATE": GATE,
         "UCM_SECRET": SECRET,
     }
     with start_server("valkey_app:app", app_dir=Path(__file__).parent / "apps", env=env) as server:
