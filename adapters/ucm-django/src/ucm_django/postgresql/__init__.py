@@ -1,0 +1,1 @@
+"""The backend for ``DATABASES``: ``"ENGINE": "ucm_django.postgresql"``."""
