@@ -7,8 +7,15 @@ from django_project import on_database
 
 from support.databases import database, postgres_proxy, postgres_server
 from support.postgres import Database
+from ucm_middleware import UserContextManager
 
 __all__ = ["database", "postgres_proxy", "postgres_server"]
+
+
+@pytest.fixture
+def manager() -> UserContextManager:
+    """One that serves nothing: code outside of contexts may open them."""
+    return UserContextManager()
 
 
 @pytest.fixture

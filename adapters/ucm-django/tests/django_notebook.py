@@ -39,7 +39,9 @@ _SETTINGS: dict[str, Any] = {
 settings.configure(**_SETTINGS)
 django.setup()
 
-from ucm_django.asgi import get_asgi_application  # noqa: E402 - needs the settings
+from django.contrib.auth import aauthenticate, alogin, authenticate, login  # noqa: E402 - needs the settings
+
+from ucm_django.asgi import get_asgi_application  # noqa: E402
 
 manager = UserContextManager()
 
@@ -192,7 +194,23 @@ def slow(request: HttpRequest) -> HttpResponse:
     return HttpResponse()
 
 
+def sign_in(request: HttpRequest) -> HttpResponse:
+    user = authenticate(request, username=request.GET["name"], password="secret")
+    assert user is not None
+    login(request, user)
+    return listing(request)
+
+
+async def asign_in(request: HttpRequest) -> HttpResponse:
+    user = await aauthenticate(request, username=request.GET["name"], password="secret")
+    assert user is not None
+    await alogin(request, user)
+    return await alisting(request)
+
+
 urlpatterns = [
+    path("sign_in", sign_in),
+    path("asign_in", asign_in),
     path("listing", listing),
     path("alisting", alisting),
     path("set", set_for_session),

@@ -38,7 +38,9 @@ def on_database(login: Login, **more: Any) -> Generator[None]:
         yield
     finally:
         connections["default"].close()
-        connections["default"].close_pool()  # type: ignore[attr-defined]
+        close_pool = getattr(connections["default"], "close_pool", None)
+        if close_pool is not None:
+            close_pool()
         connections.settings["default"] = before
         _forget()
 
@@ -46,3 +48,8 @@ def on_database(login: Login, **more: Any) -> Generator[None]:
 def _forget() -> None:
     if hasattr(connections._connections, "default"):  # type: ignore[attr-defined]
         del connections["default"]
+
+
+def fresh_connection() -> None:
+    """Let this thread connect anew."""
+    connections["default"].close()

@@ -7,11 +7,12 @@ from typing import Any, Final, Protocol
 
 import psycopg
 from django.db import InterfaceError, connections, transaction
-from psycopg.pq import TransactionStatus
+from psycopg.pq import ExecStatus, TransactionStatus
 
 from ucm_django import conf
 from ucm_django.identity import Hands, Runner, runner_here
 from ucm_django.reset import reset_connection
+from ucm_django.running import noted
 from ucm_middleware import ConfigurationError, CrossUserAccessError, UserContextError
 from ucm_middleware.transactions import TransactionLog
 from ucm_postgres import RESET
@@ -49,12 +50,14 @@ class Wrapper(Protocol):
 class Begun:
     """A transaction under way: whose it is, on which of the driver's connections, and its audit records."""
 
-    __slots__ = ("connection", "log", "runner")
+    __slots__ = ("binding", "connection", "failure", "log", "runner")
 
     def __init__(self, runner: Runner, connection: object, log: TransactionLog | None) -> None:
         self.runner = runner
         self.connection = connection
         self.log = log
+        self.binding: psycopg.Cursor[Any] | None = None  # what the binding was sent with
+        self.failure: BaseException | None = None  # why it could not be tied
 
     def count(self) -> None:
         """One statement more."""
@@ -97,18 +100,20 @@ class Binder:
         Raises, before anything is sent, what ``runner_here`` and ``Binding.settings`` raise, CrossUserAccessError in a
         transaction that was begun for somebody else, and InterfaceError for a cursor of a connection given back.
         """
+
+        def run() -> Any:
+            return execute(sql, params, many, context)
+
         if self._is_off or self._is_binding:
-            return execute(sql, params, many, context)
-        self.require_own(context["cursor"].cursor)
+            return run()
+        cursor = context["cursor"].cursor
+        self.require_own(cursor)
         if self._is_test_case and self.is_housekeeping:
-            return execute(sql, params, many, context)
+            return run()
         runner = runner_here()
-        if self._is_alone():
-            if self._can_go_with_binding(runner, sql, many, context["cursor"].cursor):
-                return self._execute_with_binding(runner, lambda: execute(sql, params, many, context))
-            with self._atomic():
-                return self._execute_tied(runner, lambda: execute(sql, params, many, context), sql)
-        return self._execute_tied(runner, lambda: execute(sql, params, many, context), sql)
+        is_single = not many and _is_single(sql, cursor) and not _has_other_binders(runner)
+        with nullcontext() if is_single or not self._is_alone() else self._atomic():
+            return self._execute_tied(runner, run, sql, is_single=is_single)
 
     def call(self, cursor: Any, function: Callable[[], Any]) -> Any:
         """The same for what Django hands to the driver past its wrappers, and what is over when it returns."""
@@ -117,7 +122,7 @@ class Binder:
         self.require_own(cursor)
         runner = runner_here()
         with self._atomic() if self._is_alone() else nullcontext():
-            return self._execute_tied(runner, function, "")
+            return self._execute_tied(runner, function)
 
     def tie(self, cursor: Any, name: str) -> None:
         """The same before what goes on after its call, such as COPY. Raises TransactionManagementError outside of a
@@ -132,7 +137,7 @@ class Binder:
                 f"cursor.{name}() goes on after the call, and must be in one transaction with its user: "
                 "wrap it in transaction.atomic()"
             )
-        self._execute_tied(runner, lambda: None, "")
+        self._execute_tied(runner, lambda: None)
 
     def is_own(self, cursor: Any) -> bool:
         """Whether the driver's cursor is one of the connection that this thread has now. A pool lends the connection
@@ -191,51 +196,62 @@ class Binder:
         atomic: AbstractContextManager[None] = transaction.atomic(using=self._wrapper.alias)
         return atomic
 
-    # A transaction of many statements.
-
-    def _execute_tied(self, runner: Runner, run: Callable[[], Any], sql: Any) -> Any:
-        if self._status is TransactionStatus.IDLE and _is_set_transaction(sql):
+    def _execute_tied(self, runner: Runner, run: Callable[[], Any], sql: Any = "", *, is_single: bool = False) -> Any:
+        if self._status is TransactionStatus.IDLE and _is_set_transaction(sql) and not self._is_alone():
             runner.settings(self._binding)  # it is refused where the next would be
             self._change_hands(runner)
             self._is_untied = True
             return run()
-        begun = self._tie(runner)
-        begun.count()
+        context = runner.context
         try:
-            return run()
-        finally:
-            if begun is self._begun and self._status is TransactionStatus.IDLE:  # by COMMIT or ROLLBACK as SQL
-                self.ended(rolled_back=isinstance(sql, str) and _ROLLBACK.match(sql) is not None)
+            with nullcontext() if context is None else noted(context, runner.user_id, self._wrapper.connection):
+                result = self._run_tied(runner, run, is_single)
+        except BaseException as error:
+            self._notice_end(sql, error)
+            raise
+        self._notice_end(sql, None)
+        return result
 
-    def _tie(self, runner: Runner) -> Begun:
-        """Tie the transaction that is under way, or is about to begin, to who the statement runs for."""
+    def _run_tied(self, runner: Runner, run: Callable[[], Any], is_single: bool) -> Any:
+        if self._is_test_case:
+            self._tell_test_case(runner)
+        elif not self._goes_on_for(runner):
+            return self._begin(runner, run, is_single)
+        if self._begun is not None:
+            self._begun.count()
+        return run()
+
+    def _notice_end(self, sql: Any, error: BaseException | None) -> None:
+        """A statement by itself is over, and so is a transaction by COMMIT or ROLLBACK."""
+        if self._begun is not None and self._status is TransactionStatus.IDLE:
+            self.ended(error, rolled_back=isinstance(sql, str) and _ROLLBACK.match(sql) is not None)
+
+    def _goes_on_for(self, runner: Runner) -> bool:
+        """Whether a transaction is under way that is tied to who the statement runs for; False where one begins."""
         begun = self._begun
         status = self._status
         if begun is not None and (begun.connection is not self._wrapper.connection or status is TransactionStatus.IDLE):
             self.ended(rolled_back=True)  # on the driver's connection, unseen
             begun = None
-        if self._is_test_case:
-            return self._tie_test_case(runner)
-        if begun is not None:
-            if runner.runs_as(begun.runner):
-                return begun
+        if begun is None:
+            if status in (TransactionStatus.INTRANS, TransactionStatus.INERROR) and not self._is_untied:
+                raise ConfigurationError(
+                    f"a transaction on database {self._wrapper.alias!r} was begun on the driver's own connection "
+                    "(connection.connection), where nothing ties it to a user; begin it with transaction.atomic()"
+                )
+            return False
+        if not runner.runs_as(begun.runner):
             if not self._give_up():
                 raise CrossUserAccessError(
                     f"the transaction on database {self._wrapper.alias!r} was begun for somebody else; "
                     "end it first, and begin a new one in this context"
                 )
-        elif status in (TransactionStatus.INTRANS, TransactionStatus.INERROR) and not self._is_untied:
-            raise ConfigurationError(
-                f"a transaction on database {self._wrapper.alias!r} was begun on the driver's own connection "
-                "(connection.connection), where nothing ties it to a user; begin it with transaction.atomic()"
-            )
-        return self._begin(runner)
-
-    def _tie_test_case(self, runner: Runner) -> Begun:
-        # The tests of a class share one transaction, and its savepoints take the setting back: it is told each time.
-        self._send(self._wrapper.connection, self._told(runner))
-        self._begun = Begun(runner, self._wrapper.connection, None)
-        return self._begun
+            return False
+        if begun.failure is not None:
+            raise transaction.TransactionManagementError(
+                f"the transaction on database {self._wrapper.alias!r} could not be tied to its user; roll it back"
+            ) from begun.failure
+        return True
 
     def _give_up(self) -> bool:
         """Roll back what a context has left open that is over. False where its code may still go on with it."""
@@ -244,57 +260,33 @@ class Binder:
         self._wrapper.rollback()
         return True
 
-    def _begin(self, runner: Runner) -> Begun:
+    def _tell_test_case(self, runner: Runner) -> None:
+        # The tests of a class share one transaction, and its savepoints take the setting back: it is told each time.
+        with self._wrapper.wrap_database_errors:
+            self._send(runner.settings(self._binding))
+
+    def _begin(self, runner: Runner, run: Callable[[], Any], is_single: bool) -> Any:
+        """Begin a transaction: tie it, and run its first statement. With ``is_single`` both are sent together, which
+        costs no round trip more than the statement.
+        """
         told = self._told(runner)
         self._change_hands(runner)
-        begun = self._record(runner)
-        connection = self._wrapper.connection
-        self._begun = begun
+        self._begun = begun = self._record(runner)
         self._is_untied = False
         try:
-            # BEGIN and the binding in one round trip, which BEGIN alone takes, too.
-            with self._wrapper.wrap_database_errors, self._together(told):
-                self._send(connection, told)
+            # What a pipeline sends between two syncs is one transaction, also without BEGIN.
+            with self._wrapper.wrap_database_errors, self._together(told, is_single):
+                begun.binding = self._send(told)
+                if is_single:
+                    begun.count()
+                    return run()
             self._bind_session(runner)
         except BaseException as error:
-            self.ended(error)
+            if not is_single or not _was_told(begun.binding):
+                begun.failure = error
             raise
-        return begun
-
-    # A statement by itself.
-
-    def _can_go_with_binding(self, runner: Runner, sql: Any, many: bool, cursor: Any) -> bool:
-        """Whether the statement can be sent together with its binding: both are one transaction then, and one round
-        trip. It must be a single one, whose result does not have to be fetched from the server.
-        """
-        return (
-            _pipelines()
-            and not many
-            and isinstance(sql, str)
-            and ";" not in sql.rstrip("; \t\r\n")
-            and not isinstance(cursor, psycopg.ServerCursor)
-            and not (runner.context is not None and runner.context.host and runner.context.host.hooks.bind_session)
-        )
-
-    def _execute_with_binding(self, runner: Runner, run: Callable[[], Any]) -> Any:
-        told = self._told(runner)
-        self._change_hands(runner)
-        begun = self._record(runner)
-        connection = self._wrapper.connection
         begun.count()
-        try:
-            # What a pipeline sends between two syncs is one transaction, also without BEGIN.
-            with self._wrapper.wrap_database_errors, self._together(told):
-                self._send(connection, told)
-                result = run()
-        except BaseException as error:
-            begun.ended(error)
-            raise
-        if self._status is TransactionStatus.IDLE:
-            begun.ended()
-        else:  # it was BEGIN
-            self._begun = begun
-        return result
+        return run()
 
     # What each transaction begins with.
 
@@ -307,19 +299,21 @@ class Binder:
         kept = (("TimeZone", self._wrapper.timezone_name),)
         return (*kept, *told) if role is None else (*kept, ("role", role), *told)
 
-    def _send(self, connection: Any, told: Sequence[tuple[str, str]]) -> None:
+    def _send(self, told: Sequence[tuple[str, str]]) -> "psycopg.Cursor[Any] | None":
+        if not told:
+            return None
         # Not Django's own cursors: they would make the values part of the SQL, which others can see.
-        cursor = psycopg.Cursor(connection)
+        cursor = psycopg.Cursor(self._wrapper.connection)
         if self._resets == "begin":
             for statement in RESET:
                 cursor.execute(statement.encode(), prepare=False)
-        if told:
-            calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(told))
-            cursor.execute(f"SELECT {calls}".encode(), [text for pair in told for text in pair], prepare=False)
+        calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(told))
+        cursor.execute(f"SELECT {calls}".encode(), [text for pair in told for text in pair], prepare=False)
+        return cursor
 
-    def _together(self, told: Sequence[tuple[str, str]]) -> AbstractContextManager[object]:
+    def _together(self, told: Sequence[tuple[str, str]], is_single: bool) -> AbstractContextManager[object]:
         """Around what is to be sent in one round trip."""
-        if not told or not _pipelines():
+        if not told or not (is_single or self._resets == "begin"):
             return nullcontext()
         pipeline: AbstractContextManager[object] = self._wrapper.connection.pipeline()
         return pipeline
@@ -359,5 +353,22 @@ def _is_set_transaction(sql: Any) -> bool:
     return isinstance(sql, str) and _SET_TRANSACTION.fullmatch(sql) is not None
 
 
-def _pipelines() -> bool:
-    return psycopg.Pipeline.is_supported()
+def _is_single(sql: Any, cursor: Any) -> bool:
+    """Whether it is one statement, that a pipeline can send, and whose result does not stay on the server."""
+    return (
+        psycopg.Pipeline.is_supported()
+        and isinstance(sql, str)
+        and ";" not in sql.rstrip("; \t\r\n")
+        and not isinstance(cursor, psycopg.ServerCursor)
+    )
+
+
+def _has_other_binders(runner: Runner) -> bool:
+    """Whether plugins tie the connection, too, which they do with statements of their own."""
+    context = runner.context
+    return context is not None and context.host is not None and bool(context.host.hooks.bind_session)
+
+
+def _was_told(binding: "psycopg.Cursor[Any] | None") -> bool:
+    result = None if binding is None else binding.pgresult
+    return result is not None and ExecStatus(result.status) is ExecStatus.TUPLES_OK

@@ -9,7 +9,7 @@ from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
 from ucm_django.identity import nobody
-from ucm_middleware import IdentityConflictError, Principal, UserContextError, current_context
+from ucm_middleware import Principal, UserContextError, current_context
 from ucm_middleware.refusal import refusal_for
 
 GetResponse = Callable[[HttpRequest], HttpResponseBase | Awaitable[HttpResponseBase]]
@@ -78,13 +78,23 @@ def answer(error: Exception) -> HttpResponse | None:
     return response
 
 
+def bind_logged_in(*, user: Any, **_: object) -> None:
+    """Receives Django's signal ``user_logged_in``: what comes after ``login()`` in the same request runs for the user.
+
+    Where the request has another user already, it keeps that one; the next request has the new one.
+    """
+    context = current_context()
+    if context.is_anonymous:
+        context.bind(Principal(str(user.pk)))
+
+
 def _bind(user_id: str | None) -> HttpResponse | None:
     context = current_context()
     if user_id is None:
         return None
     try:
         context.bind(Principal(user_id))
-    except (UserContextError, IdentityConflictError) as error:
+    except UserContextError as error:
         refused = answer(error)
         if refused is None:
             raise
