@@ -8,6 +8,7 @@ import django_notebook  # noqa: F401 - sets Django up, once for the process
 from django.db import connections
 
 from support.postgres import Login
+from support.waiting import wait_until
 
 ENGINE = "ucm_django.postgresql"
 PLAIN = "django.db.backends.postgresql"
@@ -38,11 +39,23 @@ def on_database(login: Login, **more: Any) -> Generator[None]:
         yield
     finally:
         connections["default"].close()
-        close_pool = getattr(connections["default"], "close_pool", None)
-        if close_pool is not None:
-            close_pool()
+        _close_pool(connections["default"])
         connections.settings["default"] = before
         _forget()
+
+
+def _close_pool(wrapper: Any) -> None:
+    pool = getattr(wrapper, "pool", None)
+    if pool is None:
+        return
+
+    def all_back() -> bool:
+        stats = pool.get_stats()
+        return bool(stats.get("pool_available", 0) == stats["pool_size"])
+
+    # What is on its way back when a pool closes is not closed by it.
+    wait_until(all_back, "all connections are back in the pool")
+    wrapper.close_pool()
 
 
 def _forget() -> None:

@@ -262,6 +262,8 @@ class Binder:
 
     def _tell_test_case(self, runner: Runner) -> None:
         # The tests of a class share one transaction, and its savepoints take the setting back: it is told each time.
+        if self._status is TransactionStatus.INERROR:
+            return  # nothing is answered any more until a savepoint is rolled back to
         with self._wrapper.wrap_database_errors:
             self._send(runner.settings(self._binding))
 

@@ -1,0 +1,144 @@
+"""What becomes of the driver's connections: pools, threads that end, cursors that outlive them, poolers."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import pytest
+from django.db import InterfaceError, connection, transaction
+from django.test import override_settings
+from django_notebook import bodies, owners, write
+from django_project import ENGINE, PLAIN, on_database
+from test_django_asgi import seed
+
+from support.contexts import running_as
+from support.pgbouncer import start_pgbouncer
+from support.postgres import Database
+from support.waiting import wait_until
+from ucm_middleware import UserContextManager
+
+POOL_OF_ONE: dict[str, Any] = {"OPTIONS": {"pool": {"min_size": 1, "max_size": 1, "timeout": 10}}}
+
+
+def in_thread(work: Callable[[], Any]) -> Any:
+    """Do it in a thread that ends after it."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(work).result()
+
+
+# A cursor on the server cannot be closed once its connection is somebody else's, and psycopg warns that it was not.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_cursor_does_not_outlive_its_connection(database: Database, manager: UserContextManager) -> None:
+    with on_database(database.app, **POOL_OF_ONE):
+        with running_as(manager, "alice"):
+            write("hers")
+            cursor = connection.cursor()
+            cursor.execute("SELECT body FROM notes")
+            server_side = connection.chunked_cursor()
+            server_side.execute("SELECT body FROM notes")
+            assert server_side.fetchone() == ("hers",)
+            connection.close()  # back into the pool
+
+        def as_bob() -> None:
+            with running_as(manager, "bob"), transaction.atomic():
+                write("his")
+                lent.set()
+                assert used.wait(10)
+                assert bodies() == ["his"]
+            connection.close()
+
+        lent, used = threading.Event(), threading.Event()
+        with ThreadPoolExecutor(1) as executor:
+            bob = executor.submit(as_bob)
+            assert lent.wait(10)
+            with running_as(manager, "alice"):
+                for attempt in (
+                    lambda: cursor.execute("SELECT body FROM notes"),
+                    lambda: cursor.executemany("INSERT INTO notes (user_id) VALUES (%s)", [("alice",)]),
+                    lambda: cursor.fetchall(),
+                    lambda: list(cursor),
+                    lambda: cursor.callproc("now"),
+                    lambda: cursor.copy("COPY notes TO STDOUT"),
+                    lambda: server_side.fetchone(),
+                ):
+                    with pytest.raises(InterfaceError, match="closed or given back"):
+                        attempt()
+                cursor.close()
+                server_side.close()
+            used.set()
+            bob.result()
+
+
+def test_a_thread_that_ends_gives_its_connection_back(database: Database, manager: UserContextManager) -> None:
+    def leave_open() -> None:
+        with running_as(manager, "alice"):
+            transaction.set_autocommit(False)
+            write("left open")
+
+    with on_database(database.app, **POOL_OF_ONE):
+        in_thread(leave_open)  # nobody sends request_finished in it
+        with running_as(manager, "bob"):
+            assert bodies() == []
+    with psycopg.connect(database.superuser.dsn, autocommit=True) as admin:
+        open_ones = "select count(*) from pg_stat_activity where datname = current_database() and usename like 'app%'"
+        with on_database(database.app, CONN_MAX_AGE=None):
+            in_thread(leave_open)
+            wait_until(lambda: admin.execute(open_ones).fetchone() == (0,), "its own connection is closed")
+
+
+def test_the_project_s_own_reset_comes_first(database: Database, manager: UserContextManager) -> None:
+    calls: list[str] = []
+
+    def own(raw: Any) -> None:
+        calls.append(raw.execute("SELECT current_setting('app.user_id', true)").fetchone()[0])
+        raw.rollback()
+
+    options = {"OPTIONS": {"pool": {"min_size": 1, "max_size": 1, "reset": own}}}
+    with on_database(database.app, TIME_ZONE="Asia/Tokyo", **options):
+        with running_as(manager, "alice"), connection.cursor() as cursor:
+            cursor.execute("SET app.user_id = 'alice'")
+        connection.close()
+        with running_as(manager, "bob"), connection.cursor() as cursor:
+            cursor.execute("SELECT current_setting('TimeZone')")
+            assert cursor.fetchone() == ("Asia/Tokyo",)
+    assert calls[0] == "alice"
+
+
+@pytest.mark.parametrize(("engine", "reset"), [(PLAIN, "change"), (ENGINE, "begin")])
+def test_behind_a_pooler_in_transaction_mode(
+    database: Database, manager: UserContextManager, engine: str, reset: str
+) -> None:
+    seed(database, "alice", "bob")
+
+    def as_alice() -> None:
+        with running_as(manager, "alice"), connection.cursor() as cursor:
+            cursor.execute("SELECT set_config('app.user_id', 'alice', false)")
+            cursor.execute("SELECT set_config('statement_timeout', '4321', false)")
+        connection.close()
+
+    def as_bob() -> tuple[Any, ...]:
+        with running_as(manager, "bob"), transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("SELECT current_setting('statement_timeout'), current_setting('TimeZone')")
+            seen = (*cursor.fetchone(), *owners())
+        connection.close()
+        return seen
+
+    def alone() -> list[str]:
+        with running_as(manager, "bob"):
+            return owners()
+
+    unbound = ["default"] if engine == PLAIN else []
+    with (
+        start_pgbouncer(database) as pgbouncer,
+        override_settings(UCM_RESET=reset, UCM_UNBOUND_DATABASES=unbound),
+        on_database(pgbouncer.login(database.app), ENGINE=engine, TIME_ZONE="Asia/Tokyo"),
+    ):
+        in_thread(as_bob)
+        in_thread(as_alice)
+        if engine == PLAIN:
+            assert in_thread(as_bob) == ("4321ms", "Asia/Tokyo", "alice")
+        else:
+            assert in_thread(as_bob) == ("0", "Asia/Tokyo", "bob")
+            assert in_thread(alone) == ["bob"]
