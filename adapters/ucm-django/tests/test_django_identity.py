@@ -1,14 +1,18 @@
 """Who a statement runs for, where it is not simply the user of the context."""
 
 import json
+import secrets
 from collections.abc import Iterator
+from contextvars import copy_context
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 from django.contrib.auth.models import User
 from django.core.management import call_command
-from django.db import connection, transaction
+from django.db import connection, migrations, transaction
+from django.db.migrations.state import ProjectState
 from django.test import override_settings
 from django_notebook import bodies, manager, owners, write
 from django_project import on_database
@@ -25,6 +29,7 @@ from ucm_middleware import (
     UserContextManager,
     managed_user_context,
 )
+from ucm_postgres import PURPOSE, Binding, install_keys, policy_sql, setup_sql
 
 GRANTS = """
 grant select, insert, update, delete on all tables in schema public to {app};
@@ -120,6 +125,64 @@ def test_a_session_is_clean_on_both_sides_of_an_unbound_block(notebook: Database
     with running_as(scripts, "bob"), connection.cursor() as cursor:
         cursor.execute("SHOW statement_timeout")
         assert cursor.fetchone() == ("0",)
+
+
+def test_a_context_that_is_entered_in_an_unbound_block_is_its_user_s(notebook: Database) -> None:
+    scripts = UserContextManager()
+    with unbound(reason="a mail to each user"):
+        for user in ("alice", "bob"):
+            with running_as(scripts, user):
+                write(f"to {user}")
+                assert owners() == [user]
+        assert owners() == []
+    with running_as(scripts, "alice"), nobody():
+        assert owners() == []
+        with scripts.privileged(reason="the test crosses users", users=["bob"]), running_as(scripts, "bob"):
+            assert owners() == ["bob"]
+
+
+def test_who_inherited_a_block_has_it_no_longer_than_the_block_lasts(notebook: Database) -> None:
+    with unbound(reason="the test looks"):
+        inherited = copy_context()
+        assert inherited.run(owners) == []
+    with pytest.raises(ContextNotFoundError):
+        inherited.run(owners)
+
+
+def test_signed_ids_and_policies_from_a_migration(database: Database) -> None:
+    binding = Binding("app.signed", signed=True)
+    scripts = UserContextManager(secret=secrets.token_urlsafe(32))
+
+    def run(editor: Any) -> None:
+        for sql in (
+            "CREATE TABLE letters (user_id text NOT NULL, body text)",
+            policy_sql("letters", binding=binding),
+            f'GRANT SELECT, INSERT ON letters TO "{database.app.user}"',
+        ):
+            operation = migrations.RunSQL(sql)
+            operation.database_forwards("notebook", editor, ProjectState(), ProjectState())
+
+    with psycopg.connect(database.superuser.dsn) as admin:
+        admin.execute(setup_sql(database.app.user, database.owner.user, binding=binding).encode())
+        install_keys(admin, scripts.subkeys(PURPOSE))
+    with (
+        override_settings(UCM_UNBOUND_DATABASES=["default"]),
+        on_database(database.owner),
+        connection.schema_editor(atomic=True) as editor,
+    ):
+        run(editor)
+    with override_settings(UCM_BINDING=binding), on_database(database.app):
+        for user in ("alice", "bob"):
+            with running_as(scripts, user), transaction.atomic(), connection.cursor() as cursor:
+                cursor.execute("INSERT INTO letters VALUES (%s, 'dear')", [user])
+                cursor.execute("SELECT user_id FROM letters")
+                assert cursor.fetchall() == [(user,)]
+                cursor.execute("SET LOCAL app.signed = 'alice'")  # as an injection would
+                cursor.execute("SELECT user_id FROM letters")
+                assert cursor.fetchall() == []
+        with running_as(scripts, "bob"), nobody(), connection.cursor() as cursor:
+            cursor.execute("SELECT user_id FROM letters")
+            assert cursor.fetchall() == []
 
 
 LOGIN = [

@@ -160,6 +160,14 @@ def test_binding_costs_no_round_trip(database: Database, postgres_proxy: TcpProx
     assert bound == unbound == (1, 4)
 
 
+def test_nothing_of_a_binding_stays_with_the_connection(notebook: Database, manager: UserContextManager) -> None:
+    with running_as(manager, "alice"):
+        for work in (owners, transaction.atomic(owners)):
+            work()
+            found = connection.connection.execute("SELECT current_setting('app.user_id', true)").fetchone()
+            assert found in [("",), (None,)]
+
+
 def test_a_transaction_is_of_one_user(notebook: Database, manager: UserContextManager) -> None:
     with running_as(manager, "alice"), transaction.atomic():
         write("hers")
@@ -343,6 +351,11 @@ def test_other_plugins_tie_the_connection_too_and_an_error_of_theirs_lets_nothin
         plugin.fails = True
         with pytest.raises(OSError, match="no"):
             write("not written")
+        with transaction.atomic():
+            with pytest.raises(OSError, match="no"):
+                write("not written")
+            with pytest.raises(TransactionManagementError, match="could not be tied"):
+                write("not written either")
     assert all_notes(notebook) == []
 
 

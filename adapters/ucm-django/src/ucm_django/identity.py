@@ -6,19 +6,27 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from ucm_django import conf
-from ucm_middleware import EVERYONE, ConfigurationError, UserExecutionContext, current_context
+from ucm_middleware import EVERYONE, ConfigurationError, ContextNotFoundError, UserExecutionContext, current_context
 from ucm_postgres import Binding
 
 Settings = tuple[tuple[str, str], ...]
 
 
 class Block:
-    """One ``with`` block of ``unbound`` or ``nobody``. It ends for tasks and threads that inherited it, too."""
+    """One ``with`` block of ``unbound`` or ``nobody``, entered in a context or outside of any.
 
-    __slots__ = ("alive",)
+    It ends for tasks and threads that inherited it, too, and it does not reach into contexts that are entered inside.
+    """
+
+    __slots__ = ("_context_id", "alive")
 
     def __init__(self) -> None:
+        context = _context_here()
+        self._context_id = None if context is None else context.context_id
         self.alive = True
+
+    def covers(self, context: UserExecutionContext | None) -> bool:
+        return self.alive and self._context_id == (None if context is None else context.context_id)
 
 
 _unbound: ContextVar[Block | None] = ContextVar("ucm_django_unbound", default=None)
@@ -86,15 +94,24 @@ def runner_here() -> Runner:
     Raises ContextNotFoundError outside of a context, ContextClosedError in code that outlived its own. That an
     anonymous context is refused is the binding's doing, unless ``UCM_ANONYMOUS`` says otherwise.
     """
+    context = _context_here()
     block = _unbound.get()
-    if block is not None and block.alive:
+    if block is not None and block.covers(context):
         return Runner(None, None, block)
-    context = current_context()
+    if context is None:
+        context = current_context()  # which says what is missing
     block = _nobody.get()
-    is_nobody = block is not None and block.alive
-    if is_nobody or (context.is_anonymous and conf.anonymous() == "nobody"):
+    if (block is not None and block.covers(context)) or (context.is_anonymous and conf.anonymous() == "nobody"):
         return Runner(context, None)
     return Runner(context, context.user_id)
+
+
+def _context_here() -> UserExecutionContext | None:
+    """The running context, None outside. Raises ContextClosedError in code that outlived its own."""
+    try:
+        return current_context()
+    except ContextNotFoundError:
+        return None
 
 
 @contextmanager
