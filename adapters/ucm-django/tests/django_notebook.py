@@ -194,6 +194,12 @@ def slow(request: HttpRequest) -> HttpResponse:
     return HttpResponse()
 
 
+def failing(request: HttpRequest) -> HttpResponse:
+    write("not kept where a request is one transaction")
+    owners()
+    raise LookupError
+
+
 def sign_in(request: HttpRequest) -> HttpResponse:
     user = authenticate(request, username=request.GET["name"], password="secret")
     assert user is not None
@@ -222,6 +228,7 @@ urlpatterns = [
     path("streaming", streaming),
     path("astreaming", astreaming),
     path("slow", slow),
+    path("failing", failing),
 ]
 
 app = UserContextMiddleware(

@@ -1,13 +1,13 @@
 """How the transactions of one of Django's connections are tied to users, in one process and one thread."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from django.db import DatabaseError, connection, transaction
 from django.db.transaction import TransactionManagementError
-from django.test import override_settings
+from django.test import Client, override_settings
 from django_notebook import Note, bodies, owners, try_everything, write
 from django_project import PLAIN, fresh_connection, on_database
 
@@ -137,16 +137,35 @@ def test_no_statement_reaches_the_server_for_nobody(
             assert bodies() == ["hers"]  # and nothing is left of it
 
 
-def test_binding_costs_no_round_trip(database: Database, postgres_proxy: TcpProxy, manager: UserContextManager) -> None:
-    def alone() -> None:
+def alone() -> None:
+    owners()
+
+
+def in_atomic() -> None:
+    with transaction.atomic():
+        owners()
         owners()
 
-    def in_atomic() -> None:
-        with transaction.atomic():
-            owners()
-            owners()
 
-    def round_trips(work: Any) -> int:
+def many() -> None:
+    with connection.cursor() as cursor:
+        cursor.executemany("SELECT %s", [(1,), (2,)])
+
+
+def two_in_one() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1; SELECT 2")
+
+
+def on_the_server() -> None:
+    list(Note.objects.iterator(chunk_size=10))
+
+
+@pytest.mark.parametrize(("work", "more"), [(alone, 0), (in_atomic, 0), (many, 3), (two_in_one, 3), (on_the_server, 3)])
+def test_what_binding_costs_in_round_trips(
+    database: Database, postgres_proxy: TcpProxy, manager: UserContextManager, work: Callable[[], None], more: int
+) -> None:
+    def round_trips() -> int:
         work()
         before = postgres_proxy.round_trips
         work()
@@ -154,10 +173,32 @@ def test_binding_costs_no_round_trip(database: Database, postgres_proxy: TcpProx
 
     login = database.app.at(postgres_proxy.port)
     with override_settings(UCM_UNBOUND_DATABASES=["default"]), on_database(login, ENGINE=PLAIN):
-        unbound = round_trips(alone), round_trips(in_atomic)
+        unbound = round_trips()
     with on_database(login), running_as(manager, "alice"):
-        bound = round_trips(alone), round_trips(in_atomic)
-    assert bound == unbound == (1, 4)
+        bound = round_trips()
+    assert bound - unbound == more
+
+
+def test_a_connection_that_changes_hands_costs_one(
+    database: Database, postgres_proxy: TcpProxy, manager: UserContextManager
+) -> None:
+    with on_database(database.app.at(postgres_proxy.port)):
+        for user, more in (("alice", None), ("alice", 0), ("bob", 1), ("bob", 0)):
+            before = postgres_proxy.round_trips
+            with running_as(manager, user):
+                owners()
+            assert more is None or postgres_proxy.round_trips - before == 1 + more
+
+
+def test_a_request_is_one_transaction_where_the_project_wants_it(
+    database: Database, manager: UserContextManager
+) -> None:
+    client = Client(raise_request_exception=False)
+    with on_database(database.app, ATOMIC_REQUESTS=True), running_as(manager, "alice"):
+        assert client.get("/failing").status_code == 500
+        found = [event["phase"] for event in events(manager, "alice", "transaction")]
+    assert found == ["begin", "rollback"]
+    assert all_notes(database) == []
 
 
 def test_nothing_of_a_binding_stays_with_the_connection(notebook: Database, manager: UserContextManager) -> None:

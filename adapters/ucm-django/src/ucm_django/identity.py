@@ -120,7 +120,7 @@ def unbound(*, reason: str) -> Generator[None]:
 
     For management commands and migrations on a database whose connections are otherwise tied to users. What its login
     may see without a user is the policies' to say. It is what ``manager.privileged(reason=..., users=EVERYONE)`` is,
-    and on record like it before the first statement; the manager is the running context's, or else ``UCM_MANAGER``.
+    and on record like it before the first statement; the manager is the project's, ``UCM_MANAGER``.
 
     Raises ConfigurationError without a manager, InvalidContextError for an empty reason, and what the ledger raises.
     """
