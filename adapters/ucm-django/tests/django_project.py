@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import django_notebook  # noqa: F401 - sets Django up, once for the process
-from django.db import connections
+import psycopg
+from django.db import connection, connections
 
-from support.postgres import Login
+from support.postgres import Database, Login
 from support.waiting import wait_until
 
 ENGINE = "ucm_django.postgresql"
@@ -66,3 +67,25 @@ def _forget() -> None:
 def fresh_connection() -> None:
     """Let this thread connect anew."""
     connections["default"].close()
+
+
+def seed(database: Database, *users: str) -> None:
+    """A note of each user's, which says so."""
+    for user in users:
+        database.execute(
+            f"insert into notes (user_id, body) values ('{user}', 'secret of {user}')", as_=database.superuser
+        )
+
+
+def all_notes(database: Database) -> list[tuple[str, str]]:
+    """Everybody's notes, as owner and body."""
+    with psycopg.connect(database.superuser.dsn) as admin:
+        return admin.execute("select user_id, body from notes order by id").fetchall()
+
+
+def told() -> str:
+    """Who the database takes a statement for."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('app.user_id', true)")
+        (value,) = cursor.fetchone()
+    return str(value)

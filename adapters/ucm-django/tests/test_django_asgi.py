@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from django_project import ENGINE, PLAIN, database_settings
+from django_project import ENGINE, PLAIN, database_settings, seed
 
 from support.postgres import Database
 from support.waiting import wait_until
@@ -40,12 +40,6 @@ def get(server: Server, path: str, user: str) -> Any:
     response = httpx.get(f"{server.url}/{path}", headers={"user": user})
     assert response.status_code == 200, response.text
     return response.json()
-
-
-def seed(database: Database, *users: str) -> None:
-    for user in users:
-        insert = f"insert into notes (user_id, body) values ('{user}', 'secret of {user}')"
-        database.execute(insert, as_=database.superuser)
 
 
 def rows(database: Database, query: str) -> list[tuple[Any, ...]]:

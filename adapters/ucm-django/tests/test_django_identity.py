@@ -15,8 +15,8 @@ from django.db import connection, migrations, transaction
 from django.db.migrations.state import ProjectState
 from django.test import override_settings
 from django_notebook import bodies, manager, owners, write
-from django_project import on_database
-from test_django_asgi import seed, serving
+from django_project import on_database, seed
+from test_django_asgi import serving
 
 from support.contexts import running_as, visitor
 from support.postgres import Database
