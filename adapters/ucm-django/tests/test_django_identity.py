@@ -13,7 +13,7 @@ from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import connection, migrations, transaction
 from django.db.migrations.state import ProjectState
-from django.test import override_settings
+from django.test import Client, override_settings
 from django_notebook import bodies, manager, owners, write
 from django_project import on_database, seed
 from test_django_asgi import serving
@@ -219,4 +219,20 @@ def test_who_is_not_signed_in_is_told_so(accounts: Database) -> None:
     with serving(accounts, {"MIDDLEWARE": LOGIN}) as server:
         answer = httpx.get(f"{server.url}/listing")
         assert (answer.status_code, json.loads(answer.text)) == (401, {"detail": "Valid credentials are required."})
+        assert httpx.get(f"{server.url}/alisting").status_code == 401
+
+
+def test_the_login_is_found_where_anonymous_statements_are_refused(
+    accounts: Database, manager: UserContextManager
+) -> None:
+    client = Client()
+    with on_database(accounts.app):
+        with unbound(reason="the test signs in"):
+            client.force_login(User.objects.get(username="ann"))
+        # Synchronously, in this process; asynchronously, on a server.
+        with override_settings(MIDDLEWARE=LOGIN), managed_user_context(visitor(manager)):
+            assert client.get("/listing").json() == {"user": "1", "notes": ["secret of 1"]}
+    cookies = {name: morsel.value for name, morsel in client.cookies.items()}
+    with serving(accounts, {"MIDDLEWARE": LOGIN}) as server, httpx.Client(base_url=server.url, cookies=cookies) as ann:
+        assert ann.get("alisting").json()["notes"] == ["secret of 1"]
         assert httpx.get(f"{server.url}/alisting").status_code == 401
