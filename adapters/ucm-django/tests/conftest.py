@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from django_project import on_database
 
+from django_project import on_database
 from support.databases import database, postgres_proxy, postgres_server
 from support.postgres import Database
 from ucm_middleware import UserContextManager

@@ -4,10 +4,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-import django_notebook  # noqa: F401 - sets Django up, once for the process
 import psycopg
 from django.db import connection, connections
 
+import django_notebook  # noqa: F401 - sets Django up, once for the process
 from support.postgres import Database, Login
 from support.waiting import wait_until
 

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
-from django_project import ENGINE, PLAIN, database_settings, seed
 
+from django_project import ENGINE, PLAIN, database_settings, seed
 from support.postgres import Database
 from support.waiting import wait_until
 from ucm_middleware.testing import Server, start_server

@@ -7,8 +7,8 @@ import pytest
 from django.core.checks import run_checks
 from django.db import connection
 from django.test import override_settings
-from django_project import PLAIN, on_database
 
+from django_project import PLAIN, on_database
 from support.postgres import Database
 from ucm_django import conf
 from ucm_middleware import ConfigurationError

@@ -9,9 +9,9 @@ import psycopg
 import pytest
 from django.db import InterfaceError, connection, transaction
 from django.test import override_settings
+
 from django_notebook import bodies, owners, write
 from django_project import ENGINE, PLAIN, on_database, seed
-
 from support.contexts import running_as
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database

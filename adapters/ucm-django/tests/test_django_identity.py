@@ -14,12 +14,12 @@ from django.core.management import call_command
 from django.db import connection, migrations, transaction
 from django.db.migrations.state import ProjectState
 from django.test import Client, override_settings
+
 from django_notebook import bodies, manager, owners, write
 from django_project import on_database, seed
-from test_django_asgi import serving
-
 from support.contexts import running_as, visitor
 from support.postgres import Database
+from test_django_asgi import serving
 from ucm_django import nobody, unbound
 from ucm_middleware import (
     EVERYONE,

@@ -7,9 +7,9 @@ import pytest
 from django.db import DatabaseError, connection, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
+
 from django_notebook import bodies, owners, write
 from django_project import all_notes, fresh_connection, on_database, seed, told
-
 from support.contexts import running_as, visitor
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 from django.db import connection, transaction
 from django.test import override_settings
+
 from django_notebook import Note, owners
 from django_project import PLAIN, on_database
-
 from support.contexts import running_as
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy

@@ -8,9 +8,9 @@ from django.conf import settings
 from django.db import DatabaseError, connection, transaction
 from django.test import TestCase, override_settings
 from django.test.utils import get_runner
+
 from django_notebook import Note, bodies, write
 from django_project import on_database
-
 from support.contexts import running_as
 from support.postgres import Database
 from ucm_django import unbound

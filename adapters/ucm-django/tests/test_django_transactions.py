@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 from django.db import DatabaseError, connection, transaction
 from django.test import Client, override_settings
+
 from django_notebook import Note, bodies, owners, try_everything, write
 from django_project import PLAIN, all_notes, on_database, seed, told
-
 from support.contexts import events, running_as
 from support.postgres import Database
 from ucm_middleware import (
