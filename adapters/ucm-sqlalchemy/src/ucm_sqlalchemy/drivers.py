@@ -1,0 +1,214 @@
+"""What each driver does to tie a transaction of SQLAlchemy's to its user, and to reset a connection."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
+
+from sqlalchemy import Connection, Engine, TextClause, text
+
+from ucm_middleware import ConfigurationError, UserExecutionContext
+
+if TYPE_CHECKING:
+    from ucm_postgres import Binding
+
+Reset = Literal["return", "begin"]
+"""When a connection is brought back to a clean state: on its return to the pool, or where a transaction begins."""
+
+Settings = Sequence[tuple[str, str]]
+
+
+class Driver(Protocol):
+    """What the binding asks of a database and its driver."""
+
+    def settings(self, context: UserExecutionContext) -> Settings:
+        """What the database is told of the user. Raises before anything is asked of it."""
+        ...
+
+    def begin(self, connection: Connection, settings: Settings) -> None:
+        """Begin the transaction and tell the database, in SQLAlchemy's event ``begin``."""
+        ...
+
+    def reset(self, dbapi_connection: Any) -> None:
+        """Bring a connection back to a clean state, in the pool's event ``reset``."""
+        ...
+
+
+class Unbound:
+    """A database that is told nothing of the user, such as SQLite."""
+
+    def settings(self, context: UserExecutionContext) -> Settings:
+        return ()
+
+    def begin(self, connection: Connection, settings: Settings) -> None:
+        """Leave it to the driver."""
+
+    def reset(self, dbapi_connection: Any) -> None:
+        """Leave it to the pool, which rolls back."""
+
+
+class Postgres:
+    """PostgreSQL, with any driver: the settings take a round trip of their own."""
+
+    def __init__(self, binding: "Binding", reset: Reset) -> None:
+        from ucm_postgres.reset import RESET, RESET_QUERY
+
+        self._binding = binding
+        self._resets_at_return = reset == "return"
+        self._reset: Final[tuple[str, ...]] = RESET
+        self._reset_query: Final = RESET_QUERY
+        self._statements: dict[int, TextClause] = {}
+
+    def settings(self, context: UserExecutionContext) -> Settings:
+        return self._binding.settings(context)
+
+    def begin(self, connection: Connection, settings: Settings) -> None:
+        require_transaction(connection)
+        self.tell(connection, settings)
+
+    def tell(self, connection: Connection, settings: Settings) -> None:
+        """Through SQLAlchemy, so that it treats errors as its own: wraps them, and throws dead connections away."""
+        if not self._resets_at_return:
+            self.reset_inside(connection)
+        count = len(settings)
+        statement = self._statements.get(count)
+        if statement is None:
+            calls = ", ".join(f"set_config(:name{i}, :value{i}, true)" for i in range(count))
+            statement = self._statements[count] = text(f"select {calls}")
+        parameters: dict[str, str] = {}
+        for i, (name, value) in enumerate(settings):
+            parameters[f"name{i}"], parameters[f"value{i}"] = name, value
+        connection.execute(statement, parameters)
+
+    def reset_inside(self, connection: Connection) -> None:
+        """Reset at the beginning of a transaction."""
+        for statement in self._reset:
+            connection.exec_driver_sql(statement)
+
+    def reset(self, dbapi_connection: Any) -> None:
+        dbapi_connection.rollback()
+        if self._resets_at_return:
+            self.send_reset(dbapi_connection)
+
+    def send_reset(self, dbapi_connection: Any) -> None:
+        """Send the reset as one query, outside of a transaction."""
+        raise NotImplementedError
+
+
+class Asyncpg(Postgres):
+    """asyncpg: its prepared statements survive the reset."""
+
+    def reset_inside(self, connection: Connection) -> None:
+        first, *rest = self._reset
+        connection.exec_driver_sql(first)  # with which SQLAlchemy begins the transaction
+        self._send(connection.connection.dbapi_connection, "; ".join(rest))
+
+    def send_reset(self, dbapi_connection: Any) -> None:
+        self._send(dbapi_connection, self._reset_query)
+
+    @staticmethod
+    def _send(connection: Any, statements: str) -> None:
+        async def send(driver: Any) -> None:
+            await driver.execute(statements)
+
+        connection.run_async(send)
+
+
+class Psycopg(Postgres):
+    """psycopg 3: what begins the transaction and what binds it go out together, in its pipeline mode."""
+
+    def begin(self, connection: Connection, settings: Settings) -> None:
+        require_transaction(connection)
+        dbapi_connection = cast("Any", connection.connection.dbapi_connection)
+        try:
+            self._begin_at_once(dbapi_connection, settings)
+        except connection.dialect.loaded_dbapi.Error:
+            # Once more, one after the other. It fails again unless something in between knows no pipelines.
+            if not dbapi_connection.closed:
+                dbapi_connection.rollback()
+            self.tell(connection, settings)
+
+    def _begin_at_once(self, connection: Any, settings: Settings) -> None:
+        query, parameters = self._query(settings)
+        with connection.pipeline():
+            for statement in self._first:
+                connection.execute(statement, prepare=False)
+            connection.execute(query, parameters)
+
+    @property
+    def _first(self) -> tuple[str, ...]:
+        return () if self._resets_at_return else self._reset
+
+    @staticmethod
+    def _query(settings: Settings) -> tuple[str, list[str]]:
+        calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
+        return f"select {calls}", [part for setting in settings for part in setting]
+
+    def send_reset(self, dbapi_connection: Any) -> None:
+        before = dbapi_connection.autocommit
+        dbapi_connection.autocommit = True  # known to the client alone
+        dbapi_connection.execute(self._reset_query, prepare=False)
+        dbapi_connection.autocommit = before
+
+
+class AsyncPsycopg(Psycopg):
+    """The same through SQLAlchemy's adapted connection."""
+
+    def _begin_at_once(self, connection: Any, settings: Settings) -> None:
+        query, parameters = self._query(settings)
+
+        async def begin(driver: Any) -> None:
+            async with driver.pipeline():
+                for statement in self._first:
+                    await driver.execute(statement, prepare=False)
+                await driver.execute(query, parameters)
+
+        connection.run_async(begin)
+
+    def send_reset(self, dbapi_connection: Any) -> None:
+        async def send(driver: Any) -> None:
+            before = driver.autocommit
+            await driver.set_autocommit(True)
+            await driver.execute(self._reset_query, prepare=False)
+            await driver.set_autocommit(before)
+
+        dbapi_connection.run_async(send)
+
+
+def driver_for(engine: Engine, binding: "Binding | None", reset: Reset) -> Driver:
+    """What knows the engine's database and driver. Raises ConfigurationError for those that are not supported."""
+    if reset not in ("return", "begin"):
+        raise ConfigurationError(f'reset is {reset!r}; give "return", or "begin" behind a pooler such as PgBouncer')
+    dialect = engine.dialect
+    if dialect.name == "sqlite":
+        if binding is not None:
+            raise ConfigurationError(
+                "binding is given, and the engine is one of SQLite, which knows no users: leave it out, and give each "
+                "user a file with SQLitePerUser"
+            )
+        return Unbound()
+    if dialect.name != "postgresql":
+        raise ConfigurationError(f"the engine's database is {dialect.name}; supported are postgresql and sqlite")
+    kinds: dict[tuple[str, bool], type[Postgres]] = {
+        ("psycopg", False): Psycopg,
+        ("psycopg", True): AsyncPsycopg,
+        ("asyncpg", True): Asyncpg,
+    }
+    kind = kinds.get((dialect.driver, dialect.is_async))
+    if kind is None:
+        raise ConfigurationError(
+            f"the engine's driver is {dialect.driver}; supported are postgresql+psycopg and postgresql+asyncpg"
+        )
+    if binding is None:
+        from ucm_postgres import Binding
+
+        binding = Binding()
+    return kind(binding, reset)
+
+
+def require_transaction(connection: Connection) -> None:
+    """Raise ConfigurationError in AUTOCOMMIT mode, where a setting lasts no longer than the statement that sets it."""
+    dbapi_connection = connection.connection.dbapi_connection
+    if dbapi_connection is not None and connection.dialect.detect_autocommit_setting(dbapi_connection):
+        raise ConfigurationError(
+            "the isolation level is AUTOCOMMIT, in which nothing ties a statement to its user; use another level, or "
+            "an engine of its own for what must run outside of transactions"
+        )

@@ -1,0 +1,124 @@
+"""EngineBinding: each transaction on an engine is its user's, whoever begins it, from before its first statement."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+
+from ucm_middleware import ConfigurationError, UserExecutionContext
+from ucm_middleware.transactions import TransactionLog
+from ucm_sqlalchemy.drivers import Driver
+from ucm_sqlalchemy.ownership import owner_of, require_access
+
+BEGUN: Final = "ucm_sqlalchemy.begun"
+"""Where a connection's ``info`` has the transaction that is under way on it."""
+
+
+@dataclass(slots=True, eq=False)
+class Begun:
+    """A transaction: whose it is, and what is put on record of it."""
+
+    owner: UserExecutionContext
+    log: TransactionLog
+    is_bound: bool = False
+    is_committing: bool = False
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Put the end on record: it was committed when that was asked for and nothing went wrong."""
+        if self.is_committing and error is None:
+            self.log.commit()
+        else:
+            self.log.rollback(error)
+
+
+class EngineBinding:
+    """The listeners on one engine. They hold for the engines that are derived from it, and after ``dispose()``."""
+
+    __slots__ = ("_action", "_driver", "_name")
+
+    def __init__(self, engine: Engine, driver: Driver, name: str) -> None:
+        self._driver = driver
+        self._name = name
+        self._action = f"connection to {name}"
+        # First of all listeners: what others ask in theirs is asked for the user then.
+        event.listen(engine, "begin", self._begin, insert=True)
+        event.listen(engine, "begin_twophase", self._refuse_twophase, insert=True)
+        event.listen(engine, "before_cursor_execute", self._statement, insert=True)
+        event.listen(engine, "commit", self._commit, insert=True)
+        event.listen(engine, "rollback", self._rollback)
+        event.listen(engine, "invalidate", self._invalidated)
+        event.listen(engine, "reset", self._reset)
+
+    def _begin(self, connection: Connection) -> None:
+        info: dict[Any, Any] | None = None
+        try:
+            info = connection.info
+            self._end(info)
+            owner = owner_of(connection.get_execution_options(), self._name)
+            settings = self._driver.settings(owner)
+            log = TransactionLog(owner, self._name)
+            log.begin()
+            begun = info[BEGUN] = Begun(owner, log)
+            self._driver.begin(connection, settings)
+            begun.is_bound = True
+            owner.bind_session(connection)
+        except BaseException as error:
+            if info is not None:
+                self._end(info, error)
+            # After an error in this event SQLAlchemy takes the connection for one that is beginning a transaction, for
+            # ever, and lets statements through without any: so nobody may go on with it.
+            if not isinstance(error, Exception):
+                connection.invalidate(error)
+            connection.close()
+            raise
+
+    def _refuse_twophase(self, connection: Connection, xid: Any) -> None:
+        raise ConfigurationError(
+            "two-phase transactions cannot be bound: there is no step between their beginning and their first "
+            "statement; use begin(), or an engine of its own for them"
+        )
+
+    def _statement(
+        self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
+    ) -> None:
+        begun: Begun | None = connection.info.get(BEGUN)
+        if begun is None:
+            if connection.in_transaction():
+                raise ConfigurationError(
+                    "the connection has a transaction that was begun before the adapter was there, or that was ended "
+                    "or detached behind its back; close it, and begin another"
+                )
+            return  # what SQLAlchemy asks a new connection
+        if begun.is_bound:
+            require_access(begun.owner, self._action)
+            begun.log.statements += 1
+
+    def _commit(self, connection: Connection) -> None:
+        begun: Begun | None = None if connection.invalidated else connection.info.get(BEGUN)
+        if begun is not None:
+            require_access(begun.owner, self._action)
+            # Whether it succeeds is known when the connection goes back, or begins another.
+            begun.is_committing = True
+
+    def _rollback(self, connection: Connection) -> None:
+        if not connection.invalidated:
+            begun: Begun | None = connection.info.get(BEGUN)
+            if begun is not None:
+                begun.is_committing = False  # if it was asked for, it has failed
+                self._end(connection.info)
+
+    def _invalidated(self, dbapi_connection: Any, record: ConnectionPoolEntry, error: BaseException | None) -> None:
+        self._end(record.info, error or ConnectionError("the connection was invalidated"))
+
+    def _reset(self, dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
+        if record is not None:
+            self._end(record.info, ConnectionError("the connection was left behind") if state.terminate_only else None)
+        if state.asyncio_safe and not state.terminate_only:
+            self._driver.reset(dbapi_connection)
+
+    @staticmethod
+    def _end(info: dict[Any, Any], error: BaseException | None = None) -> None:
+        begun: Begun | None = info.pop(BEGUN, None)
+        if begun is not None:
+            begun.end(error)

@@ -1,0 +1,74 @@
+"""Which context a connection is used for, and whether the running code may use it."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ucm_middleware import (
+    ContextNotFoundError,
+    CrossUserAccessError,
+    UnauthenticatedError,
+    UserExecutionContext,
+    current_context,
+)
+
+OWNER: Final = "ucm_context"
+"""The execution option under which a session of the adapter's carries the weak reference to its context."""
+
+
+def running_context() -> UserExecutionContext | None:
+    """The context that the code runs in, or None. Raises ContextClosedError in code that outlived its own."""
+    try:
+        return current_context()
+    except ContextNotFoundError:
+        return None
+
+
+def require_user(context: UserExecutionContext) -> UserExecutionContext:
+    """The same context. Raises UnauthenticatedError for an anonymous one, ContextClosedError for a closed one."""
+    context.require_usable()
+    if context.is_anonymous:
+        raise UnauthenticatedError(
+            "the database was asked in a context without a user; identify the user first, or ask over an engine of "
+            "your own for what anonymous users may see"
+        )
+    return context
+
+
+def owner_of(options: Mapping[str, Any], database: str) -> UserExecutionContext:
+    """The context that a transaction begins for: the session's own, else the one that the code runs in.
+
+    Raises ContextNotFoundError where there is neither, UnauthenticatedError for an anonymous one, ContextClosedError
+    for a closed one, and CrossUserAccessError, recorded, for another user's session.
+    """
+    reference = options.get(OWNER)
+    owner: UserExecutionContext | None = None if reference is None else reference()
+    if owner is not None:
+        require_access(owner, f"transaction on {database}")
+        return require_user(owner)
+    context = running_context()
+    if context is None or reference is not None:
+        raise ContextNotFoundError(
+            f"a transaction on the database {database!r} was begun outside of a user's context; begin it in a request "
+            "behind UserContextMiddleware or in managed_user_context(), or give migrations and other work for no user "
+            "an engine of their own"
+        )
+    return require_user(context)
+
+
+def require_access(owner: UserExecutionContext, action: str) -> None:
+    """Raise unless the running code may go on with what was begun for ``owner``.
+
+    CrossUserAccessError, recorded, in another user's context; ContextClosedError in code that outlived its own. Code
+    in no context has been given the session, and that is its permission as long as the owner is open.
+    """
+    context = running_context()
+    if context is owner:
+        return
+    if context is None:
+        owner.require_usable()
+    elif context.user_id != owner.user_id:
+        host = owner.host or context.host
+        if host is None:
+            raise CrossUserAccessError(f"{action}: this code runs in another user's context")
+        host.require_owner(owner.user_id, action)
+        owner.require_usable()

@@ -1,0 +1,89 @@
+"""Functions that run in a unit of work."""
+
+import asyncio
+import functools
+import inspect
+import random
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
+
+from sqlalchemy.exc import DBAPIError
+
+from ucm_middleware import ConfigurationError
+from ucm_middleware.transactions import IsolationLevel, checked_level
+
+if TYPE_CHECKING:
+    from ucm_sqlalchemy.database import Database
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_WORTH_ANOTHER_TRY: Final = frozenset({"40001", "40P01"})  # serialization failure, deadlock
+
+_FIRST_PAUSE: Final = 0.01  # seconds, at most; twice as long before each further one
+
+
+def transactional(
+    database: "Database[Any]", function: Callable[P, R], level: IsolationLevel | None, retries: int
+) -> Callable[P, R]:
+    """See ``Database.transactional``."""
+    level = checked_level(level)
+    if retries < 0:
+        raise ConfigurationError(f"retries is {retries!r}; give a number of further tries, 0 for none")
+    name = getattr(function, "__qualname__", repr(function))
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigurationError(f"{name} is a generator, which runs when it is iterated; use unit_of_work() in it")
+    if inspect.iscoroutinefunction(function) is not database.is_async:
+        wanted = "async def, since its engine is an AsyncEngine" if database.is_async else "def, since it has an Engine"
+        raise ConfigurationError(f"{name} cannot be transactional: with {database.name} it must be {wanted}")
+    if database.is_async:
+        return cast("Callable[P, R]", _asynchronous(database, cast("Any", function), level, retries))
+    return _synchronous(database, function, level, retries)
+
+
+def _asynchronous(database: "Database[Any]", function: Any, level: IsolationLevel | None, retries: int) -> Any:
+    @functools.wraps(function)
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        tries = 0
+        while True:
+            unit = database.unit_of_work(level)
+            try:
+                async with unit:
+                    return await function(*args, **kwargs)
+            except DBAPIError as error:
+                if tries >= retries or unit.is_nested or not _is_worth_another_try(error):
+                    raise
+            await asyncio.sleep(_pause(tries))
+            tries += 1
+
+    return run
+
+
+def _synchronous(
+    database: "Database[Any]", function: Callable[P, R], level: IsolationLevel | None, retries: int
+) -> Callable[P, R]:
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        tries = 0
+        while True:
+            unit = database.unit_of_work(level)
+            try:
+                with unit:
+                    return function(*args, **kwargs)
+            except DBAPIError as error:
+                if tries >= retries or unit.is_nested or not _is_worth_another_try(error):
+                    raise
+            time.sleep(_pause(tries))
+            tries += 1
+
+    return run
+
+
+def _is_worth_another_try(error: DBAPIError) -> bool:
+    return getattr(error.orig, "sqlstate", None) in _WORTH_ANOTHER_TRY
+
+
+def _pause(tries: int) -> float:
+    # Not the same for those that have failed by each other.
+    return random.uniform(0, _FIRST_PAUSE * 2**tries)
