@@ -1,5 +1,25 @@
-"""A fresh database for each test that asks for one, on one server for all."""
+"""One PostgreSQL and one database for all tests, emptied between them; others where a test changes more."""
 
-from support.databases import database, postgres_proxy, postgres_server
+from collections.abc import Iterator
 
-__all__ = ["database", "postgres_proxy", "postgres_server"]
+import pytest
+
+from support.databases import database as own_database
+from support.databases import postgres_proxy, postgres_server
+from support.postgres import Database, PostgresServer
+
+__all__ = ["own_database", "postgres_proxy", "postgres_server"]
+
+
+@pytest.fixture(scope="session")
+def shared_database(postgres_server: PostgresServer) -> Iterator[Database]:
+    """Made once."""
+    with postgres_server.database() as shared:
+        yield shared
+
+
+@pytest.fixture
+def database(shared_database: Database) -> Database:
+    """The same for all, with the table ``notes`` empty."""
+    shared_database.execute("truncate notes restart identity", as_=shared_database.superuser)
+    return shared_database

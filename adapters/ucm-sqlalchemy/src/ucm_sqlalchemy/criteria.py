@@ -13,7 +13,6 @@ from sqlalchemy.orm import (
     ORMExecuteState,
     Session,
     UOWTransaction,
-    declarative_mixin,
     mapped_column,
     with_loader_criteria,
 )
@@ -21,7 +20,6 @@ from sqlalchemy.orm import (
 from ucm_middleware import CrossUserAccessError
 
 
-@declarative_mixin
 class UserOwned:
     """For classes whose rows have an owner: ``class Note(UserOwned, Base)``."""
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, ExceptionContext, event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from ucm_middleware import ConfigurationError, UserExecutionContext
@@ -14,6 +14,9 @@ from ucm_sqlalchemy.ownership import owner_of, require_access
 BEGUN: Final = "ucm_sqlalchemy.begun"
 """Where a connection's ``info`` has the transaction that is under way on it."""
 
+IN_USE: Final = "ucm_sqlalchemy.in_use"
+"""Is in the ``info`` of connections that the pool has given out, unlike those that SQLAlchemy gets to know first."""
+
 
 @dataclass(slots=True, eq=False)
 class Begun:
@@ -23,13 +26,14 @@ class Begun:
     log: TransactionLog
     is_bound: bool = False
     is_committing: bool = False
+    error: BaseException | None = None
 
     def end(self, error: BaseException | None = None) -> None:
         """Put the end on record: it was committed when that was asked for and nothing went wrong."""
-        if self.is_committing and error is None:
+        if self.is_committing and self.error is None and error is None:
             self.log.commit()
         else:
-            self.log.rollback(error)
+            self.log.rollback(self.error or error)
 
 
 class EngineBinding:
@@ -41,12 +45,13 @@ class EngineBinding:
         self._driver = driver
         self._name = name
         self._action = f"connection to {name}"
-        # First of all listeners: what others ask in theirs is asked for the user then.
-        event.listen(engine, "begin", self._begin, insert=True)
-        event.listen(engine, "begin_twophase", self._refuse_twophase, insert=True)
-        event.listen(engine, "before_cursor_execute", self._statement, insert=True)
-        event.listen(engine, "commit", self._commit, insert=True)
+        event.listen(engine, "begin", self._begin)
+        event.listen(engine, "begin_twophase", self._refuse_twophase)
+        event.listen(engine, "before_cursor_execute", self._statement)
+        event.listen(engine, "commit", self._commit)
         event.listen(engine, "rollback", self._rollback)
+        event.listen(engine, "handle_error", self._failed)
+        event.listen(engine, "checkout", self._checked_out)
         event.listen(engine, "invalidate", self._invalidated)
         event.listen(engine, "reset", self._reset)
 
@@ -82,14 +87,16 @@ class EngineBinding:
     def _statement(
         self, connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        begun: Begun | None = connection.info.get(BEGUN)
+        info = connection.info
+        begun: Begun | None = info.get(BEGUN)
         if begun is None:
-            if connection.in_transaction():
-                raise ConfigurationError(
-                    "the connection has a transaction that was begun before the adapter was there, or that was ended "
-                    "or detached behind its back; close it, and begin another"
-                )
-            return  # what SQLAlchemy asks a new connection
+            if IN_USE not in info and not connection.in_transaction():
+                return  # what SQLAlchemy asks a new connection
+            raise ConfigurationError(
+                f"a statement for the database {self._name!r} comes before its transaction is bound to a user: by a "
+                "listener for the engine's begin event that is older than the adapter (make the adapter first), or "
+                "on a connection that was begun or detached behind its back (close it, and take another)"
+            )
         if begun.is_bound:
             require_access(begun.owner, self._action)
             begun.log.statements += 1
@@ -103,10 +110,17 @@ class EngineBinding:
 
     def _rollback(self, connection: Connection) -> None:
         if not connection.invalidated:
+            self._end(connection.info)
+
+    def _failed(self, failure: ExceptionContext) -> None:
+        connection = failure.connection
+        if connection is not None and not connection.invalidated and not connection.closed:
             begun: Begun | None = connection.info.get(BEGUN)
-            if begun is not None:
-                begun.is_committing = False  # if it was asked for, it has failed
-                self._end(connection.info)
+            if begun is not None and begun.is_committing:
+                begun.error = failure.original_exception
+
+    def _checked_out(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
+        record.info[IN_USE] = True
 
     def _invalidated(self, dbapi_connection: Any, record: ConnectionPoolEntry, error: BaseException | None) -> None:
         self._end(record.info, error or ConnectionError("the connection was invalidated"))

@@ -54,8 +54,9 @@ class SessionTransaction(Generic[S]):
 def _execute(session: Session, statement: Any, parameters: Any) -> StatementResult:
     # Session's own: that of SQLModel's warns of it.
     result = cast("Result[Any]", Session.execute(session, statement, parameters))
+    rowcount = getattr(result, "rowcount", -1)  # before the rows, with which psycopg forgets it
     rows = tuple(dict(row) for row in result.mappings()) if getattr(result, "returns_rows", True) else ()
-    return StatementResult(rows, getattr(result, "rowcount", -1))
+    return StatementResult(rows, rowcount)
 
 
 def _end(session: Session, error: BaseException | None) -> None:

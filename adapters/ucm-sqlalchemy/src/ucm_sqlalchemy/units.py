@@ -70,7 +70,8 @@ class UnitOfWork(Generic[S]):
         self._require(is_async=True)
         session: Any = self._begin()
         if self.is_nested:
-            self._savepoint = await session.begin_nested()
+            self._savepoint = session.begin_nested()
+            await self._savepoint.__aenter__()
         return self._enter()
 
     async def __aexit__(
@@ -78,10 +79,8 @@ class UnitOfWork(Generic[S]):
     ) -> None:
         session: Any = self._leave()
         if self.is_nested:
-            if error is None:
-                await self._savepoint.commit()
-            elif self._can_go_back():
-                await self._savepoint.rollback()
+            if self._can_go_back(error):
+                await self._savepoint.__aexit__(kind, error, trace)
             return
         try:
             if error is None:
@@ -98,6 +97,7 @@ class UnitOfWork(Generic[S]):
         session: Any = self._begin()
         if self.is_nested:
             self._savepoint = session.begin_nested()
+            self._savepoint.__enter__()
         return self._enter()
 
     def __exit__(
@@ -105,10 +105,8 @@ class UnitOfWork(Generic[S]):
     ) -> None:
         session: Any = self._leave()
         if self.is_nested:
-            if error is None:
-                self._savepoint.commit()
-            elif self._can_go_back():
-                self._savepoint.rollback()
+            if self._can_go_back(error):
+                self._savepoint.__exit__(kind, error, trace)
             return
         try:
             if error is None:
@@ -155,10 +153,10 @@ class UnitOfWork(Generic[S]):
         assert session is not None
         return session
 
-    def _can_go_back(self) -> bool:
-        """Whether to roll back to the savepoint. In a context that has closed, the outermost rolls back all."""
+    def _can_go_back(self, error: BaseException | None) -> bool:
+        """False where an error ends it in a context that has closed: then the outermost rolls back all."""
         assert self._context is not None
-        return self._savepoint.is_active and self._context.is_open
+        return error is None or self._context.is_open
 
     def _end(self, session: S) -> None:
         assert self._context is not None

@@ -1,0 +1,256 @@
+"""What the network does: round trips, cancellations at each of them, backends that die, PgBouncer."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import psycopg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.pool import NullPool
+from sqlalchemy_notes import DRIVERS, Note, async_engine, bodies, by_text, running, sync_engine, write_notes
+
+from support.pgbouncer import start_pgbouncer
+from support.postgres import Database
+from support.tcp_proxy import TcpProxy
+from support.waiting import wait_until
+from ucm_middleware import UserContextManager
+from ucm_sqlalchemy import SQLAlchemy
+
+pytestmark = pytest.mark.parametrize("driver", DRIVERS)
+
+
+@pytest.fixture
+async def engine(database: Database, driver: str, postgres_proxy: TcpProxy) -> AsyncGenerator[AsyncEngine]:
+    """One connection, through a proxy."""
+    write_notes(database, alice="a1", bob="b1")
+    async with async_engine(database.app.at(postgres_proxy.port), driver, pool_timeout=5) as engine:
+        yield engine
+
+
+async def warm(engine: AsyncEngine) -> None:
+    """So that connecting and preparing are not counted."""
+    for _ in range(7):
+        await by_text(engine)
+
+
+async def round_trips(proxy: TcpProxy, work: Callable[[], Awaitable[Any]]) -> int:
+    """How many the work takes."""
+    before = proxy.round_trips
+    await work()
+    return proxy.round_trips - before
+
+
+async def test_binding_takes_one_round_trip_and_the_reset_another(
+    database: Database, driver: str, engine: AsyncEngine, postgres_proxy: TcpProxy
+) -> None:
+    await warm(engine)
+    unbound = await round_trips(postgres_proxy, lambda: by_text(engine))
+    manager = UserContextManager(plugins=[SQLAlchemy(engine)])
+    async with running(manager, "alice"):
+        await warm(engine)
+        assert await round_trips(postgres_proxy, lambda: by_text(engine)) == unbound + 2
+
+
+def asked_last(database: Database) -> tuple[str, str]:
+    """What the server is doing for the application, and what it was asked last."""
+    with psycopg.connect(database.superuser.dsn) as connection:
+        query = "select state, query from pg_stat_activity where usename = %s and query like '%%set_config%%'"
+        return next(iter(connection.execute(query, [database.app.user]).fetchall()), ("", ""))
+
+
+@pytest.mark.parametrize("reset", ["return", "begin"])
+async def test_with_psycopg_nobody_waits_for_the_binding(
+    database: Database, driver: str, engine: AsyncEngine, postgres_proxy: TcpProxy, reset: Any
+) -> None:
+    """It goes out with what begins the transaction: it arrives although no answer does."""
+    manager = UserContextManager(plugins=[SQLAlchemy(engine, reset=reset)])
+    async with running(manager, "alice"):
+        await warm(engine)
+        postgres_proxy.hold("replies")
+        task = asyncio.create_task(by_text(engine))
+        if driver == "psycopg":
+            await asyncio.to_thread(
+                wait_until, lambda: asked_last(database)[0] == "idle in transaction", "the transaction is bound"
+            )
+        else:
+            await postgres_proxy.until_held("replies")
+            assert asked_last(database) == ("", "")
+        postgres_proxy.release("replies")
+        assert await task == ["a1"]
+
+
+async def work_as_alice(manager: UserContextManager, bound: SQLAlchemy[AsyncSession]) -> None:
+    """A transaction with everything in it."""
+    async with running(manager, "alice"), bound.unit_of_work() as session:
+        session.add(Note(user_id="alice", body="a2"))
+        async with bound.unit_of_work():
+            await session.execute(text("select 'alice', pg_sleep(0)"))
+        streamed = await session.stream(text("select body from notes order by id"))
+        assert [row.body async for row in streamed] == ["a1", "a2"]
+
+
+@pytest.mark.parametrize("reset", ["return", "begin"])
+async def test_cancelled_at_every_answer_the_next_borrower_has_their_own(
+    database: Database, driver: str, engine: AsyncEngine, postgres_proxy: TcpProxy, reset: Any
+) -> None:
+    bound = SQLAlchemy(engine, reset=reset)
+    manager = UserContextManager(plugins=[bound])
+    async with running(manager, "bob"):
+        await warm(engine)
+    cut_off_at = 0
+    while True:
+        database.execute("delete from notes where body = 'a2'", as_=database.superuser)
+        postgres_proxy.hold("replies", after=cut_off_at)
+        task = asyncio.create_task(work_as_alice(manager, bound))
+        held = asyncio.create_task(postgres_proxy.until_held("replies"))
+        await asyncio.wait((task, held), return_when=asyncio.FIRST_COMPLETED)
+        finished = task.done()
+        task.cancel()
+        postgres_proxy.release("replies")
+        held.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        with suppress(asyncio.CancelledError):
+            await held
+        async with running(manager, "bob"):
+            assert await by_text(engine) == ["b1"]
+            async with engine.begin() as connection:
+                assert await connection.scalar(text("select 41 + 1")) == 42
+                assert await connection.scalar(text("select current_setting('app.user_id')")) == "bob"
+        assert cast("Any", engine.pool).checkedout() == 0
+        if finished:
+            break
+        cut_off_at += 1
+    assert cut_off_at > 4
+
+
+async def test_cancelled_before_every_request_arrives_the_next_borrower_has_their_own(
+    database: Database, engine: AsyncEngine, postgres_proxy: TcpProxy
+) -> None:
+    bound = SQLAlchemy(engine)
+    manager = UserContextManager(plugins=[bound])
+    async with running(manager, "bob"):
+        await warm(engine)
+    for cut_off_at in range(6):
+        database.execute("delete from notes where body = 'a2'", as_=database.superuser)
+        postgres_proxy.hold("requests", after=cut_off_at)
+        task = asyncio.create_task(work_as_alice(manager, bound))
+        await postgres_proxy.until_held("requests")
+        task.cancel()
+        postgres_proxy.release("requests")
+        with suppress(asyncio.CancelledError):
+            await task
+        async with running(manager, "bob"):
+            assert await by_text(engine) == ["b1"]
+        assert cast("Any", engine.pool).checkedout() == 0
+
+
+async def kill_backends(database: Database) -> None:
+    query = "select pg_terminate_backend(pid, 5000) from pg_stat_activity where usename = %s"
+    with psycopg.connect(database.superuser.dsn) as connection:
+        connection.execute(query, [database.app.user])
+
+
+async def test_the_pool_recovers_from_killed_backends(database: Database, driver: str) -> None:
+    write_notes(database, alice="a1")
+    async with async_engine(database.app, driver, size=3) as engine:
+        bound = SQLAlchemy(engine)
+        manager = UserContextManager(plugins=[bound])
+
+        async def visit(user_id: str) -> list[str]:
+            async with running(manager, user_id):
+                return await by_text(engine)
+
+        for _ in range(2):
+            await asyncio.gather(*(visit("alice") for _ in range(3)))
+            await kill_backends(database)
+            with pytest.raises(DBAPIError) as failure:  # the first to notice; the pool then throws all of them away
+                await visit("alice")
+            assert failure.value.connection_invalidated
+            assert await asyncio.gather(*(visit("alice") for _ in range(3))) == [["a1"]] * 3
+
+
+async def test_a_backend_that_is_killed_in_a_transaction_loses_it(database: Database, driver: str) -> None:
+    async with async_engine(database.app, driver) as engine:
+        bound = SQLAlchemy(engine)
+        manager = UserContextManager(plugins=[bound])
+        async with running(manager, "alice"):
+            with pytest.raises(DBAPIError):
+                async with bound.unit_of_work() as session:
+                    session.add(Note(user_id="alice", body="lost"))
+                    await session.flush()
+                    await kill_backends(database)
+            assert await bodies(bound.session()) == []
+        ends = [each["phase"] for each in cast("Any", manager.get_audit_trail("alice"))["events"] if "phase" in each]
+        assert ends == ["begin", "rollback", "begin", "rollback"]
+
+
+async def test_a_sync_engine_pays_the_same(database: Database, driver: str, postgres_proxy: TcpProxy) -> None:
+    if driver != "psycopg":
+        return
+    write_notes(database, alice="a1")
+    with sync_engine(database.app.at(postgres_proxy.port)) as engine:
+
+        def read() -> list[str]:
+            with engine.begin() as connection:
+                return list(connection.scalars(text("select body from notes order by id")))
+
+        for _ in range(7):
+            read()
+        before = postgres_proxy.round_trips
+        read()
+        unbound = postgres_proxy.round_trips - before
+        manager = UserContextManager(plugins=[SQLAlchemy(engine)])
+        async with running(manager, "alice"):
+            for _ in range(7):
+                assert read() == ["a1"]
+            before = postgres_proxy.round_trips
+            read()
+            assert postgres_proxy.round_trips - before == unbound + 2
+
+
+# Behind PgBouncer, clients share server connections by the transaction.
+
+
+def pgbouncer_options(driver: str) -> dict[str, Any]:
+    """What SQLAlchemy's documentation tells for it."""
+    if driver == "psycopg":
+        return {"poolclass": NullPool, "connect_args": {"prepare_threshold": None}}
+    arguments = {"statement_cache_size": 0, "prepared_statement_cache_size": 0, "prepared_statement_name_func": str}
+    return {"poolclass": NullPool, "connect_args": arguments}
+
+
+async def test_behind_pgbouncer_without_the_adapter_settings_reach_other_clients(
+    database: Database, driver: str
+) -> None:
+    write_notes(database, alice="a1", bob="b1")
+    with start_pgbouncer(database) as pgbouncer:
+        async with async_engine(pgbouncer.login(database.app), driver, **pgbouncer_options(driver)) as engine:
+            async with engine.begin() as connection:
+                await connection.execute(text("set app.user_id = 'alice'"))
+            assert await by_text(engine) == ["a1"]
+
+
+async def test_behind_pgbouncer_everyone_has_their_own(database: Database, driver: str) -> None:
+    write_notes(database, alice="a1", bob="b1")
+    with start_pgbouncer(database, pool_size=2) as pgbouncer:
+        async with async_engine(pgbouncer.login(database.app), driver, **pgbouncer_options(driver)) as engine:
+            bound = SQLAlchemy(engine, reset="begin")
+            manager = UserContextManager(plugins=[bound])
+
+            async def visit(user_id: str, mine: list[str]) -> None:
+                for _ in range(3):
+                    async with running(manager, user_id), bound.unit_of_work() as session:
+                        assert await bodies(session) == mine
+                        assert await session.scalar(text("select current_setting('work_mem')")) == "4MB"
+                        await session.execute(text("set app.user_id = 'carol'"))
+                        await session.execute(text("set work_mem = '5MB'"))
+
+            async with asyncio.TaskGroup() as visits:
+                for _ in range(5):
+                    visits.create_task(visit("alice", ["a1"]))
+                    visits.create_task(visit("bob", ["b1"]))
