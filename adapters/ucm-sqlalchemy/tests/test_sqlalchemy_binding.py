@@ -271,7 +271,7 @@ async def test_a_read_only_database_is_read(database: Database, driver: str) -> 
     options: dict[str, Any] = {"execution_options": {"postgresql_readonly": True}}
     for reset in ("return", "begin"):
         async with async_engine(database.app, driver, **options) as engine:
-            manager = UserContextManager(plugins=[SQLAlchemy(engine, reset=reset)])  # type: ignore[arg-type]
+            manager = UserContextManager(plugins=[SQLAlchemy(engine, reset=reset)])
             async with running(manager, "alice"):
                 assert await by_text(engine) == ["a1"]
                 async with engine.begin() as connection:

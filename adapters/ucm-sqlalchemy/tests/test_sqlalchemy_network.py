@@ -16,7 +16,6 @@ from sqlalchemy_notes import DRIVERS, Note, async_engine, bodies, by_text, runni
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy
-from support.waiting import wait_until
 from ucm_middleware import UserContextManager
 from ucm_sqlalchemy import SQLAlchemy
 
@@ -44,43 +43,18 @@ async def round_trips(proxy: TcpProxy, work: Callable[[], Awaitable[Any]]) -> in
     return proxy.round_trips - before
 
 
-async def test_binding_takes_one_round_trip_and_the_reset_another(
-    database: Database, driver: str, engine: AsyncEngine, postgres_proxy: TcpProxy
+@pytest.mark.parametrize(("reset", "psycopg_takes", "asyncpg_takes"), [("return", 1, 2), ("begin", 0, 3)])
+async def test_what_the_binding_and_the_reset_take(
+    driver: str, engine: AsyncEngine, postgres_proxy: TcpProxy, reset: Any, psycopg_takes: int, asyncpg_takes: int
 ) -> None:
+    """The reset on return takes one round trip; the binding one with asyncpg, and none with psycopg."""
     await warm(engine)
     unbound = await round_trips(postgres_proxy, lambda: by_text(engine))
-    manager = UserContextManager(plugins=[SQLAlchemy(engine)])
-    async with running(manager, "alice"):
-        await warm(engine)
-        assert await round_trips(postgres_proxy, lambda: by_text(engine)) == unbound + 2
-
-
-def asked_last(database: Database) -> tuple[str, str]:
-    """What the server is doing for the application, and what it was asked last."""
-    with psycopg.connect(database.superuser.dsn) as connection:
-        query = "select state, query from pg_stat_activity where usename = %s and query like '%%set_config%%'"
-        return next(iter(connection.execute(query, [database.app.user]).fetchall()), ("", ""))
-
-
-@pytest.mark.parametrize("reset", ["return", "begin"])
-async def test_with_psycopg_nobody_waits_for_the_binding(
-    database: Database, driver: str, engine: AsyncEngine, postgres_proxy: TcpProxy, reset: Any
-) -> None:
-    """It goes out with what begins the transaction: it arrives although no answer does."""
     manager = UserContextManager(plugins=[SQLAlchemy(engine, reset=reset)])
     async with running(manager, "alice"):
         await warm(engine)
-        postgres_proxy.hold("replies")
-        task = asyncio.create_task(by_text(engine))
-        if driver == "psycopg":
-            await asyncio.to_thread(
-                wait_until, lambda: asked_last(database)[0] == "idle in transaction", "the transaction is bound"
-            )
-        else:
-            await postgres_proxy.until_held("replies")
-            assert asked_last(database) == ("", "")
-        postgres_proxy.release("replies")
-        assert await task == ["a1"]
+        bound = await round_trips(postgres_proxy, lambda: by_text(engine))
+    assert bound - unbound == (psycopg_takes if driver == "psycopg" else asyncpg_takes)
 
 
 async def work_as_alice(manager: UserContextManager, bound: SQLAlchemy[AsyncSession]) -> None:
@@ -89,8 +63,7 @@ async def work_as_alice(manager: UserContextManager, bound: SQLAlchemy[AsyncSess
         session.add(Note(user_id="alice", body="a2"))
         async with bound.unit_of_work():
             await session.execute(text("select 'alice', pg_sleep(0)"))
-        streamed = await session.stream(text("select body from notes order by id"))
-        assert [row.body async for row in streamed] == ["a1", "a2"]
+        assert await bodies(session) == ["a1", "a2"]
 
 
 @pytest.mark.parametrize("reset", ["return", "begin"])
@@ -210,7 +183,7 @@ async def test_a_sync_engine_pays_the_same(database: Database, driver: str, post
                 assert read() == ["a1"]
             before = postgres_proxy.round_trips
             read()
-            assert postgres_proxy.round_trips - before == unbound + 2
+            assert postgres_proxy.round_trips - before == unbound + 1
 
 
 # Behind PgBouncer, clients share server connections by the transaction.

@@ -50,7 +50,12 @@ def manager(bound: SQLAlchemy[AsyncSession]) -> UserContextManager:
 
 def in_use(engine: AsyncEngine) -> int:
     """How many connections are out of the pool."""
-    return cast("Any", engine.pool).checkedout()
+    return int(cast("Any", engine.pool).checkedout())
+
+
+def around(session: Session) -> AsyncSession:
+    """What it was taken out of, without its handle."""
+    return AsyncSession(sync_session_class=cast("Any", lambda **_: session))
 
 
 # The session of a context.
@@ -153,7 +158,7 @@ async def test_another_users_code_cannot_use_a_session_however_it_got_it(
     async with running(manager, "alice"):
         given.append(bound.session())  # the handle
         sync_session = bound.session().sync_session
-        raw = AsyncSession(sync_session_class=lambda **_: sync_session)
+        raw = around(sync_session)
         given.append(raw)  # and what it stands for
         stolen.set_result(None)
         await task
@@ -167,7 +172,7 @@ async def test_it_is_of_no_use_after_its_context(bound: SQLAlchemy[AsyncSession]
         sync_session = session.sync_session
     with pytest.raises(ContextClosedError):
         await bodies(session)
-    raw = AsyncSession(sync_session_class=lambda **_: sync_session)
+    raw = around(sync_session)
     with pytest.raises(ContextClosedError):
         await bodies(raw)
 
@@ -180,6 +185,7 @@ async def test_it_is_closed_however_the_context_ends(
     context = manager.create_isolated_context("alice", ttl_seconds=0.2 if ending == "expiry" else None)
     manager.set_context("alice", context, ttl_seconds=0.2 if ending == "expiry" else None)
     working, ended = asyncio.Event(), asyncio.Event()
+    cleaning: list[asyncio.Task[bool]] = []
 
     async def work() -> None:
         try:
@@ -197,7 +203,7 @@ async def test_it_is_closed_however_the_context_ends(
     if ending == "clear":
         manager.clear_context("alice")
     elif ending == "cleanup":
-        cleaning = asyncio.create_task(manager.cleanup_context("alice"))
+        cleaning.append(asyncio.create_task(manager.cleanup_context("alice")))
     elif ending == "cleanup_all":
         manager.cleanup_all_contexts()
     elif ending == "revoke":
@@ -209,8 +215,8 @@ async def test_it_is_closed_however_the_context_ends(
         with pytest.raises((asyncio.CancelledError, ContextClosedError)):
             await task
         ended.set()
-    if ending == "cleanup":
-        await cleaning
+    for each in cleaning:
+        await each
     await ended.wait()
     await context.aclose()
     assert in_use(engine) == 0
@@ -321,7 +327,7 @@ async def test_transactional_functions_try_again_after_a_serialization_failure(
         return name
 
     async with running(manager, "alice"):
-        assert await asyncio.gather(number_them("x"), number_them("y")) == ["x", "y"]
+        assert list(await asyncio.gather(number_them("x"), number_them("y"))) == ["x", "y"]
         assert await bodies(bound.session()) == ["a1", "2", "3"]
     assert len(tries) == 3
     assert number_them.__name__ == "number_them"

@@ -9,6 +9,7 @@ from ucm_middleware import ConfigurationError, UserExecutionContext
 
 if TYPE_CHECKING:
     from ucm_postgres import Binding
+    from ucm_sqlalchemy.at_once import Waiting
 
 Reset = Literal["return", "begin"]
 """When a connection is brought back to a clean state: on its return to the pool, or where a transaction begins."""
@@ -113,34 +114,37 @@ class Asyncpg(Postgres):
 
 
 class Psycopg(Postgres):
-    """psycopg 3: what begins the transaction and what binds it go out together, in its pipeline mode."""
+    """psycopg 3: what begins the transaction and what binds it go out together."""
 
     def begin(self, connection: Connection, settings: Settings) -> None:
         require_transaction(connection)
         dbapi_connection = cast("Any", connection.connection.dbapi_connection)
         try:
-            self._begin_at_once(dbapi_connection, settings)
+            if self._begin_at_once(dbapi_connection, settings):
+                return
         except connection.dialect.loaded_dbapi.Error:
-            # Once more, one after the other. It fails again unless something in between knows no pipelines.
             if not dbapi_connection.closed:
-                dbapi_connection.rollback()
-            self.tell(connection, settings)
+                dbapi_connection.close()  # who knows in the middle of what
+        else:
+            dbapi_connection.rollback()
+        # Once more, one after the other. It fails again, as SQLAlchemy's error, unless something in between knows no
+        # pipelines.
+        self.tell(connection, settings)
 
-    def _begin_at_once(self, connection: Any, settings: Settings) -> None:
-        query, parameters = self._query(settings)
-        with connection.pipeline():
-            for statement in self._first:
-                connection.execute(statement, prepare=False)
-            connection.execute(query, parameters)
+    def _begin_at_once(self, connection: Any, settings: Settings) -> bool:
+        with connection.lock:
+            return bool(connection.wait(self._beginning(connection, settings)))
 
-    @property
-    def _first(self) -> tuple[str, ...]:
-        return () if self._resets_at_return else self._reset
+    def _beginning(self, connection: Any, settings: Settings) -> "Waiting":
+        from ucm_sqlalchemy.at_once import begin_at_once, begin_command
 
-    @staticmethod
-    def _query(settings: Settings) -> tuple[str, list[str]]:
-        calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
-        return f"select {calls}", [part for setting in settings for part in setting]
+        commands = [begin_command(connection)]
+        if not self._resets_at_return:
+            commands += [statement.encode() for statement in self._reset]
+        places = iter(range(1, 2 * len(settings) + 1))
+        calls = ", ".join(f"set_config(${next(places)}, ${next(places)}, true)" for _ in settings)
+        parameters = [part.encode(connection.info.encoding) for setting in settings for part in setting]
+        return begin_at_once(connection.pgconn, commands, f"select {calls}".encode(), parameters)
 
     def send_reset(self, dbapi_connection: Any) -> None:
         before = dbapi_connection.autocommit
@@ -152,16 +156,12 @@ class Psycopg(Postgres):
 class AsyncPsycopg(Psycopg):
     """The same through SQLAlchemy's adapted connection."""
 
-    def _begin_at_once(self, connection: Any, settings: Settings) -> None:
-        query, parameters = self._query(settings)
+    def _begin_at_once(self, connection: Any, settings: Settings) -> bool:
+        async def begin(driver: Any) -> bool:
+            async with driver.lock:
+                return bool(await driver.wait(self._beginning(driver, settings)))
 
-        async def begin(driver: Any) -> None:
-            async with driver.pipeline():
-                for statement in self._first:
-                    await driver.execute(statement, prepare=False)
-                await driver.execute(query, parameters)
-
-        connection.run_async(begin)
+        return bool(connection.run_async(begin))
 
     def send_reset(self, dbapi_connection: Any) -> None:
         async def send(driver: Any) -> None:
