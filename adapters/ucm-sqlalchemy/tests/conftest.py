@@ -11,6 +11,12 @@ from support.postgres import Database, PostgresServer
 __all__ = ["own_database", "postgres_proxy", "postgres_server"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("UCM_ENVIRONMENT", "testing")  # in which a secret is made where none is given
+    config.add_cleanup(patch.undo)
+
+
 @pytest.fixture(scope="session")
 def shared_database(postgres_server: PostgresServer) -> Iterator[Database]:
     """Made once."""

@@ -72,3 +72,11 @@ def require_access(owner: UserExecutionContext, action: str) -> None:
             raise CrossUserAccessError(f"{action}: this code runs in another user's context")
         host.require_owner(owner.user_id, action)
         owner.require_usable()
+
+
+def require_same_user(context: UserExecutionContext, user_id: str, action: str) -> None:
+    """Raise CrossUserAccessError, recorded, where the context is not of this user, whose the database is."""
+    if context.user_id != user_id:
+        if context.host is not None:
+            context.host.require_owner(user_id, action)
+        raise CrossUserAccessError(f"{action}: it is another user's, and begins in that user's context alone")
