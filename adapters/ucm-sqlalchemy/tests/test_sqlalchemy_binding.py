@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextvars import Context
-from typing import Any
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -389,6 +389,28 @@ async def test_the_drivers_own_connection_outside_of_a_transaction_is_nobodys(
     async with running(manager, "alice"):
         await by_text(engine)
         assert await greenlet_spawn(read, await engine.raw_connection()) == []
+
+
+async def test_after_a_commit_in_sql_the_rest_is_nobodys(
+    database: Database, engine: AsyncEngine, manager: UserContextManager
+) -> None:
+    async with running(manager, "alice"):
+        async with engine.connect() as connection:
+            await connection.execute(text("commit"))
+            assert await by_text_on(connection) == []
+        assert await by_text(engine) == ["a1"]
+
+
+async def test_settings_of_the_connection_survive_the_reset(database: Database, driver: str) -> None:
+    settings = {"server_settings": {"work_mem": "5MB"}} if driver == "asyncpg" else {"options": "-c work_mem=5MB"}
+    for reset in ("return", "begin"):
+        async with async_engine(database.app, driver, connect_args=settings) as engine:
+            manager = UserContextManager(plugins=[SQLAlchemy(engine, reset=cast("Any", reset))])
+            async with running(manager, "alice"):
+                for _ in range(2):
+                    async with engine.begin() as connection:
+                        assert await connection.scalar(text("select current_setting('work_mem')")) == "5MB"
+                        await connection.execute(text("set work_mem = '6MB'"))
 
 
 async def test_a_pool_that_keeps_nothing_works_too(database: Database, driver: str) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy_notes import DRIVERS, Note, async_engine, bodies, by_text, runni
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy
+from support.waiting import wait_until
 from ucm_middleware import UserContextManager
 from ucm_sqlalchemy import SQLAlchemy
 
@@ -120,6 +121,52 @@ async def test_cancelled_before_every_request_arrives_the_next_borrower_has_thei
         async with running(manager, "bob"):
             assert await by_text(engine) == ["b1"]
         assert cast("Any", engine.pool).checkedout() == 0
+
+
+async def test_cancelled_in_the_binding_the_connection_is_thrown_away(
+    engine: AsyncEngine, postgres_proxy: TcpProxy
+) -> None:
+    manager = UserContextManager(plugins=[SQLAlchemy(engine)])
+
+    async def backend(user_id: str) -> int:
+        async with running(manager, user_id), engine.begin() as connection:
+            return int((await connection.execute(text("select pg_backend_pid()"))).scalar_one())
+
+    before = await backend("bob")
+    postgres_proxy.hold("replies")
+    task = asyncio.create_task(backend("alice"))
+    await postgres_proxy.until_held("replies")
+    task.cancel()
+    postgres_proxy.release("replies")
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await backend("bob") != before
+
+
+async def test_a_session_that_is_busy_when_its_context_closes_is_thrown_away(
+    database: Database, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await kill_backends(database)
+    monkeypatch.setattr("ucm_sqlalchemy.sessions.GRACE", 0.1)
+    async with async_engine(database.app, driver) as engine:
+        bound = SQLAlchemy(engine)
+        manager = UserContextManager(plugins=[bound])
+        async with running(manager, "alice"):
+            session = bound.session()
+            asleep = asyncio.create_task(session.execute(text("select pg_sleep(60)")))
+            await asyncio.to_thread(wait_until, lambda: is_asleep(database), "the statement runs")
+        with pytest.raises((DBAPIError, asyncio.CancelledError)):
+            await asleep
+        assert cast("Any", engine.pool).checkedout() == 0
+        async with running(manager, "bob"):
+            assert await by_text(engine) == []
+
+
+def is_asleep(database: Database) -> bool:
+    """Whether the application's statement is under way."""
+    query = "select query from pg_stat_activity where usename = %s and state = 'active'"
+    with psycopg.connect(database.superuser.dsn) as connection:
+        return any("pg_sleep" in row[0] for row in connection.execute(query, [database.app.user]).fetchall())
 
 
 async def kill_backends(database: Database) -> None:
@@ -227,3 +274,17 @@ async def test_behind_pgbouncer_everyone_has_their_own(database: Database, drive
                 for _ in range(5):
                     visits.create_task(visit("alice", ["a1"]))
                     visits.create_task(visit("bob", ["b1"]))
+
+
+async def test_behind_pgbouncer_the_binding_lasts_no_longer_than_the_transaction(
+    database: Database, driver: str
+) -> None:
+    write_notes(database, alice="a1")
+    with start_pgbouncer(database) as pgbouncer:
+        login = pgbouncer.login(database.app)
+        async with async_engine(login, driver, **pgbouncer_options(driver)) as engine:
+            manager = UserContextManager(plugins=[SQLAlchemy(engine, reset="begin")])
+            async with running(manager, "alice"):
+                assert await by_text(engine) == ["a1"]
+        async with async_engine(login, driver, **pgbouncer_options(driver)) as other:
+            assert await by_text(other) == []

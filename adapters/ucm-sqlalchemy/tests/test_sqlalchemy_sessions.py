@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
@@ -22,6 +22,7 @@ from ucm_middleware import (
     HandleRevokedError,
     UserContextManager,
     UserExecutionContext,
+    hookimpl,
     managed_user_context,
 )
 from ucm_middleware.transactions import IsolationLevel
@@ -162,6 +163,7 @@ async def test_another_users_code_cannot_use_a_session_however_it_got_it(
         given.append(raw)  # and what it stands for
         stolen.set_result(None)
         await task
+        assert not events(manager, "alice", "transaction")
         assert await bodies(bound.session()) == ["a1"]
 
 
@@ -422,6 +424,25 @@ async def test_one_statement_in_a_transaction(manager: UserContextManager) -> No
         with pytest.raises(CrossUserAccessError):
             await manager.execute_in_transaction("bob", "select 1")
         assert (await manager.execute_in_transaction("alice", "select count(*) as n from notes")).rows == ({"n": 4},)
+
+
+class Refuses:
+    """A plugin that binds sessions of its own accord, and refuses."""
+
+    @hookimpl
+    def ucm_bind_session(self, context: UserExecutionContext, session: Connection) -> None:
+        assert session.exec_driver_sql("select current_setting('app.user_id')").scalar() == context.user_id
+        raise LookupError
+
+
+async def test_other_plugins_may_bind_each_transaction_and_refuse_it(
+    engine: AsyncEngine, bound: SQLAlchemy[AsyncSession]
+) -> None:
+    manager = UserContextManager(plugins=[bound, Refuses()])
+    async with running(manager, "alice"):
+        with pytest.raises(LookupError):
+            await bodies(bound.session())
+    assert in_use(engine) == 0
 
 
 # The records.

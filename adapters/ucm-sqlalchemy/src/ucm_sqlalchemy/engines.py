@@ -9,7 +9,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 from ucm_middleware import ConfigurationError, UserExecutionContext
 from ucm_middleware.transactions import TransactionLog
 from ucm_sqlalchemy.drivers import Driver
-from ucm_sqlalchemy.ownership import owner_of, require_access
+from ucm_sqlalchemy.ownership import LEASE, owner_of, require_access
 
 BEGUN: Final = "ucm_sqlalchemy.begun"
 """Where a connection's ``info`` has the transaction that is under way on it."""
@@ -60,11 +60,14 @@ class EngineBinding:
         try:
             info = connection.info
             self._end(info)
-            owner = owner_of(connection.get_execution_options(), self._name)
+            options = connection.get_execution_options()
+            owner = owner_of(options, self._name)
             settings = self._driver.settings(owner)
             log = TransactionLog(owner, self._name)
             log.begin()
             begun = info[BEGUN] = Begun(owner, log)
+            if LEASE in options:
+                options[LEASE].take(connection)
             self._driver.begin(connection, settings)
             begun.is_bound = True
             owner.bind_session(connection)
@@ -102,22 +105,20 @@ class EngineBinding:
             begun.log.statements += 1
 
     def _commit(self, connection: Connection) -> None:
-        begun: Begun | None = None if connection.invalidated else connection.info.get(BEGUN)
+        begun = _begun_on(connection)
         if begun is not None:
             require_access(begun.owner, self._action)
             # Whether it succeeds is known when the connection goes back, or begins another.
             begun.is_committing = True
 
     def _rollback(self, connection: Connection) -> None:
-        if not connection.invalidated:
+        if _begun_on(connection) is not None:
             self._end(connection.info)
 
     def _failed(self, failure: ExceptionContext) -> None:
-        connection = failure.connection
-        if connection is not None and not connection.invalidated and not connection.closed:
-            begun: Begun | None = connection.info.get(BEGUN)
-            if begun is not None and begun.is_committing:
-                begun.error = failure.original_exception
+        begun = None if failure.connection is None else _begun_on(failure.connection)
+        if begun is not None and begun.is_committing:
+            begun.error = failure.original_exception
 
     def _checked_out(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
         record.info[IN_USE] = True
@@ -136,3 +137,8 @@ class EngineBinding:
         begun: Begun | None = info.pop(BEGUN, None)
         if begun is not None:
             begun.end(error)
+
+
+def _begun_on(connection: Connection) -> Begun | None:
+    """What is under way on a connection; None on one that is closed or thrown away, whose end is on record already."""
+    return None if connection.closed or connection.invalidated else connection.info.get(BEGUN)

@@ -1,7 +1,10 @@
 """Which context a connection is used for, and whether the running code may use it."""
 
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final
+
+from sqlalchemy import Connection
 
 from ucm_middleware import (
     ContextNotFoundError,
@@ -11,8 +14,35 @@ from ucm_middleware import (
     current_context,
 )
 
-OWNER: Final = "ucm_context"
-"""The execution option under which a session of the adapter's carries the weak reference to its context."""
+LEASE: Final = "ucm_lease"
+"""The execution option under which a session of the adapter's carries its lease."""
+
+
+class Lease:
+    """What a session lets the engine know, whose it is, and the engine the teardown, what its connection is.
+
+    Weakly, since both refer to it.
+    """
+
+    __slots__ = ("_connection", "_owner")
+
+    def __init__(self, owner: UserExecutionContext) -> None:
+        self._owner = weakref.ref(owner)
+        self._connection: weakref.ref[Connection] | None = None
+
+    @property
+    def owner(self) -> UserExecutionContext | None:
+        """The context; None when it is gone."""
+        return self._owner()
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connection that the session began on last, while there is one."""
+        return None if self._connection is None else self._connection()
+
+    def take(self, connection: Connection) -> None:
+        """A transaction begins on this one."""
+        self._connection = weakref.ref(connection)
 
 
 def running_context() -> UserExecutionContext | None:
@@ -40,13 +70,13 @@ def owner_of(options: Mapping[str, Any], database: str) -> UserExecutionContext:
     Raises ContextNotFoundError where there is neither, UnauthenticatedError for an anonymous one, ContextClosedError
     for a closed one, and CrossUserAccessError, recorded, for another user's session.
     """
-    reference = options.get(OWNER)
-    owner: UserExecutionContext | None = None if reference is None else reference()
+    lease: Lease | None = options.get(LEASE)
+    owner = None if lease is None else lease.owner
     if owner is not None:
         require_access(owner, f"transaction on {database}")
         return require_user(owner)
     context = running_context()
-    if context is None or reference is not None:
+    if context is None or lease is not None:
         raise ContextNotFoundError(
             f"a transaction on the database {database!r} was begun outside of a user's context; begin it in a request "
             "behind UserContextMiddleware or in managed_user_context(), or give migrations and other work for no user "

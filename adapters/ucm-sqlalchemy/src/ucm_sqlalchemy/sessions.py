@@ -9,13 +9,17 @@ from typing import Any, Final, Generic, TypeVar, cast
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from ucm_middleware import UserExecutionContext
-from ucm_sqlalchemy.ownership import OWNER
+from ucm_sqlalchemy.ownership import LEASE, Lease
 
 S = TypeVar("S", bound=Session | AsyncSession)
 
 AnyEngine = Engine | AsyncEngine
+
+GRACE: Final = 5.0
+"""Seconds that a rollback at the teardown may take. Then the connection is thrown away."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,7 +68,7 @@ class Sessions(Generic[S]):
         """One that the caller closes."""
         given = {**self._options, **options}
         # The session's transactions are its context's, in whichever code they begin.
-        given["execution_options"] = {**given.get("execution_options", {}), OWNER: weakref.ref(context)}
+        given["execution_options"] = {**given.get("execution_options", {}), LEASE: Lease(context)}
         session = self._make(bind=engine, **given)
         if self._prepare is not None:
             self._prepare(session, context.user_id)
@@ -118,12 +122,23 @@ def close_all(sessions: list[Session]) -> None:
         try:
             session.close()
         except Exception:  # noqa: BLE001 - busy in another thread, or in a state that it cannot leave
-            session.invalidate()
+            _throw_away(session)
 
 
 async def _aclose_all(sessions: list[AsyncSession]) -> None:
     for session in sessions:
         try:
-            await session.close()
+            async with asyncio.timeout(GRACE):
+                await session.close()
         except Exception:  # noqa: BLE001 - busy in another task, or in a state that it cannot leave
-            await session.invalidate()
+            await greenlet_spawn(_throw_away, session.sync_session)
+
+
+def _throw_away(session: Session) -> None:
+    """Close the connection for good. The session may have forgotten it, in trying to give it back."""
+    lease: Lease = session.execution_options[LEASE]
+    connection = lease.connection
+    session.invalidate()
+    if connection is not None and not connection.closed:
+        connection.invalidate()
+        connection.close()
