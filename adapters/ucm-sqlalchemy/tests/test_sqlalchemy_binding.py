@@ -12,8 +12,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError, Resou
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import greenlet_spawn
-from sqlalchemy_notes import DRIVERS, READINGS, Note, async_engine, bodies, by_text, running, write_notes
 
+from sqlalchemy_notes import DRIVERS, READINGS, Note, async_engine, bodies, by_text, running, write_notes
 from support.contexts import events, visitor
 from support.postgres import Database
 from ucm_middleware import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy_notes import DRIVERS, write_notes
 
+from sqlalchemy_notes import DRIVERS, write_notes
 from support.postgres import Database
 from ucm_middleware.testing import Server, start_server
 

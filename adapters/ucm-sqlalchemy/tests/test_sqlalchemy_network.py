@@ -11,8 +11,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import NullPool
-from sqlalchemy_notes import DRIVERS, Note, async_engine, bodies, by_text, running, sync_engine, write_notes
 
+from sqlalchemy_notes import DRIVERS, Note, async_engine, bodies, by_text, running, sync_engine, write_notes
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy

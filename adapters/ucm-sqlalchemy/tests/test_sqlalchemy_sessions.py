@@ -9,10 +9,10 @@ from sqlalchemy import Connection, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy_notes import BODIES, DRIVERS, Note, async_engine, bodies, running, sync_engine, write_notes
 from sqlmodel import select as sqlmodel_select
 from sqlmodel.ext.asyncio.session import AsyncSession as SQLModelSession
 
+from sqlalchemy_notes import BODIES, DRIVERS, Note, async_engine, bodies, running, sync_engine, write_notes
 from support.contexts import events
 from support.postgres import Database
 from ucm_middleware import (
@@ -20,12 +20,12 @@ from ucm_middleware import (
     ContextClosedError,
     CrossUserAccessError,
     HandleRevokedError,
+    IsolationLevel,
     UserContextManager,
     UserExecutionContext,
     hookimpl,
     managed_user_context,
 )
-from ucm_middleware.transactions import IsolationLevel
 from ucm_sqlalchemy import SQLAlchemy
 
 pytestmark = pytest.mark.parametrize("driver", DRIVERS)

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import create_engine, delete, select, text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy_notes import running
 
+from sqlalchemy_notes import running
 from support.contexts import events
 from ucm_middleware import ConfigurationError, CrossUserAccessError, UserContextManager, managed_user_context
 from ucm_sqlalchemy import SQLAlchemy, SQLitePerUser, UserOwned

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ucm_middleware import ConfigurationError, UserExecutionContext, current_context, hookimpl
-from ucm_middleware.transactions import IsolationLevel
+from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, current_context, hookimpl
 from ucm_sqlalchemy.ownership import require_user
 from ucm_sqlalchemy.sessions import AnyEngine, Sessions
 from ucm_sqlalchemy.transaction import SessionTransaction

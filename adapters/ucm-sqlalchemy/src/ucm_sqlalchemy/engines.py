@@ -6,8 +6,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, ExceptionContext, event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
-from ucm_middleware import ConfigurationError, UserExecutionContext
-from ucm_middleware.transactions import TransactionLog
+from ucm_middleware import ConfigurationError, TransactionLog, UserExecutionContext
 from ucm_sqlalchemy.drivers import Driver
 from ucm_sqlalchemy.ownership import LEASE, owner_of, require_access
 

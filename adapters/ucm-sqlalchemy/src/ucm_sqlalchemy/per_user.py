@@ -14,8 +14,7 @@ from sqlalchemy import Connection, Engine, MetaData, NullPool, create_engine, ev
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from ucm_middleware import ConfigurationError, UserExecutionContext
-from ucm_middleware.transactions import IsolationLevel
+from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext
 from ucm_sqlalchemy.database import Database
 from ucm_sqlalchemy.drivers import Settings
 from ucm_sqlalchemy.engines import EngineBinding

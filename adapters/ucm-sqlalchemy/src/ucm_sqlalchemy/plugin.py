@@ -8,8 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from ucm_middleware import ConfigurationError, UserExecutionContext
-from ucm_middleware.transactions import IsolationLevel
+from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext
 from ucm_sqlalchemy.criteria import UserOwned, scope_session
 from ucm_sqlalchemy.database import Database
 from ucm_sqlalchemy.drivers import Reset, driver_for

@@ -8,7 +8,7 @@ from sqlalchemy import Result, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ucm_middleware.transactions import StatementResult
+from ucm_middleware import StatementResult
 
 S = TypeVar("S", bound=Session | AsyncSession)
 

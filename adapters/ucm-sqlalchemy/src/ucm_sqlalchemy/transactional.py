@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 from sqlalchemy.exc import DBAPIError
 
-from ucm_middleware import ConfigurationError
-from ucm_middleware.transactions import IsolationLevel, checked_level
+from ucm_middleware import ConfigurationError, IsolationLevel
+from ucm_middleware.transactions import checked_level
 
 if TYPE_CHECKING:
     from ucm_sqlalchemy.database import Database

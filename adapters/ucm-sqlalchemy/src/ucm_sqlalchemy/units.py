@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from ucm_middleware import ConfigurationError, UserExecutionContext, current_context, revoke_handle
-from ucm_middleware.transactions import IsolationLevel, checked_level
+from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, current_context, revoke_handle
+from ucm_middleware.transactions import checked_level
 from ucm_sqlalchemy.ownership import require_user
 
 if TYPE_CHECKING:
