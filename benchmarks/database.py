@@ -60,7 +60,8 @@ async def psycopg_pair(login: Login) -> AsyncGenerator[Pair]:
 
 @asynccontextmanager
 async def asyncpg_pair(login: Login) -> AsyncGenerator[Pair]:
-    async with asyncpg.create_pool(login.dsn, min_size=1, max_size=1, reset=ucm_asyncpg.reset) as pool:
+    untyped: Any = asyncpg
+    async with untyped.create_pool(login.dsn, min_size=1, max_size=1, reset=ucm_asyncpg.reset) as pool:
         database = ucm_asyncpg.AsyncpgPool(pool)
 
         async def bare() -> None:
@@ -77,15 +78,11 @@ async def asyncpg_pair(login: Login) -> AsyncGenerator[Pair]:
 @asynccontextmanager
 async def sqlalchemy_pair(url: str) -> AsyncGenerator[Pair]:
     async with AsyncExitStack() as stack:
-        steps: list[Step] = []
-        plugin: object = None
-        for is_tied in (False, True):
-            engine = create_async_engine(url, pool_size=1, max_overflow=0)
-            stack.push_async_callback(engine.dispose)
-            if is_tied:
-                plugin = SQLAlchemy(engine)
-            steps.append(_on_one_connection(engine, stack))
-        yield Pair(*steps, plugin)
+        untied, tied = (create_async_engine(url, pool_size=1, max_overflow=0) for _ in range(2))
+        stack.push_async_callback(untied.dispose)
+        stack.push_async_callback(tied.dispose)
+        database = SQLAlchemy(tied)
+        yield Pair(_on_one_connection(untied, stack), _on_one_connection(tied, stack), database)
 
 
 def _on_one_connection(engine: AsyncEngine, stack: AsyncExitStack) -> Step:
