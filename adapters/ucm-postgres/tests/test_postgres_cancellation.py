@@ -1,6 +1,7 @@
 """A transaction cancelled at each of its awaits, and connections that die: who comes next gets their own reply."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -143,6 +144,19 @@ class TestAConnectionThatDies:
                 die(how, emptied, postgres_proxy, pid)
         assert await next_one(pool, "alice") == []
 
+    async def test_and_is_not_minded_fails_the_commit_all_the_same(
+        self, pool: Pool, postgres_proxy: TcpProxy, emptied: Database
+    ) -> None:
+        ledger = RecordingLedger()
+        with running_as(pool.manager(ledger=ledger), "alice"), pytest.raises(DEAD):
+            async with pool.plugin.transaction() as connection:
+                await pool.run(connection, INSERT, "milk")
+                postgres_proxy.cut()
+                with contextlib.suppress(*DEAD):
+                    await pool.run(connection, INSERT, "bread")
+        assert [dict(record.data)["phase"] for record in ledger.select("transaction")] == ["begin", "rollback"]
+        assert await next_one(pool, "alice") == []
+
     @pytest.mark.parametrize("how", ["killed", "cut"])
     async def test_in_the_pool_is_replaced(
         self, pool: Pool, postgres_proxy: TcpProxy, emptied: Database, how: str
@@ -159,7 +173,13 @@ class TestAConnectionThatDies:
         assert await next_one(pool, "bob") == []
 
 
-DEAD = (psycopg.OperationalError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError, ConnectionError)
+DEAD = (
+    psycopg.OperationalError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # when it has heard of the end, and not yet seen it
+    ConnectionError,
+)
 
 
 def die(how: str, database: Database, proxy: TcpProxy, pid: int) -> None:

@@ -1,5 +1,6 @@
 """Transactions of code in threads, on psycopg's ConnectionPool."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,18 @@ def test_a_block_is_rolled_back_after_an_error(
         connection.execute(INSERT, ["milk"])
         raise ZeroDivisionError
     assert phases(ledger) == [("begin", None), ("rollback", 1)]
+    assert bodies(pool, "alice") == []
+
+
+def test_a_block_of_which_a_statement_failed_is_not_taken_for_committed(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    refused = pytest.raises(psycopg.errors.InFailedSqlTransaction, match="a statement of this transaction failed")
+    with running_as(manager, "alice"), refused, pool.transaction() as connection:
+        connection.execute(INSERT, ["milk"])
+        with contextlib.suppress(psycopg.errors.DivisionByZero):
+            connection.execute("select 1 / 0")
+    assert phases(ledger) == [("begin", None), ("rollback", 2)]
     assert bodies(pool, "alice") == []
 
 

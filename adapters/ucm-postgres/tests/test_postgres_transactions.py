@@ -1,10 +1,13 @@
 """Transactions of a user's, on the pools of both drivers."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextvars import Context
 from typing import Any
 
+import asyncpg  # type: ignore[import-untyped]
+import psycopg
 import pytest
 
 from postgres_drivers import BODIES, DRIVERS, INSERT, Pool, of, open_pool
@@ -53,6 +56,9 @@ async def bodies(pool: Pool, manager: UserContextManager, user: str) -> list[Any
             return of(user, await pool.run(connection, BODIES))
 
 
+FAILED = (psycopg.errors.InFailedSqlTransaction, asyncpg.InFailedSQLTransactionError)
+
+
 class TestABlock:
     async def test_is_the_users_and_committed_at_its_end(
         self, pool: Pool, manager: UserContextManager, ledger: RecordingLedger
@@ -75,6 +81,34 @@ class TestABlock:
                 raise ZeroDivisionError
         assert phases(ledger) == [("begin", None), ("rollback", 1)]
         assert await bodies(pool, manager, "alice") == []
+
+    async def test_of_which_a_statement_failed_is_not_taken_for_committed(
+        self, pool: Pool, manager: UserContextManager, ledger: RecordingLedger
+    ) -> None:
+        """A server answers COMMIT with a rollback then, and drivers let that pass."""
+        with running_as(manager, "alice"), pytest.raises(FAILED, match="a statement of this transaction failed"):
+            async with pool.plugin.transaction() as connection:
+                await pool.run(connection, INSERT, "milk")
+                with contextlib.suppress(psycopg.errors.DivisionByZero, asyncpg.DivisionByZeroError):
+                    await pool.run(connection, "select 1 / 0")
+        assert phases(ledger) == [("begin", None), ("rollback", 2)]
+        with running_as(manager, "alice"):
+            async with pool.plugin.transaction() as connection:
+                await pool.run(connection, INSERT, "bread")
+                with contextlib.suppress(psycopg.errors.DivisionByZero, asyncpg.DivisionByZeroError):
+                    async with pool.plugin.transaction():
+                        await pool.run(connection, "select 1 / 0")
+        assert await bodies(pool, manager, "alice") == ["bread"]
+
+    async def test_that_commits_by_hand_has_no_user_any_more(self, pool: Pool, manager: UserContextManager) -> None:
+        with running_as(manager, "alice"):
+            async with pool.plugin.transaction() as connection:
+                await pool.run(connection, INSERT, "milk")
+                await connection.execute("commit")
+                assert await pool.run(connection, BODIES) == []
+                [(user,)] = await pool.run(connection, "select current_setting('app.user_id', true)")
+                assert not user
+        assert await bodies(pool, manager, "alice") == ["milk"]
 
     async def test_inside_of_another_is_a_savepoint(self, pool: Pool, manager: UserContextManager) -> None:
         with running_as(manager, "alice"):

@@ -1,5 +1,6 @@
 """Transactions of a user's on a pool of asyncpg."""
 
+import asyncio
 import contextlib
 from collections.abc import Sequence
 from typing import Any, Final, cast
@@ -73,6 +74,7 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         self._pool = pool
         self._reset_first = reset_first
         self._block: Transaction | None = None
+        self._is_failed = False
 
     async def _acquire(self) -> Any:
         return await self._pool.acquire()
@@ -92,10 +94,23 @@ class _AsyncpgTransaction(UserTransaction[Any]):
                 f"parameters is {type(parameters).__name__}; asyncpg takes a list, for $1, $2 and so on"
             )
         self.log.statements += 1
-        prepared = await connection.prepare(statement)
-        rows = await prepared.fetch(*cast("Sequence[object]", parameters or ()))
+        try:
+            prepared = await connection.prepare(statement)
+            rows = await prepared.fetch(*cast("Sequence[object]", parameters or ()))
+        except asyncpg.PostgresError:
+            self._is_failed = True
+            raise
         count = prepared.get_statusmsg().rpartition(" ")[2]
         return StatementResult(tuple(map(dict, rows)), int(count) if count.isdecimal() else -1)
+
+    async def _failure(self, connection: Any) -> BaseException | None:
+        await asyncio.sleep(0)  # the loggers of its last statement are called in the next round
+        if not self._is_failed:
+            return None
+        return asyncpg.InFailedSQLTransactionError(
+            "a statement of this transaction failed, so that nothing of it can be committed; let its error through, or "
+            "run what may fail in a savepoint"
+        )
 
     async def _commit(self, connection: Any) -> None:
         connection.remove_query_logger(self._count)
@@ -119,5 +134,9 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         self._cut(connection)
         await self._pool.release(connection)  # which it is, once it has been terminated
 
-    def _count(self, query: object) -> None:
+    def _count(self, query: Any) -> None:
         self.log.statements += 1
+        if isinstance(query.exception, asyncpg.PostgresError):
+            self._is_failed = True
+        elif query.query.startswith("ROLLBACK TO "):
+            self._is_failed = False

@@ -12,7 +12,7 @@ from ucm_middleware import IsolationLevel, StatementResult, UserExecutionContext
 from ucm_postgres.binding import Binding
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.counting import StatementCounter
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, shut_down
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, failure, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.transaction import UserTransaction, UserTransactions
 
@@ -101,6 +101,9 @@ class _PsycopgTransaction(UserTransaction[C]):
             await cursor.execute(cast("Any", statement), cast("Any", parameters))
             rows = tuple(await cursor.fetchall()) if cursor.description else ()
             return StatementResult(rows, cursor.rowcount)
+
+    async def _failure(self, connection: C) -> BaseException | None:
+        return failure(connection.pgconn)
 
     async def _commit(self, connection: C) -> None:
         self._counter.end(connection)

@@ -5,8 +5,10 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
+from psycopg import Error, OperationalError
 from psycopg import IsolationLevel as PsycopgLevel
-from psycopg import OperationalError
+from psycopg.errors import InFailedSqlTransaction
+from psycopg.pq import ConnStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
 from ucm_middleware import IsolationLevel
@@ -22,6 +24,18 @@ def bind_query(settings: Sequence[tuple[str, str]]) -> tuple[bytes, list[str]]:
     """The statement that binds a transaction, and its parameters: nothing of a user's is part of the SQL."""
     calls = ", ".join(["set_config(%s, %s, true)"] * len(settings))
     return f"SELECT {calls}".encode(), [part for setting in settings for part in setting]
+
+
+def failure(pgconn: PGconn) -> Error | None:
+    """What keeps a transaction from being committed, though the application has passed over it; else None."""
+    if pgconn.status != ConnStatus.OK:
+        return OperationalError("the connection was lost before the transaction was committed")
+    if pgconn.transaction_status == TransactionStatus.INERROR:
+        return InFailedSqlTransaction(
+            "a statement of this transaction failed, so that nothing of it can be committed; let its error through, or "
+            "run what may fail in a savepoint"
+        )
+    return None
 
 
 def shut_down(pgconn: PGconn) -> None:

@@ -24,7 +24,7 @@ from ucm_postgres.binding import Binding
 from ucm_postgres.checks import ResetMode, check_isolation_level, check_savepoint_level, checked_reset, role_error
 from ucm_postgres.counting import StatementCounter
 from ucm_postgres.leftovers import Leftovers
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, shut_down
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, failure, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.transaction import GRACE
 
@@ -123,6 +123,9 @@ class PsycopgThreadPool(Generic[C]):
         lent.is_begun = True
 
     def _commit(self, lent: "_Lent[C]") -> None:
+        if (failed := failure(lent.connection.pgconn)) is not None and lent.is_open:
+            self._roll_back(lent, failed)
+            raise failed
         if not lent.claim():  # the context closed meanwhile, and with it the connection
             raise lent.over_error()
         self._let_go(lent)

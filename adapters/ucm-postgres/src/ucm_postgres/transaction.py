@@ -118,6 +118,13 @@ class UserTransaction(ABC, Generic[C]):
     async def _run(self, connection: C, statement: object, parameters: object) -> StatementResult: ...
 
     @abstractmethod
+    async def _failure(self, connection: C) -> BaseException | None:
+        """What keeps the transaction from being committed, though the application has passed over it.
+
+        A server answers COMMIT after a statement that failed with a rollback, and drivers do not say so.
+        """
+
+    @abstractmethod
     async def _commit(self, connection: C) -> None: ...
 
     @abstractmethod
@@ -182,29 +189,34 @@ class UserTransaction(ABC, Generic[C]):
         return HandleRevokedError(self.context.request_id, self.context.lifetime.where(), "transaction")
 
     async def _end(self, connection: C, error: BaseException | None) -> None:
+        failure: BaseException | None = None
         try:
             if self._handle is not None:
                 revoke_handle(self._handle)
-            if error is None:
+            failure = await self._failure(connection) if error is None else None
+            if (reason := error or failure) is None:
                 await self._commit(connection)
                 self.log.commit()
             else:
                 timer = asyncio.get_running_loop().call_later(GRACE, self._cut, connection)
                 try:
-                    await self._roll_back(connection, error)
+                    await self._roll_back(connection, reason)
                 finally:
                     timer.cancel()
-                self.log.rollback(error)
+                self.log.rollback(reason)
         except BaseException as failed:
-            await self._throw_away(connection, error or failed)
-            if error is None or not isinstance(failed, Exception):
+            await self._throw_away(connection, error or failure or failed)
+            if (error is None and failure is None) or not isinstance(failed, Exception):
                 raise
-            return  # closed, and so rolled back: what the application raised is what matters
-        try:
-            await self._give_back(connection)
-        except Exception:
-            logger.warning("a connection could not be reset, and is closed", exc_info=True)
-            await self._discard(connection)
+            # Else closed, and so rolled back: why it was to be is what matters.
+        else:
+            try:
+                await self._give_back(connection)
+            except Exception:
+                logger.warning("a connection could not be reset, and is closed", exc_info=True)
+                await self._discard(connection)
+        if failure is not None:
+            raise failure
 
     async def _throw_away(self, connection: C, error: BaseException | None) -> None:
         try:
