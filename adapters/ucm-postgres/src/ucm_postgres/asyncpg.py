@@ -107,10 +107,11 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         await asyncio.sleep(0)  # the loggers of its last statement are called in the next round
         if not self._is_failed:
             return None
-        return asyncpg.InFailedSQLTransactionError(
+        failure: BaseException = asyncpg.InFailedSQLTransactionError(
             "a statement of this transaction failed, so that nothing of it can be committed; let its error through, or "
             "run what may fail in a savepoint"
         )
+        return failure
 
     async def _commit(self, connection: Any) -> None:
         connection.remove_query_logger(self._count)
