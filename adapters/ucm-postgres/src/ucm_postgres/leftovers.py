@@ -20,15 +20,14 @@ class Leftovers(Generic[T]):
 
     def __init__(self, abandon: Callable[[T], Awaitable[None] | None]) -> None:
         self._abandon = abandon
-        self._watched: WeakKeyDictionary[UserExecutionContext, set[T]] = WeakKeyDictionary()
+        self._watched: WeakKeyDictionary[UserExecutionContext, _Watched[T]] = WeakKeyDictionary()
 
     @contextmanager
     def watch(self, context: UserExecutionContext, transaction: T) -> Generator[None]:
         """Inside of the block, the transaction is under way. Raises ContextClosedError."""
         watched = self._watched.get(context)
         if watched is None:
-            watched = set[T]()
-            context.callback(self._abandon_leftovers, watched)
+            watched = context.closing(_Watched(self._abandon), name="transactions")
             self._watched[context] = watched
         watched.add(transaction)
         try:
@@ -36,8 +35,17 @@ class Leftovers(Generic[T]):
         finally:
             watched.discard(transaction)
 
-    def _abandon_leftovers(self, watched: set[T]) -> Awaitable[None] | None:
-        rest = [awaitable for each in tuple(watched) if (awaitable := self._abandon(each)) is not None]
+
+class _Watched(set[T]):
+    """The transactions of one context."""
+
+    def __init__(self, abandon: Callable[[T], Awaitable[None] | None]) -> None:
+        super().__init__()
+        self._abandon = abandon
+
+    def close(self) -> Awaitable[None] | None:
+        """Let go of those that are left."""
+        rest = [awaitable for each in tuple(self) if (awaitable := self._abandon(each)) is not None]
         return _all(rest) if rest else None
 
 
