@@ -318,6 +318,19 @@ class TestTheManagersOwn:
 
 
 class TestThePlugin:
+    async def test_lets_no_two_users_share_anything(self, emptied: Database, pool: Pool) -> None:
+        async with open_pool(pool.driver, emptied.app, size=2) as two:
+            manager = two.manager()
+            contexts = [manager.create_isolated_context(user) for user in ("alice", "bob")]
+            held = [await asyncio.create_task(hang_on(two, context)) for context in contexts]
+            assert manager.validate_isolation()
+            assert held[0][1] is not held[1][1]
+            for context in contexts:
+                await context.aclose()
+            for block, _ in held:
+                with pytest.raises(ContextClosedError):
+                    await block.__aexit__(None, None, None)
+
     async def test_binds_what_others_bind(self, pool: Pool) -> None:
         seen: list[object] = []
 
