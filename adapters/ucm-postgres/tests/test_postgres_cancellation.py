@@ -77,6 +77,30 @@ class TestATransactionThatIsCancelled:
         assert await next_one(pool, "alice") in ([], ["milk"])
         assert not manager.get_active_contexts()
 
+    async def test_at_its_commit_is_on_record_as_it_ended(
+        self, pool: Pool, postgres_proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transaction, "GRACE", 15)
+        ledger = RecordingLedger()
+        manager = pool.manager(ledger=ledger)
+        [before] = await ask(pool, "select pg_backend_pid()")
+
+        async def commit() -> None:
+            with running_as(manager, "alice"):
+                async with pool.plugin.transaction() as connection:
+                    await pool.run(connection, INSERT, "milk")
+                    postgres_proxy.hold("replies")
+
+        task = asyncio.create_task(commit())
+        await postgres_proxy.until_held("replies")
+        await cancelled(task)
+        postgres_proxy.release("replies")
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.to_thread(wait_until, lambda: len(ledger.select("transaction")) == 2, "the end is on record")
+        assert dict(ledger.select("transaction")[1].data)["phase"] == "commit"
+        assert await next_one(pool, "alice") == ["milk"]
+        assert await ask(pool, "select pg_backend_pid()") == [before]
+
     async def test_does_so_at_any_moment(self, pool: Pool) -> None:
         manager = pool.manager()
         for rounds in range(0, 120, 3):

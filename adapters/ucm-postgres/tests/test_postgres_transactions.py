@@ -172,6 +172,21 @@ class TestABlock:
                 first, second = await asyncio.gather(work(), work())
             assert first != second
 
+    async def test_of_a_task_that_outlives_the_block_is_another(self, pool: Pool, manager: UserContextManager) -> None:
+        after = asyncio.Event()
+
+        async def work() -> list[Any]:
+            await after.wait()
+            async with pool.plugin.transaction() as connection:
+                return await pool.run(connection, BODIES)
+
+        with running_as(manager, "alice"):
+            async with pool.plugin.transaction() as connection:
+                await pool.run(connection, INSERT, "milk")
+                task = asyncio.create_task(work())
+            after.set()
+            assert await task == [("alice", "milk")]
+
     async def test_of_a_child_is_the_same(self, pool: Pool, manager: UserContextManager) -> None:
         with running_as(manager, "alice") as context:
             child = context.create_child_context("part")
@@ -211,6 +226,8 @@ class TestTheConnection:
                         async with two.plugin.transaction() as of_bob:
                             assert await two.run(of_bob, BODIES) == []
                             await two.run(of_bob, INSERT, "beer")
+                    async with two.plugin.transaction() as hers_again:
+                        assert hers_again is connection
             assert await bodies(two, manager, "bob") == ["beer"]
             assert await bodies(two, manager, "alice") == ["milk"]
 
