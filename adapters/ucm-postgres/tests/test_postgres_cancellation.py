@@ -14,7 +14,7 @@ from support.contexts import running_as
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy
 from support.waiting import wait_until
-from ucm_middleware import UserContextManager
+from ucm_middleware import ContextClosedError, UserContextManager
 from ucm_middleware.testing import RecordingLedger
 from ucm_postgres import transaction
 
@@ -139,6 +139,21 @@ class TestATransactionThatIsCancelled:
         postgres_proxy.release("requests")
         assert await next_one(pool, "bob") == []
         assert await ask(pool, "select pg_backend_pid()") != [(pid,)]
+
+
+async def test_a_connection_is_given_back_when_the_context_closes_as_its_transaction_begins(
+    pool: Pool, postgres_proxy: TcpProxy
+) -> None:
+    context = pool.manager().create_context_with_transaction("alice")
+    postgres_proxy.hold("replies")
+    writing = asyncio.create_task(context.db_session.execute(pool.statement(INSERT), ["milk"]))
+    await postgres_proxy.until_held("replies")
+    await context.aclose()
+    postgres_proxy.release("replies")
+    with pytest.raises(ContextClosedError):
+        await writing
+    assert await next_one(pool, "bob") == []  # on the only connection
+    assert await next_one(pool, "alice") == []
 
 
 class TestAConnectionThatDies:

@@ -113,8 +113,7 @@ class _PsycopgTransaction(UserTransaction[C]):
     async def _roll_back(self, connection: C, error: BaseException) -> None:
         self._counter.end(connection)
         assert self._block is not None
-        if connection.pgconn.transaction_status != TransactionStatus.ACTIVE:
-            await self._block.__aexit__(type(error), error, error.__traceback__)  # its own failures are only logged
+        await self._block.__aexit__(type(error), error, error.__traceback__)  # its own failures are only logged
         if connection.pgconn.transaction_status != TransactionStatus.IDLE:
             raise RuntimeError("the transaction could not be rolled back")
 

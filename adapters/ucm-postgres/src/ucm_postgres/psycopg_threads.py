@@ -146,7 +146,7 @@ class PsycopgThreadPool(Generic[C]):
         lent.log.rollback(error)
         if lent.block is None or lent.is_begun:
             connection = lent.connection
-            if lent.block is not None and connection.pgconn.transaction_status != TransactionStatus.ACTIVE:
+            if lent.block is not None:
                 lent.block.__exit__(type(error), error, error.__traceback__)  # its own failures are only logged
             if connection.pgconn.transaction_status == TransactionStatus.IDLE:
                 self._give_back(lent)
