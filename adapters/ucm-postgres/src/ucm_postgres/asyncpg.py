@@ -1,6 +1,5 @@
 """Transactions of a user's on a pool of asyncpg."""
 
-import asyncio
 import contextlib
 from collections.abc import Sequence
 from typing import Any, Final, cast
@@ -103,8 +102,8 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         count = prepared.get_statusmsg().rpartition(" ")[2]
         return StatementResult(tuple(map(dict, rows)), int(count) if count.isdecimal() else -1)
 
-    async def _failure(self, connection: Any) -> BaseException | None:
-        await asyncio.sleep(0)  # the loggers of its last statement are called in the next round
+    def _failure(self, connection: Any) -> BaseException | None:
+        # The loop calls loggers in its next round, and this runs in a task that began later than that.
         if not self._is_failed:
             return None
         failure: BaseException = asyncpg.InFailedSQLTransactionError(

@@ -102,7 +102,7 @@ class _PsycopgTransaction(UserTransaction[C]):
             rows = tuple(await cursor.fetchall()) if cursor.description else ()
             return StatementResult(rows, cursor.rowcount)
 
-    async def _failure(self, connection: C) -> BaseException | None:
+    def _failure(self, connection: C) -> BaseException | None:
         return failure(connection.pgconn)
 
     async def _commit(self, connection: C) -> None:

@@ -118,7 +118,7 @@ class UserTransaction(ABC, Generic[C]):
     async def _run(self, connection: C, statement: object, parameters: object) -> StatementResult: ...
 
     @abstractmethod
-    async def _failure(self, connection: C) -> BaseException | None:
+    def _failure(self, connection: C) -> BaseException | None:
         """What keeps the transaction from being committed, though the application has passed over it.
 
         A server answers COMMIT after a statement that failed with a rollback, and drivers do not say so.
@@ -193,7 +193,7 @@ class UserTransaction(ABC, Generic[C]):
         try:
             if self._handle is not None:
                 revoke_handle(self._handle)
-            failure = await self._failure(connection) if error is None else None
+            failure = self._failure(connection) if error is None else None
             if (reason := error or failure) is None:
                 await self._commit(connection)
                 self.log.commit()
