@@ -172,7 +172,9 @@ async def test_functions_of_her_own_do_not_stand_in_for_the_server_s(signed_worl
     database = signed_world.database
     database.execute("create schema mine authorization {app}", as_=database.superuser)
     database.execute(
-        "create function mine.sha256(bytea) returns bytea language sql as $$select ''::bytea$$", as_=database.app
+        "grant usage on schema mine to public;"
+        "create function mine.sha256(bytea) returns bytea language sql as $$select ''::bytea$$",
+        as_=database.app,
     )
     take_over = (
         "select set_config('search_path', 'mine, pg_catalog, public', true), set_config('app.user_id', %s, true)"
