@@ -53,8 +53,9 @@ class Transaction(Protocol):
 class TransactionLog:
     """For adapters: puts one transaction of a context on record, its begin and its end.
 
-    The records are "transaction", and their data the ``phase`` ("begin", "commit" or "rollback"), the ``database`` by a
-    name that the application gave, how many ``statements`` there were, and what else is given. Never what they said.
+    The records are "transaction", and their data the ``phase`` ("begin", "commit", "rollback", or "unknown" where a
+    commit was asked for and no answer came), the ``database`` by a name that the application gave, how many
+    ``statements`` there were, and what else is given. Never what they said.
     """
 
     __slots__ = ("_about", "_begun", "_context", "_host", "_is_open", "statements")
@@ -82,6 +83,10 @@ class TransactionLog:
     def rollback(self, error: BaseException | None = None) -> None:
         """It is rolled back, or lost with its connection; ``error`` is why, None where the application wanted it so."""
         self._end("rollback", error)
+
+    def lost(self, error: BaseException | None) -> None:
+        """Its commit was asked for, and what became of that is not known; ``error`` is why."""
+        self._end("unknown", error)
 
     def _end(self, phase: str, error: BaseException | None) -> None:
         if not self._is_open:
