@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import asyncpg  # type: ignore[import-untyped]
 import psycopg
 import pytest
 
@@ -124,6 +125,7 @@ PLAIN_ATTACKS = [
     "set search_path = pg_temp, pg_catalog, public; set app.user_id = 'bob'",
     "create temporary table signing_keys (fingerprint text, inner_key bytea, outer_key bytea); set app.user_id = 'bob'",
 ]
+NO_SUCH_STATEMENT = (psycopg.errors.InvalidSqlStatementName, asyncpg.InvalidSQLStatementNameError)
 SEES_NOTHING = psycopg.errors.InsufficientPrivilege  # what row_security = off says of a table with policies
 
 
@@ -252,6 +254,51 @@ class TestARotation:
             assert (await who(old), await who(new)) == (None, "alice")
         finally:
             install(signed_world.database, old)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_statement_of_the_drivers_that_sql_has_replaced_is_gone_for_the_next_borrower(
+    signed_world: World, driver: str
+) -> None:
+    """Bob's transactions would run hers, which tells her his value: the binding itself is prepared by the drivers."""
+    async with open_pool(driver, signed_world.database.app, binding=signed_world.binding) as pool:
+        manager = pool.manager(secret=FIRST)
+        with running_as(manager, "alice"):
+            for _ in range(8):  # so often is it before psycopg prepares it
+                async with pool.plugin.transaction():
+                    pass
+            async with pool.plugin.transaction() as connection:
+                [(name,)] = await pool.run(
+                    connection,
+                    "select name from pg_prepared_statements where starts_with(statement, 'SELECT set_config')",
+                )
+                await connection.execute(f'deallocate "{name}"')
+                await connection.execute(
+                    f'prepare "{name}" (text, text) as select set_config($1, $2, true)'
+                    " from (select set_config('my.stolen', $2, true)) as told"
+                )
+        with running_as(manager, "bob"):
+            with pytest.raises(NO_SUCH_STATEMENT):
+                async with pool.plugin.transaction():
+                    pass
+            async with pool.plugin.transaction() as connection:
+                assert await pool.run(connection, "select ucm.current_user_id()") == [("bob",)]
+                [(stolen,)] = await pool.run(connection, "select current_setting('my.stolen', true)")
+                assert not stolen
+
+
+@pytest.mark.parametrize("off", ["standard_conforming_strings", "escape_string_warning"])
+async def test_how_a_session_reads_strings_makes_no_difference(signed_world: World, off: str) -> None:
+    with psycopg.connect(signed_world.database.app.dsn) as connection:
+        connection.execute(f"set {off} = off".encode())
+        value = signed(key(), "alice", now())
+        for said, user in (
+            (value, "alice"),
+            (value.replace(".", "x", 1), None),
+            (value.replace(".alice", "xalice"), None),
+        ):
+            connection.execute("select set_config('app.user_id', %s, true)", [said])
+            assert connection.execute("select ucm.current_user_id()").fetchone() == (user,)
 
 
 class TestTheKeys:

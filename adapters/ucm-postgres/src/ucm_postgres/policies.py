@@ -109,8 +109,9 @@ def install_keys(connection: "Connection[Any]", subkeys: Sequence[bytes]) -> Non
 
 
 # The hashes of the two MACs are compared, and not the MACs: how long that takes tells how far two hashes agree, which
-# helps nobody to find a MAC. A value that is not right in any way is as good as none: null, which equals nothing.
-_SETUP: Final = r"""CREATE SCHEMA ucm;
+# helps nobody to find a MAC. The pattern has no backslashes, which mean something else where a session has turned
+# standard_conforming_strings off. A value that is not right in any way is as good as none: null, which equals nothing.
+_SETUP: Final = """CREATE SCHEMA ucm;
 REVOKE ALL ON SCHEMA ucm FROM PUBLIC;
 CREATE TABLE ucm.signing_keys (
     fingerprint text PRIMARY KEY,
@@ -122,7 +123,7 @@ CREATE FUNCTION ucm.current_user_id() RETURNS text
 LANGUAGE plpgsql STABLE PARALLEL SAFE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $ucm$
 DECLARE
     part text[] := regexp_match(
-        current_setting('@setting@', true), '^(1\.([0-9a-f]{16})\.([0-9]{1,12})\.)([0-9a-f]{64})\.(.+)$'
+        current_setting('@setting@', true), '^(1[.]([0-9a-f]{16})[.]([0-9]{1,12})[.])([0-9a-f]{64})[.](.+)$'
     );
     signing ucm.signing_keys;
 BEGIN
