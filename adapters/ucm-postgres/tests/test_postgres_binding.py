@@ -51,7 +51,21 @@ def test_a_closed_context_is_refused(alice: UserExecutionContext) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["", "role", "user_id", "app.", ".user", "app..x", "app.user id", "app.x'", "1app.x", "app.x\n", "äpp.x"]
+    "setting",
+    [
+        "",
+        "role",
+        "user_id",
+        "app.",
+        ".user",
+        "app..x",
+        "app.user id",
+        "app.x'",
+        "1app.x",
+        "app.x\n",
+        "äpp.x",
+        "app.x$ucm$",
+    ],
 )
 def test_a_setting_that_is_no_custom_one_is_refused(setting: str) -> None:
     with pytest.raises(ConfigurationError, match="custom setting"):
@@ -92,4 +106,4 @@ def test_an_anonymous_context_is_refused() -> None:
 
 
 def test_a_reset_forgets_no_prepared_statement() -> None:
-    assert not any(word in statement for statement in RESET for word in ("DEALLOCATE", "PLANS", "DISCARD ALL"))
+    assert not any(word in statement for statement in RESET for word in ("DEALLOCATE ALL", "PLANS", "DISCARD ALL"))

@@ -14,8 +14,10 @@ from support.contexts import running_as
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy
 from support.waiting import wait_until
-from ucm_middleware import ContextClosedError, UserContextManager
+from ucm_middleware import UserContextManager
+from ucm_middleware.current import ambient
 from ucm_middleware.testing import RecordingLedger
+from ucm_postgres import asyncpg as ucm_asyncpg
 from ucm_postgres import transaction
 
 
@@ -48,7 +50,7 @@ async def next_one(pool: Pool, user: str) -> list[Any]:
             return of(user, await pool.run(connection, BODIES))
 
 
-async def cancelled(task: "asyncio.Task[None]") -> None:
+async def cancelled(task: "asyncio.Task[Any]") -> None:
     """Cancel it, and let it have the rounds of the loop that it takes to notice."""
     task.cancel()
     for _ in range(20):
@@ -134,26 +136,55 @@ class TestATransactionThatIsCancelled:
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.to_thread(wait_until, lambda: len(ledger.select("transaction")) == 2, "the end is on record")
         [_, end] = ledger.select("transaction")
-        assert (dict(end.data)["phase"], end.outcome) == ("rollback", "failed")
+        assert (dict(end.data)["phase"], end.outcome) == ("unknown", "failed")
         postgres_proxy.cut()
         postgres_proxy.release("requests")
         assert await next_one(pool, "bob") == []
         assert await ask(pool, "select pg_backend_pid()") != [(pid,)]
 
 
-async def test_a_connection_is_given_back_when_the_context_closes_as_its_transaction_begins(
-    pool: Pool, postgres_proxy: TcpProxy
+async def test_a_commit_that_ends_in_time_leaves_the_next_borrower_alone(
+    pool: Pool, postgres_proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = pool.manager().create_context_with_transaction("alice")
-    postgres_proxy.hold("replies")
-    writing = asyncio.create_task(context.db_session.execute(pool.statement(INSERT), ["milk"]))
+    """Its context closes meanwhile: from then on it has so much time, and not the connection, whosever that is then."""
+    monkeypatch.setattr(transaction, "GRACE", 0.3)
+    context = pool.manager().create_isolated_context("alice")
+    held = asyncio.Event()
+
+    async def commit() -> None:
+        ambient.set(context)  # for this task: the closing does not wait for it as for a handler
+        async with pool.plugin.transaction() as connection:
+            await pool.run(connection, INSERT, "milk")
+            postgres_proxy.hold("replies")
+            held.set()
+
+    task = asyncio.create_task(commit())
+    await held.wait()
     await postgres_proxy.until_held("replies")
-    await context.aclose()
+    closing = asyncio.create_task(context.aclose("cleared"))
+    await cancelled(asyncio.create_task(asyncio.Event().wait()))  # as many rounds as it takes to begin
     postgres_proxy.release("replies")
-    with pytest.raises(ContextClosedError):
-        await writing
-    assert await next_one(pool, "bob") == []  # on the only connection
-    assert await next_one(pool, "alice") == []
+    await asyncio.gather(task, closing)
+    with running_as(pool.manager(), "bob"):
+        async with pool.plugin.transaction() as connection:
+            assert await pool.run(connection, "select 1 from pg_sleep(0.6)") == [(1,)]
+    assert await next_one(pool, "alice") == ["milk"]
+
+
+async def test_a_reset_that_nobody_answers_takes_its_connection_along(
+    emptied: Database, postgres_proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With asyncpg the block waits for it. (psycopg's pool resets in a task of its own.)"""
+    monkeypatch.setattr(ucm_asyncpg, "GRACE", 0.2)
+    async with open_pool("asyncpg", emptied.app.at(postgres_proxy.port)) as pool:
+        await write(pool, pool.manager(), "carol", "warm")
+        with running_as(pool.manager(), "alice"):
+            async with asyncio.timeout(10), pool.plugin.transaction() as connection:
+                await pool.run(connection, INSERT, "milk")
+                postgres_proxy.hold("replies", after=1)  # COMMIT's arrives
+        postgres_proxy.cut()
+        postgres_proxy.release("replies")
+        assert await next_one(pool, "alice") == ["milk"]
 
 
 class TestAConnectionThatDies:

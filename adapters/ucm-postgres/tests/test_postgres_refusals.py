@@ -141,6 +141,20 @@ class TestARole:
                         assert await pool.run(connection, "select current_user") == [(emptied.app.user,)]
         emptied.execute(f"revoke select on notes from {role}")
 
+    async def test_of_a_child_is_its_own(self, emptied: Database, driver: str) -> None:
+        """Else code that is given less would have what its parent's has."""
+        more, less = (emptied.login(f"{name}_{driver}", "nologin").user for name in ("more", "less"))
+        emptied.execute(f"grant {more}, {less} to {{app}} with set true, inherit false", as_=emptied.superuser)
+        binding = Binding(role_of=lambda context: less if context.operation_depth else more)
+        question = "select current_user"
+        async with open_pool(driver, emptied.app, binding=binding, size=2) as pool:
+            with running_as(pool.manager(), "alice") as context:
+                async with pool.plugin.transaction() as connection:
+                    child = context.create_child_context("part")
+                    async with managed_user_context(child), pool.plugin.transaction() as own:
+                        assert await pool.run(own, question) == [(less,)]
+                    assert await pool.run(connection, question) == [(more,)]
+
     @pytest.mark.parametrize("role", ["nobody_is_called_so", 'quo"ted', "postgres"])
     async def test_that_cannot_be_taken_on_is_named_and_nothing_is_done(
         self, emptied: Database, driver: str, role: str

@@ -4,7 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any
 
 import psycopg
@@ -28,7 +28,7 @@ from ucm_middleware import (
     managed_user_context,
 )
 from ucm_middleware.current import ambient
-from ucm_middleware.testing import RecordingLedger
+from ucm_middleware.testing import FakeClock, RecordingLedger
 from ucm_postgres import Binding
 from ucm_postgres.psycopg_threads import PsycopgThreadPool, reset
 
@@ -164,6 +164,86 @@ def test_a_role_that_is_missing_is_named(raw: Raw, manager: UserContextManager) 
         with running_as(manager, "alice"), refused, pool.transaction():
             pass
     assert bodies(PsycopgThreadPool(raw), "alice") == []
+
+
+def test_a_block_that_ends_in_another_users_code_gives_its_connection_back(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    """As a generator of alice's does that is collected while bob's code runs."""
+
+    def rows() -> Iterator[Any]:
+        with pool.transaction() as connection:
+            yield connection.execute(INSERT, ["milk"])
+
+    begun = rows()
+    as_user(manager.create_isolated_context("alice")).run(next, begun)
+    with running_as(manager, "bob"):
+        begun.close()  # type: ignore[attr-defined]
+        with pool.transaction():
+            pass
+    assert phases(ledger)[:2] == [("begin", None), ("rollback", 1)]
+    assert bodies(pool, "alice") == []
+
+
+def test_a_block_that_closes_the_connection_is_not_committed_and_replaces_it(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    with running_as(manager, "alice"), pytest.raises(psycopg.OperationalError), pool.transaction() as connection:
+        connection.execute(INSERT, ["milk"])
+        connection.close()
+    assert phases(ledger) == [("begin", None), ("rollback", 1)]
+    assert bodies(pool, "alice") == []
+
+
+def test_a_block_that_caught_an_error_is_not_committed(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    refused = pytest.raises(psycopg.errors.InFailedSqlTransaction, match="a block of its own")
+    with running_as(manager, "alice"), refused, pool.transaction() as connection:
+        connection.execute(INSERT, ["milk"])
+        with contextlib.suppress(psycopg.errors.DivisionByZero):
+            connection.execute("select 1 / 0")
+    assert phases(ledger) == [("begin", None), ("rollback", 2)]
+    assert bodies(pool, "alice") == []
+
+
+def test_a_block_whose_transaction_sql_has_ended_says_so(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    refused = pytest.raises(psycopg.ProgrammingError, match="a statement has ended the transaction")
+    with running_as(manager, "alice"), refused, pool.transaction() as connection:
+        connection.execute("commit")
+    assert phases(ledger) == [("begin", None), ("unknown", 1)]
+    assert bodies(pool, "alice") == []
+
+
+def test_a_block_past_the_deadline_is_not_committed(pool: PsycopgThreadPool[Any], ledger: RecordingLedger) -> None:
+    clock = FakeClock()
+    manager = UserContextManager(ledger=ledger, clock=clock)
+
+    def work() -> None:
+        with pool.transaction() as connection:
+            connection.execute(INSERT, ["milk"])
+            clock.advance(11)
+
+    with pytest.raises(ContextClosedError):
+        as_user(manager.create_isolated_context("alice", ttl_seconds=10)).run(work)
+    assert phases(ledger) == [("begin", None), ("rollback", 1)]
+    assert bodies(pool, "alice") == []
+
+
+def test_savepoints_of_two_threads_do_not_overlap(pool: PsycopgThreadPool[Any], manager: UserContextManager) -> None:
+    def nested() -> None:
+        with pool.transaction():
+            pass
+
+    with ThreadPoolExecutor(1) as threads, running_as(manager, "alice"), pool.transaction() as connection:
+        here = copy_context()
+        with pool.transaction(), pytest.raises(RuntimeError, match="savepoints cannot overlap"):
+            threads.submit(here.run, nested).result(10)
+        threads.submit(here.run, nested).result(10)
+        connection.execute(INSERT, ["milk"])
+    assert bodies(pool, "alice") == ["milk"]
 
 
 class TestTheContextCloses:

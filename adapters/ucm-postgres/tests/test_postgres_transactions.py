@@ -101,7 +101,8 @@ class TestABlock:
         assert await bodies(pool, manager, "alice") == ["bread"]
 
     async def test_that_commits_by_hand_has_no_user_any_more(self, pool: Pool, manager: UserContextManager) -> None:
-        with running_as(manager, "alice"):
+        told = pytest.raises((psycopg.ProgrammingError, asyncpg.InterfaceError), match="has ended the transaction")
+        with running_as(manager, "alice"), told:
             async with pool.plugin.transaction() as connection:
                 await pool.run(connection, INSERT, "milk")
                 await connection.execute("commit")

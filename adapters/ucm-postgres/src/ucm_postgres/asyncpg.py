@@ -10,9 +10,10 @@ from asyncpg.transaction import Transaction  # type: ignore[import-untyped]
 
 from ucm_middleware import ConfigurationError, IsolationLevel, StatementResult, UserExecutionContext
 from ucm_postgres.binding import Binding
+from ucm_postgres.blocks import ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.reset import RESET_QUERY
-from ucm_postgres.transaction import UserTransaction, UserTransactions
+from ucm_postgres.transaction import GRACE, UserTransaction, UserTransactions
 
 LEVELS: Final[dict[IsolationLevel | None, str | None]] = {
     None: None,
@@ -35,8 +36,9 @@ class AsyncpgPool(UserTransactions[Any]):
     """A plugin: gives each transaction a connection of the pool, bound to its user.
 
     The pool is the application's own, made with ``reset=ucm_postgres.asyncpg.reset``, or, behind PgBouncer in
-    transaction mode, without one, ``reset="begin"`` being given here. ``name`` stands for the database in records; the
-    statements that they count are those of the connection's ``execute``, ``executemany`` and ``fetch...``.
+    transaction mode, with one that does nothing, ``reset="begin"`` being given here. ``name`` stands for the database
+    in records; the statements that they count, and whose errors are noticed when the block catches them, are those of
+    the connection's ``execute``, ``executemany`` and ``fetch...``.
 
     Raises ConfigurationError for a pool that resets nothing.
     """
@@ -73,7 +75,7 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         self._pool = pool
         self._reset_first = reset_first
         self._block: Transaction | None = None
-        self._is_failed = False
+        self._saw_error = False
 
     async def _acquire(self) -> Any:
         return await self._pool.acquire()
@@ -96,24 +98,29 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         try:
             prepared = await connection.prepare(statement)
             rows = await prepared.fetch(*cast("Sequence[object]", parameters or ()))
-        except asyncpg.PostgresError:
-            self._is_failed = True
+        except Exception:
+            self._saw_error = True
             raise
         count = prepared.get_statusmsg().rpartition(" ")[2]
         return StatementResult(tuple(map(dict, rows)), int(count) if count.isdecimal() else -1)
 
-    def _failure(self, connection: Any) -> BaseException | None:
-        # The loop calls loggers in its next round, and this runs in a task that began later than that.
-        if not self._is_failed:
+    async def _refusal(self, connection: Any) -> Exception | None:
+        try:
+            connection.remove_query_logger(self._count)
+        except asyncpg.InterfaceError:  # the pool has heard of it already
+            return cast("Exception", asyncpg.InterfaceError(LOST_MESSAGE))
+        if not connection.is_in_transaction():
+            self.log.lost(ended := asyncpg.InterfaceError(ENDED_MESSAGE))
+            return cast("Exception", ended)
+        if not self._saw_error:
             return None
-        failure: BaseException = asyncpg.InFailedSQLTransactionError(
-            "a statement of this transaction failed, so that nothing of it can be committed; let its error through, or "
-            "run what may fail in a savepoint"
-        )
-        return failure
+        try:
+            await connection.execute("SELECT 1")  # asyncpg keeps from everybody what COMMIT answers
+        except asyncpg.InFailedSQLTransactionError:
+            return cast("Exception", asyncpg.InFailedSQLTransactionError(FAILED_MESSAGE))
+        return None
 
     async def _commit(self, connection: Any) -> None:
-        connection.remove_query_logger(self._count)
         assert self._block is not None
         await self._block.commit()
 
@@ -123,7 +130,7 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         await self._block.rollback()
 
     async def _give_back(self, connection: Any) -> None:
-        await self._pool.release(connection)
+        await self._pool.release(connection, timeout=GRACE)  # the reset is a question too
 
     def _cut(self, connection: Any) -> None:
         with contextlib.suppress(asyncpg.InterfaceError):  # it has been given back already
@@ -136,7 +143,7 @@ class _AsyncpgTransaction(UserTransaction[Any]):
 
     def _count(self, query: Any) -> None:
         self.log.statements += 1
-        if isinstance(query.exception, asyncpg.PostgresError):
-            self._is_failed = True
+        if query.exception is not None:
+            self._saw_error = True
         elif query.query.startswith("ROLLBACK TO "):
-            self._is_failed = False
+            self._saw_error = False

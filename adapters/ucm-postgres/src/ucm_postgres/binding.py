@@ -14,7 +14,7 @@ SETTING: Final = "app.user_id"
 MAX_ROLE_BYTES: Final = 63
 """The longest name of a role, in bytes; PostgreSQL's NAMEDATALEN less one."""
 
-_CUSTOM_SETTING: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)+")
+_CUSTOM_SETTING: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,12 @@ class Binding:
         """
         self.require_user(context)
         value = sign(context) if self.signed else context.user_id
-        role = self.role if self.role_of is None else _check_role(self.role_of(context), "what role_of gives")
+        role = self.role_for(context)
         return ((self.setting, value),) if role is None else ((self.setting, value), ("role", role))
+
+    def role_for(self, context: UserExecutionContext) -> str | None:
+        """The role that the context's transactions take on, None for the login's own. Raises ConfigurationError."""
+        return self.role if self.role_of is None else _check_role(self.role_of(context), "what role_of gives")
 
     def require_user(self, context: UserExecutionContext) -> None:
         """Raise as ``settings`` does for a context that is anonymous or closed: before a connection is waited for."""

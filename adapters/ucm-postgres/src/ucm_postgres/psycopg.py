@@ -12,7 +12,7 @@ from ucm_middleware import IsolationLevel, StatementResult, UserExecutionContext
 from ucm_postgres.binding import Binding
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.counting import StatementCounter
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, failure, shut_down
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.transaction import UserTransaction, UserTransactions
 
@@ -102,8 +102,12 @@ class _PsycopgTransaction(UserTransaction[C]):
             rows = tuple(await cursor.fetchall()) if cursor.description else ()
             return StatementResult(rows, cursor.rowcount)
 
-    def _failure(self, connection: C) -> BaseException | None:
-        return failure(connection.pgconn)
+    async def _refusal(self, connection: C) -> Exception | None:
+        async with connection.lock:  # what is under way may fail
+            refusal = refusal_of(connection.pgconn)
+        if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+            self.log.lost(refusal)
+        return refusal
 
     async def _commit(self, connection: C) -> None:
         self._counter.end(connection)

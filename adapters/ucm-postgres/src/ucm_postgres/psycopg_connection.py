@@ -5,13 +5,14 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
-from psycopg import Error, OperationalError
+from psycopg import Error, OperationalError, ProgrammingError
 from psycopg import IsolationLevel as PsycopgLevel
 from psycopg.errors import InFailedSqlTransaction
-from psycopg.pq import ConnStatus, TransactionStatus
+from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGconn
 
 from ucm_middleware import IsolationLevel
+from ucm_postgres.blocks import ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
 
 LEVELS: Final[dict[IsolationLevel, PsycopgLevel]] = {
     "READ COMMITTED": PsycopgLevel.READ_COMMITTED,
@@ -26,16 +27,17 @@ def bind_query(settings: Sequence[tuple[str, str]]) -> tuple[bytes, list[str]]:
     return f"SELECT {calls}".encode(), [part for setting in settings for part in setting]
 
 
-def failure(pgconn: PGconn) -> Error | None:
-    """What keeps a transaction from being committed, though the application has passed over it; else None."""
-    if pgconn.status != ConnStatus.OK:
-        return OperationalError("the connection was lost before the transaction was committed")
-    if pgconn.transaction_status == TransactionStatus.INERROR:
-        return InFailedSqlTransaction(
-            "a statement of this transaction failed, so that nothing of it can be committed; let its error through, or "
-            "run what may fail in a savepoint"
-        )
-    return None
+def refusal_of(pgconn: PGconn) -> Error | None:
+    """Why a COMMIT would not commit, which psycopg does not tell; None when it would."""
+    match pgconn.transaction_status:
+        case TransactionStatus.INERROR:
+            return InFailedSqlTransaction(FAILED_MESSAGE)
+        case TransactionStatus.UNKNOWN:
+            return OperationalError(LOST_MESSAGE)
+        case TransactionStatus.IDLE:
+            return ProgrammingError(ENDED_MESSAGE)
+        case _:
+            return None
 
 
 def shut_down(pgconn: PGconn) -> None:

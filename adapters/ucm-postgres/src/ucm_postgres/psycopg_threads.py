@@ -18,13 +18,13 @@ from ucm_middleware import (
     TransactionLog,
     UserExecutionContext,
     current_context,
-    revoke_handle,
 )
 from ucm_postgres.binding import Binding
+from ucm_postgres.blocks import Nesting, inside, is_same, outcome_is_unknown, revoke
 from ucm_postgres.checks import ResetMode, check_isolation_level, check_savepoint_level, checked_reset, role_error
 from ucm_postgres.counting import StatementCounter
 from ucm_postgres.leftovers import Leftovers
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, failure, shut_down
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.transaction import GRACE
 
@@ -68,7 +68,7 @@ class PsycopgThreadPool(Generic[C]):
         self._name = name
         self._counter = StatementCounter()
         self._leftovers: Leftovers[_Lent[C]] = Leftovers(self._abandon)
-        self._current: ContextVar[_Lent[C] | None] = ContextVar("ucm_postgres_threads", default=None)
+        self._current: ContextVar[tuple[_Lent[C], int] | None] = ContextVar("ucm_postgres_threads", default=None)
 
     @contextmanager
     def transaction(self, *, isolation_level: IsolationLevel | None = None) -> Generator[C]:
@@ -78,19 +78,22 @@ class PsycopgThreadPool(Generic[C]):
         the block, the line is cut: the statement under way fails, and the connection is closed.
         """
         context = current_context()
-        outer = self._current.get()
-        if outer is not None and outer.is_open and outer.context.user_id == context.user_id:
+        outer, depth = self._current.get() or (None, 0)
+        if outer is not None and outer.is_open and is_same(self._binding, outer.context, context):
             check_savepoint_level(isolation_level, outer.isolation_level)
-            with outer.handle.transaction():
+            with outer.nesting.savepoint(depth), inside(self._current, (outer, depth + 1)), outer.handle.transaction():
                 yield outer.handle
+                outer.nesting.require_innermost(depth + 1)
             return
         self._binding.require_user(context)  # before anything counts as a use of a context that may still get its user
         lent: _Lent[C] = _Lent(context, isolation_level, self._name)
         with self._leftovers.watch(context, lent):
             try:
                 self._begin(lent)
-                self._current.set(lent)
-                yield lent.handle
+                with inside(self._current, (lent, 0)):
+                    yield lent.handle
+                lent.nesting.require_innermost(0)
+                context.require_usable()  # its deadline may have come, though nothing has closed it yet
             except BaseException as error:
                 self._roll_back(lent, error)
                 if (role_refused := role_error(self._binding, error)) is not None and not lent.is_begun:
@@ -98,8 +101,6 @@ class PsycopgThreadPool(Generic[C]):
                 raise
             else:
                 self._commit(lent)
-            finally:
-                self._current.set(outer)
 
     def _begin(self, lent: "_Lent[C]") -> None:
         context = lent.context
@@ -123,26 +124,35 @@ class PsycopgThreadPool(Generic[C]):
         lent.is_begun = True
 
     def _commit(self, lent: "_Lent[C]") -> None:
-        if (failed := failure(lent.connection.pgconn)) is not None and lent.is_open:
-            self._roll_back(lent, failed)
-            raise failed
         if not lent.claim():  # the context closed meanwhile, and with it the connection
             raise lent.over_error()
         self._let_go(lent)
+        with lent.connection.lock:  # what is under way may fail
+            refusal = refusal_of(lent.connection.pgconn)
+        if refusal is not None:
+            if lent.connection.pgconn.transaction_status == TransactionStatus.IDLE:
+                lent.log.lost(refusal)
+            self._undo(lent, refusal)
+            raise refusal
         try:
             assert lent.block is not None
             lent.block.__exit__(None, None, None)
             lent.log.commit()
         except BaseException as error:
-            lent.log.rollback(error)
+            if outcome_is_unknown(error):
+                lent.log.lost(error)
+            else:
+                lent.log.rollback(error)
             self._discard(lent.connection)
             raise
         self._give_back(lent)
 
     def _roll_back(self, lent: "_Lent[C]", error: BaseException) -> None:
-        if not lent.claim():
-            return
-        self._let_go(lent)
+        if lent.claim():
+            self._let_go(lent)
+            self._undo(lent, error)
+
+    def _undo(self, lent: "_Lent[C]", error: BaseException) -> None:
         lent.log.rollback(error)
         if lent.block is None or lent.is_begun:
             connection = lent.connection
@@ -174,11 +184,16 @@ class PsycopgThreadPool(Generic[C]):
     def _let_go(self, lent: "_Lent[C]") -> None:
         self._counter.end(lent.connection)
         if lent.is_begun:
-            revoke_handle(lent.handle)
+            revoke(lent.handle)
 
     def _give_back(self, lent: "_Lent[C]") -> None:
-        lent.restore()
-        self._pool.putconn(lent.connection)
+        try:
+            lent.restore()
+        except Error:
+            logger.warning("a connection could not be given its settings back, and is closed", exc_info=True)
+            self._discard(lent.connection)
+        else:
+            self._pool.putconn(lent.connection)
 
     def _discard(self, connection: C) -> None:
         with connection.lock:
@@ -208,6 +223,7 @@ class _Lent(Generic[C]):
         self.isolation_level: IsolationLevel | None = isolation_level
         self.log = TransactionLog(context, name, isolation_level=isolation_level)
         self.block: Transaction | None = None
+        self.nesting = Nesting()
         self.is_begun = False
         self._is_over = False
         self._is_taken = False

@@ -17,9 +17,9 @@ from ucm_middleware import (
     UserExecutionContext,
     current_context,
     hookimpl,
-    revoke_handle,
 )
 from ucm_postgres.binding import Binding
+from ucm_postgres.blocks import Nesting, inside, is_same, outcome_is_unknown, revoke
 from ucm_postgres.checks import check_isolation_level, check_savepoint_level, role_error
 from ucm_postgres.leftovers import Leftovers
 
@@ -60,6 +60,8 @@ class UserTransaction(ABC, Generic[C]):
         self._ending: asyncio.Task[None] | None = None
         self._is_over = False
         self._is_abandoned = False
+        self._is_committing = False
+        self.nesting = Nesting()
 
     # What the core asks for.
 
@@ -103,7 +105,7 @@ class UserTransaction(ABC, Generic[C]):
             self._cut(connection)
             self._ending = asyncio.ensure_future(self._throw_away(connection, None))
         else:
-            asyncio.get_running_loop().call_later(GRACE, self._cut, connection)
+            self._cut_in_time(connection, self._ending)
         await asyncio.wait((self._ending,))
 
     # What each driver does in its own way.
@@ -118,11 +120,8 @@ class UserTransaction(ABC, Generic[C]):
     async def _run(self, connection: C, statement: object, parameters: object) -> StatementResult: ...
 
     @abstractmethod
-    def _failure(self, connection: C) -> BaseException | None:
-        """What keeps the transaction from being committed, though the application has passed over it.
-
-        A server answers COMMIT after a statement that failed with a rollback, and drivers do not say so.
-        """
+    async def _refusal(self, connection: C) -> Exception | None:
+        """Why a COMMIT would not commit, though no error left the block; None when it would."""
 
     @abstractmethod
     async def _commit(self, connection: C) -> None: ...
@@ -189,40 +188,47 @@ class UserTransaction(ABC, Generic[C]):
         return HandleRevokedError(self.context.request_id, self.context.lifetime.where(), "transaction")
 
     async def _end(self, connection: C, error: BaseException | None) -> None:
-        failure: BaseException | None = None
+        refusal: Exception | None = None
         try:
             if self._handle is not None:
-                revoke_handle(self._handle)
-            failure = self._failure(connection) if error is None else None
-            if (reason := error or failure) is None:
+                revoke(self._handle)
+            if error is None:
+                error = refusal = await self._refusal(connection)
+            if error is None:
+                self._is_committing = True
                 await self._commit(connection)
                 self.log.commit()
             else:
                 timer = asyncio.get_running_loop().call_later(GRACE, self._cut, connection)
                 try:
-                    await self._roll_back(connection, reason)
+                    await self._roll_back(connection, error)
                 finally:
                     timer.cancel()
-                self.log.rollback(reason)
+                self.log.rollback(error)
         except BaseException as failed:
-            await self._throw_away(connection, error or failure or failed)
-            if (error is None and failure is None) or not isinstance(failed, Exception):
+            await self._throw_away(connection, error or failed)
+            if error is None or not isinstance(failed, Exception):
                 raise
-            # Else closed, and so rolled back: why it was to be is what matters.
         else:
-            try:
-                await self._give_back(connection)
-            except Exception:
-                logger.warning("a connection could not be reset, and is closed", exc_info=True)
-                await self._discard(connection)
-        if failure is not None:
-            raise failure
+            await self._return(connection)
+        if refusal is not None:  # else it is what the application raised that matters
+            raise refusal
+
+    async def _return(self, connection: C) -> None:
+        try:
+            await self._give_back(connection)
+        except Exception:
+            logger.warning("a connection could not be reset, and is closed", exc_info=True)
+            await self._discard(connection)
 
     async def _throw_away(self, connection: C, error: BaseException | None) -> None:
+        if self._is_committing and outcome_is_unknown(error):
+            self.log.lost(error)
+        else:
+            self.log.rollback(error)
         try:
             if self._handle is not None:
-                revoke_handle(self._handle)
-            self.log.rollback(error)
+                revoke(self._handle)
         finally:
             await self._discard(connection)
 
@@ -239,9 +245,13 @@ class UserTransaction(ABC, Generic[C]):
             await asyncio.shield(ending)
         except asyncio.CancelledError:
             if not ending.done():
-                timer = asyncio.get_running_loop().call_later(GRACE, self._cut, connection)
-                ending.add_done_callback(partial(_let_go, timer))
+                self._cut_in_time(connection, ending)
             raise
+
+    def _cut_in_time(self, connection: C, ending: "asyncio.Future[None]") -> None:
+        """Cut the connection off unless it has ended by then. Afterwards it may be somebody else's."""
+        timer = asyncio.get_running_loop().call_later(GRACE, self._cut, connection)
+        ending.add_done_callback(partial(_let_go, timer))
 
 
 class Session(Generic[C]):
@@ -269,8 +279,11 @@ class UserTransactions(ABC, Generic[C]):
     def __init__(self, binding: Binding | None) -> None:
         self._binding = binding or Binding()
         self._leftovers: Leftovers[UserTransaction[C]] = Leftovers(UserTransaction[C].abandon)
-        # By the code that is inside of the block, and not by the context: tasks of one context may have one each.
-        self._current: ContextVar[UserTransaction[C] | None] = ContextVar("ucm_postgres_transaction", default=None)
+        # By the code that is inside of the block, and not by the context: tasks of one context may have one each. The
+        # number is how many savepoints deep that code is.
+        self._current: ContextVar[tuple[UserTransaction[C], int] | None] = ContextVar(
+            "ucm_postgres_transaction", default=None
+        )
 
     @abstractmethod
     def _open(self, context: UserExecutionContext, isolation_level: IsolationLevel | None) -> UserTransaction[C]: ...
@@ -286,34 +299,38 @@ class UserTransactions(ABC, Generic[C]):
         """A transaction of the user that the calling code runs for: its connection, bound, as an owned handle.
 
         Committed at the end of the block, rolled back after an error. A block inside of the block is a savepoint on the
-        same connection. When the context closes first, the connection is closed.
+        same connection; where tasks work in one block, one of them at a time. When the context closes first, the
+        connection is closed.
 
         Raises ContextNotFoundError outside of a context, UnauthenticatedError in an anonymous one, ContextClosedError,
         ConfigurationError for another isolation level, for one of a savepoint, and for a role that the login cannot
-        take on; and what the driver raises.
+        take on; RuntimeError for savepoints of two tasks that overlap; and what the driver raises, also for a
+        transaction in which the block has caught an error, since all of it is rolled back.
         """
         context = current_context()
-        outer = self._current.get()
-        if outer is not None and outer.is_open and outer.context.user_id == context.user_id:
+        outer, depth = self._current.get() or (None, 0)
+        if outer is not None and outer.is_open and is_same(self._binding, outer.context, context):
             check_savepoint_level(isolation_level, outer.isolation_level)
             connection = await outer.connection()
-            async with connection.transaction():
-                yield connection
+            with outer.nesting.savepoint(depth), inside(self._current, (outer, depth + 1)):
+                async with connection.transaction():
+                    yield connection
+                    outer.nesting.require_innermost(depth + 1)
             return
         self._binding.require_user(context)  # before anything counts as a use of a context that may still get its user
         transaction = self._open(context, isolation_level)
         with self._leftovers.watch(context, transaction):
             try:
                 connection = await transaction.connection()
-                self._current.set(transaction)
-                yield connection
+                with inside(self._current, (transaction, 0)):
+                    yield connection
+                transaction.nesting.require_innermost(0)
+                context.require_usable()  # its deadline may have come, though nothing has closed it yet
             except BaseException as error:
                 await _ended(transaction, error)
                 raise
             else:
                 await _ended(transaction, None)
-            finally:
-                self._current.set(outer)
 
 
 async def _ended(transaction: UserTransaction[Any], error: BaseException | None) -> None:
