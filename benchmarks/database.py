@@ -1,4 +1,5 @@
-"""What tying a transaction on PostgreSQL to its user costs: round trips, and time beside one that is not tied.
+"""What tying a transaction on PostgreSQL to its user costs: round trips, and time beside one that is not tied. And what
+a request pays that touches no database.
 
 The server is the one of the tests; run it with ``PYTHONPATH=tests``, as tox does.
 """
@@ -16,16 +17,22 @@ from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from benchmarks.drive import requests
 from benchmarks.report import finish, parser, show
+from benchmarks.rows import raw_app
+from benchmarks.timing import Cell, Samples, ratio, take_turns
 from support.postgres import Login, start_postgres
 from support.tcp_proxy import TcpProxy, start_tcp_proxy
-from ucm_middleware import UserContextManager, managed_user_context
+from ucm_middleware import UserContextManager, UserContextMiddleware, managed_user_context
 from ucm_postgres import asyncpg as ucm_asyncpg
 from ucm_postgres import psycopg as ucm_psycopg
 from ucm_sqlalchemy import SQLAlchemy
 
 MOST_ROUND_TRIPS: Final = {"psycopg": 0, "asyncpg": 1, "SQLAlchemy, psycopg": 0, "SQLAlchemy, asyncpg": 1}
 """How many round trips more a transaction may take because it is tied to its user."""
+
+MOST_UNTOUCHED: Final = 1.05
+"""What a request that touches no database may take with an adapter, in what it takes without one; the clock is no better."""
 
 STATEMENT: Final = "select 1"
 
@@ -158,6 +165,36 @@ async def _microseconds(step: Step, count: int = 100) -> float:
     return (time.perf_counter() - start) / count * 1e6
 
 
+def untouched(rounds: int) -> Samples:
+    """Nanoseconds of a request to the least application, which touches no database, with each adapter and with none."""
+    loop = asyncio.new_event_loop()
+
+    def cell(*plugins: object) -> Cell:
+        app = UserContextMiddleware(raw_app, manager=UserContextManager(plugins=plugins))
+
+        def run(count: int) -> int:
+            start = time.thread_time_ns()
+            loop.run_until_complete(requests(app, count))
+            return time.thread_time_ns() - start
+
+        return run
+
+    async def adapters() -> dict[str, object]:
+        url = "postgresql://nobody@localhost/nowhere"  # no connection is ever made
+        untyped: Any = asyncpg
+        return {
+            "psycopg": ucm_psycopg.PsycopgPool(AsyncConnectionPool(url, open=False, reset=ucm_psycopg.reset)),
+            "asyncpg": ucm_asyncpg.AsyncpgPool(untyped.create_pool(url, reset=ucm_asyncpg.reset)),
+            "SQLAlchemy": SQLAlchemy(create_async_engine(url.replace("postgresql", "postgresql+psycopg"))),
+        }
+
+    try:
+        cells = {name: cell(plugin) for name, plugin in loop.run_until_complete(adapters()).items()}
+        return take_turns({"none": cell(), **cells}, rounds)
+    finally:
+        loop.close()
+
+
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--rounds", type=int, default=15)
@@ -179,16 +216,25 @@ def main() -> None:
             for name, of in figures.items()
         ],
     )
-    added = {name: of["bound_round_trips"] - of["bare_round_trips"] for name, of in figures.items()}
-    finish(
-        options,
-        figures,
-        [
-            f"{name}: {added[name]:.2f} round trips more a transaction, at most {most}"
-            for name, most in MOST_ROUND_TRIPS.items()
-            if added[name] > most + 0.05
-        ],
+    idle = untouched(options.rounds * 2)
+    ratios = {name: ratio(idle, name, "none") for name in idle}
+    show(
+        "A request that touches no database",
+        ["adapter", "µs of CPU", "x"],
+        [[name, f"{statistics.median(idle[name]) / 1e3:.1f}", f"{of:.3f}"] for name, of in ratios.items()],
     )
+    added = {name: of["bound_round_trips"] - of["bare_round_trips"] for name, of in figures.items()}
+    missed = [
+        f"{name}: {added[name]:.2f} round trips more a transaction, at most {most}"
+        for name, most in MOST_ROUND_TRIPS.items()
+        if added[name] > most + 0.05
+    ]
+    missed += [
+        f"{name}: a request that touches no database takes {of:.3f} of one without, at most {MOST_UNTOUCHED:g}"
+        for name, of in ratios.items()
+        if of > MOST_UNTOUCHED
+    ]
+    finish(options, {"transactions": figures, "untouched": ratios}, missed)
 
 
 if __name__ == "__main__":
