@@ -32,7 +32,7 @@ MOST_ROUND_TRIPS: Final = {"psycopg": 0, "asyncpg": 1, "SQLAlchemy, psycopg": 0,
 """How many round trips more a transaction may take because it is tied to its user."""
 
 MOST_UNTOUCHED: Final = 1.05
-"""What a request that touches no database may take with an adapter, in what it takes without one; the clock is no better."""
+"""What a request that touches no database may take with an adapter, in what it takes without. No clock is better."""
 
 STATEMENT: Final = "select 1"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.db import InterfaceError, connection, transaction
+from django.db import InterfaceError, OperationalError, close_old_connections, connection, transaction
 from django.test import override_settings
 
 from django_notebook import bodies, owners, write
 from django_project import ENGINE, PLAIN, on_database, seed
-from support.contexts import running_as
+from support.contexts import events, running_as
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database
 from support.waiting import wait_until
@@ -85,6 +85,31 @@ def test_a_thread_that_ends_gives_its_connection_back(database: Database, manage
         with on_database(database.app, CONN_MAX_AGE=None):
             in_thread(leave_open)
             wait_until(lambda: admin.execute(open_ones).fetchone() == (0,), "its own connection is closed")
+
+
+@pytest.mark.parametrize("options", [{"CONN_MAX_AGE": None}, POOL_OF_ONE], ids=["persistent", "pool of one"])
+def test_after_a_killed_backend_the_next_user_has_a_connection(
+    database: Database, manager: UserContextManager, options: dict[str, Any]
+) -> None:
+    with on_database(database.app, **options):
+        with running_as(manager, "alice"), pytest.raises(OperationalError), transaction.atomic():
+            write("hers")
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_backend_pid()")
+                [pid] = cursor.fetchone()
+            with psycopg.connect(database.superuser.dsn, autocommit=True) as admin:
+                admin.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+            bodies()
+        close_old_connections()  # as Django does before and after each request
+        with running_as(manager, "bob"):
+            write("his")
+            assert bodies() == ["his"]
+        with running_as(manager, "alice"):
+            assert bodies() == []
+        connection.close()
+    told = [event for event in events(manager, "alice", "transaction") if event["phase"] != "begin"]
+    assert told[0]["phase"] in ("rollback", "unknown")
+    assert told[0]["outcome"] == "failed"
 
 
 def test_the_project_s_own_reset_comes_first(database: Database, manager: UserContextManager) -> None:
