@@ -19,12 +19,25 @@ TAKES_UNSET = [
     f"user_id = {READ}",  # an owner that is the empty text
     f"user_id = coalesce({READ}, '')",
     f"case when {READ} = '' then true else user_id = {READ} end",
-    f"user_id like coalesce({SAFE}, '%')",
     f"(user_id <> {SAFE}) is not true",
     "user_id = current_setting('app.user_id')",
 ]
 
 OPEN = ["true", "user_id is not null", f"{READ} is not null", f"{SAFE} <> ''", "body is null"]
+
+# True for whose id is like another's, or of one form: (condition, what the doctor says that it takes for the same).
+ALIKE = [
+    (f"lower(user_id) = lower({SAFE})", "upper and lower case"),
+    (f"user_id like {SAFE}", "the id % as a pattern"),
+    (f"user_id like coalesce({SAFE}, '%')", "the id % as a pattern"),
+    (f"user_id ~ ('^' || {SAFE} || '$')", "the id .* as an expression"),
+    (f"user_id like {SAFE} || '%'", "begins with the other"),
+    (f"starts_with({SAFE}, user_id)", "begins with the other"),
+    (f"user_id::varchar(8) = {SAFE}::varchar(8)", "that begin alike"),
+    (f"user_id = any (string_to_array({SAFE}, ','))", "with a comma"),
+    (f"{SAFE}::uuid is not null", ""),
+    (f"{SAFE}::int > 0", ""),
+]
 
 SOUND = [
     f"user_id = {SAFE}",
@@ -95,6 +108,16 @@ class TestConditions:
         for finding in found:
             assert "(select)" in finding.problem
             assert finding.sql == f"drop policy q on {finding.subject.removesuffix('.q')};"
+        mend(database, found)
+        assert look(database) == ()
+
+    def test_that_hold_for_whose_id_is_like_anothers(self, database: Database) -> None:
+        make_tables(database, [condition for condition, _ in ALIKE], "using ({})")
+        found = sorted(look(database), key=lambda finding: finding.subject)
+        assert keys(found) == [f"policy-open:public.t{number}.p" for number in range(len(ALIKE))]
+        for finding, (_, says) in zip(found, ALIKE, strict=True):
+            assert says in finding.problem
+            assert ("takes for the same" in finding.problem) is bool(says)
         mend(database, found)
         assert look(database) == ()
 

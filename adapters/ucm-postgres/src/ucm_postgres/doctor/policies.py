@@ -1,9 +1,7 @@
 """What policies really let through, asked of PostgreSQL: each condition is worked out for rows that do not exist."""
 
 import json
-import secrets
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -13,22 +11,21 @@ from psycopg import sql
 from ucm_postgres.doctor.catalog import Catalog, Policy, Table
 from ucm_postgres.doctor.findings import Finding
 from ucm_postgres.doctor.mending import fenced, guarded, literal, rewritten
+from ucm_postgres.doctor.strangers import ALIKE, STRANGERS, TEXTS, Stranger, strangers
 
-Bound = Literal["unset", "empty", "another", "unsigned"]
+Bound = Literal["unset", "empty", "unsigned"] | Stranger
 """Who is bound: nobody yet on this connection, nobody any more, somebody whose rows these are not, or, in the hardened
 mode, somebody who says that they are theirs and cannot prove it."""
 
 Row = Literal["owned", "empty", "null"]
 """Whose row it is: somebody's, or what an empty setting and an absent one would match."""
 
-_BOUND: Final[tuple[Bound, ...]] = ("unset", "empty", "another", "unsigned")
+_BOUND: Final[tuple[Bound, ...]] = ("unset", "empty", *STRANGERS, "unsigned")
 _UNBOUND: Final[tuple[Bound, ...]] = ("unset", "empty")
 _COMMANDS: Final = {"r": "select", "a": "insert", "w": "update", "W": "update", "d": "delete"}
 """What may be done with a row. An update is asked about twice: for the row that is there, and what it becomes."""
 
 _WRITING: Final = {"a", "W"}
-_TEXTS: Final = {"text", "character varying", "character", "citext"}
-_NUMBERS: Final = {"smallint": 32_000, "integer": 2_000_000_000, "bigint": 9_000_000_000_000_000_000, "numeric": 10**30}
 
 
 # It took too long, or a function wrote, and did not come to its answer.
@@ -63,11 +60,14 @@ def examine_policies(catalog: Catalog) -> Iterator[Finding]:
     tables = [table for table in catalog.tables if table.enabled and _is_bound(catalog, table)]
     judged = {table.oid: [_Judged(policy) for policy in catalog.policies[table.oid]] for table in tables}
     visible: set[int] = set()
-    unknown = {table.oid for table in tables if not _can_be_judged(catalog, table, _users(table)[0])}
+    users = {table.oid: _users(table) for table in tables}
+    unknown = {table.oid for table in tables if not _can_be_judged(catalog, table, users[table.oid]["another"][0])}
     for bound in _BOUND:
         for table in tables:
-            mine, other = _users(table)
-            if not _bind(catalog, bound, mine if bound == "unsigned" else other):
+            if bound not in users[table.oid]:
+                continue
+            mine, user = users[table.oid][bound]
+            if not _bind(catalog, bound, user):
                 continue
             for each in judged[table.oid]:
                 if not _judge(catalog, table, each, bound, mine):
@@ -92,14 +92,11 @@ def _is_bound(catalog: Catalog, table: Table) -> bool:
     return table.user_column is not None or any(policy.mentions for policy in catalog.policies[table.oid])
 
 
-def _users(table: Table) -> tuple[str, str]:
-    # Two that nobody has, as the column takes them.
-    kind = table.user_type or "text"
-    if kind == "uuid":
-        return str(uuid.uuid4()), str(uuid.uuid4())
-    if kind in _NUMBERS:
-        return str(_NUMBERS[kind]), str(_NUMBERS[kind] - 1)
-    return f"d-{secrets.token_hex(4)}", f"d-{secrets.token_hex(4)}"
+def _users(table: Table) -> dict[Bound, tuple[str, str]]:
+    # Whose the row is, and who is bound.
+    pairs = strangers(table.user_type)
+    mine = pairs["another"][0]
+    return {"unset": (mine, ""), "empty": (mine, ""), **pairs, "unsigned": (mine, mine)}
 
 
 def _bind(catalog: Catalog, bound: Bound, user: str) -> bool:
@@ -109,8 +106,7 @@ def _bind(catalog: Catalog, bound: Bound, user: str) -> bool:
         return catalog.value("select current_setting(%s, true) is null", setting) is True
     if bound == "unsigned" and not catalog.binding.signed:
         return False
-    value = "" if bound == "empty" else user
-    catalog.connection.execute("select set_config(%s, %s, true)", [setting, value])
+    catalog.connection.execute("select set_config(%s, %s, true)", [setting, user])
     return True
 
 
@@ -142,7 +138,7 @@ def _rows(catalog: Catalog, table: Table, user: str) -> dict[Row, str]:
     rows: dict[Row, dict[str, str | None]] = {"null": {}}
     if table.user_column is not None:
         rows["owned"] = {catalog.user_column: user}
-        if table.user_type in _TEXTS:
+        if table.user_type in TEXTS:
             rows["empty"] = {catalog.user_column: ""}
     relation = sql.Identifier(table.schema, table.bare_name).as_string(catalog.connection)
     alias = sql.Identifier(table.bare_name).as_string(catalog.connection)
@@ -183,7 +179,7 @@ def _look(catalog: Catalog, table: Table, visible: set[int], unknown: set[int]) 
 
 def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iterator[Finding]:
     guilty: dict[str, set[str]] = {}  # a policy's name, and what it lets somebody do
-    open_to_all: set[str] = set()
+    open_to_all: dict[str, set[Bound]] = {}
     unsigned: set[str] = set()
     for command in _COMMANDS:
         for bound in _BOUND:
@@ -191,10 +187,10 @@ def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iter
             for each in judged:
                 if each.policy.permissive and each.policy.covers(command.lower()) and rows & each.lets(command, bound):
                     guilty.setdefault(each.policy.name, set()).add(_COMMANDS[command])
-                    if bound == "another":
-                        open_to_all.add(each.policy.name)
-                    elif bound == "unsigned":
+                    if bound == "unsigned":
                         unsigned.add(each.policy.name)
+                    elif bound not in _UNBOUND:
+                        open_to_all.setdefault(each.policy.name, set()).add(bound)
     for each in judged:
         commands = guilty.get(each.policy.name)
         if commands is None:
@@ -203,6 +199,7 @@ def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iter
         subject = f"{table.name}.{each.policy.name}"
         if each.policy.name in open_to_all:
             problem = f"the policy holds for rows of other users ({doing}), and another policy cannot take that back"
+            problem += _alike(open_to_all[each.policy.name])
             mending = _closed(catalog, table, each, judged, open_to_all)
             yield Finding("policy-open", "serious", subject, problem, mending)
         elif each.policy.name in unsigned and table.user_column is not None:
@@ -213,9 +210,15 @@ def _verdicts(catalog: Catalog, table: Table, judged: Sequence[_Judged]) -> Iter
             yield Finding("unset-matches", "serious", subject, problem, guarded(catalog, table, each.policy))
 
 
+def _alike(bounds: set[Bound]) -> str:
+    if any(bound not in ALIKE for bound in bounds):
+        return ""
+    return "; it takes for the same: " + ", ".join(dict.fromkeys(ALIKE[bound] for bound in _BOUND if bound in bounds))
+
+
 def _leaking(table: Table, judged: Sequence[_Judged], command: str, bound: Bound) -> set[Row]:
     let = _allowed(judged, command, bound)
-    if bound in {"another", "unsigned"}:
+    if bound not in _UNBOUND:
         if table.user_column is not None:
             return let & {"owned"}
         # Without a column of the user, only a policy that asks for no user beside one that does is a mistake.
@@ -236,7 +239,7 @@ def _allowed(judged: Sequence[_Judged], command: str, bound: Bound) -> set[Row]:
     return let
 
 
-def _closed(catalog: Catalog, table: Table, guilty: _Judged, judged: Sequence[_Judged], open_to_all: set[str]) -> str:
+def _closed(catalog: Catalog, table: Table, guilty: _Judged, judged: Sequence[_Judged], open_to_all: Collection[str]) -> str:
     policy = guilty.policy
     others = [each.policy for each in judged if each.policy.permissive and each.policy.name not in open_to_all]
     if table.user_column is None or any(other.command in {"*", policy.command} for other in others):
