@@ -1,6 +1,7 @@
 """The operations of a user's cache, on both clients, asynchronous and blocking, with prefixes and with server users."""
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -122,8 +123,8 @@ async def test_what_breaks_a_rule_is_refused(alice: UserCache, arguments: tuple[
         await alice.set(*arguments)
 
 
-@pytest.mark.parametrize("ttl", [0, -1, 121, float("inf"), float("nan")])
-async def test_times_to_live_are_bounded(alice: UserCache, ttl: float) -> None:
+@pytest.mark.parametrize("ttl", [0, -1, 121, float("inf"), float("nan"), "60", timedelta(seconds=1)])
+async def test_times_to_live_are_bounded(alice: UserCache, ttl: Any) -> None:
     with pytest.raises(InvalidContextError, match="ttl: "):
         await alice.set("n", b"1", ttl=ttl)
 
@@ -177,12 +178,14 @@ def test_only_pools_and_clients_of_the_right_kind_are_taken(library: LibraryName
         {"largest_value": 0},
         {"default_ttl": float("nan")},
         {"longest_ttl": float("inf")},
+        {"longest_ttl": 1e16},  # more than a server can count
     ]
     for limits in wrong:
         with pytest.raises(ConfigurationError, match="must be"):
             ValkeyCache(asynchronous, **limits)
-    with pytest.raises(ConfigurationError, match="keep_users"):
-        ValkeyCache(async_pool(library, 1, username="gate"), admin=asynchronous, keep_users=0)
+    for keep in (0, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match="keep_users"):
+            ValkeyCache(async_pool(library, 1, username="gate", password=GATE), admin=asynchronous, keep_users=keep)
     with pytest.raises(ConfigurationError, match="must have a username"):
         ValkeyCache(asynchronous, admin=asynchronous)
 

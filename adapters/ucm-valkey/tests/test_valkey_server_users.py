@@ -14,7 +14,10 @@ from support.valkey import GATE, SECRET, LibraryName, ValkeyServer, async_pool
 from ucm_middleware import ConfigurationError, UserContextManager, managed_user_context
 from ucm_middleware.testing import FakeClock
 from ucm_valkey import CacheUnavailableError, ValkeyCache
+from ucm_valkey.exchange import AsyncExchange
 from ucm_valkey.keys import UserKeys, keys_of, login_of
+from ucm_valkey.library import Fault, pool_of
+from ucm_valkey.programs import Login, Step
 from ucm_valkey.server_users import ServerUsers
 
 README = Path(__file__).parents[1] / "README.md"
@@ -139,15 +142,16 @@ async def test_what_the_server_lost_is_made_again(site: Site, lost: str) -> None
     assert len(site.users()) == 1
 
 
+@pytest.mark.parametrize("rules", ["~* +@all", "~ucm:{* +echo +set", "~ucm:* +echo +unlink", "+echo +eval"])
 async def test_the_login_of_the_pool_must_be_able_to_do_nothing(
-    library: LibraryName, valkey_server: ValkeyServer
+    library: LibraryName, valkey_server: ValkeyServer, rules: str
 ) -> None:
-    valkey_server.admin.execute_command("ACL", "SETUSER", "mighty", "on", ">mighty", "~*", "+@all")
+    valkey_server.admin.execute_command("ACL", "SETUSER", "mighty", "on", ">mighty", *rules.split())
     pool = async_pool(library, valkey_server.port, 1, username="mighty", password="mighty")
     admin = async_pool(library, valkey_server.port, 1)
     cache = ValkeyCache(pool, admin=admin)
     async with managed_user_context(UserContextManager(secret=SECRET).create_isolated_context("alice")):
-        with pytest.raises(ConfigurationError, match="may read keys"):
+        with pytest.raises(ConfigurationError, match="may do more than ECHO"):
             await cache.current().get("a")
     assert valkey_server.admin.acl_users() == ["default", "gate", "mighty"]
     for each in (pool, admin):
@@ -191,6 +195,35 @@ async def test_a_revoked_user_is_removed_from_the_server_at_the_next_occasion(si
     assert hers not in site.users()
     assert await site.get("alice") == b"1"  # she logged in again
     assert hers in site.users()
+
+
+async def test_a_removal_that_failed_is_done_later(site: Site) -> None:
+    async with managed_user_context(site.manager.create_isolated_context("alice")):
+        await site.cache.current().set("a", "1")
+        (hers,) = site.users()
+        site.manager.revoke("alice", "lost her phone")
+    site.server.admin.execute_command("ACL", "SETUSER", "cache-admin", "-acl|deluser")
+    with pytest.raises(CacheUnavailableError):
+        await site.get("bob")
+    assert hers in site.users()
+    site.server.admin.execute_command("ACL", "SETUSER", "cache-admin", "+acl|deluser")
+    await site.get("bob")
+    assert hers not in site.users()
+
+
+async def test_an_admin_on_another_database_is_refused(library: LibraryName, valkey_server: ValkeyServer) -> None:
+    """Its SCAN would find nothing there, and clear() would say that all is gone."""
+    gate = async_pool(library, valkey_server.port, 1, username="gate", password=GATE, db=3)
+    with pytest.raises(ConfigurationError, match="selects database 3, and admin database 0"):
+        ValkeyCache(gate, admin=async_pool(library, valkey_server.port, 1))
+
+
+async def test_a_connection_that_is_perhaps_not_the_pool_s_own_again_is_out_of_step(site: Site) -> None:
+    exchange = AsyncExchange(*pool_of(site.gate, "source", asynchronous=True))
+    step = Step((("GET", "a"),), Login("alice", "x"))
+    for replies in ([Fault("ERR"), b"word", None, b"OK"], [b"OK", b"word", None, Fault("ERR")]):
+        with pytest.raises(CacheUnavailableError):
+            exchange._answer(step, b"word", [*replies])  # pyright: ignore[reportPrivateUsage]
 
 
 async def test_who_logs_out_is_not_removed(site: Site) -> None:

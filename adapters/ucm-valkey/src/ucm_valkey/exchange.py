@@ -54,6 +54,9 @@ class _Exchange:
 
     def _answer(self, step: Step, word: bytes, replies: list[object]) -> Replies:
         if step.login is not None:
+            for login in (replies[0], replies[-1]):
+                if isinstance(login, Fault):  # it may be somebody else's connection still
+                    raise login.error()
             replies = replies[1:-1]
         echoed = replies[0]
         if isinstance(echoed, Fault):
@@ -61,6 +64,15 @@ class _Exchange:
         if echoed != word:
             raise CacheUnavailableError("out of step")
         return replies[1:]
+
+
+def check_databases(data: _Exchange, admin: _Exchange) -> None:
+    """Raise ConfigurationError unless the admin pool looks at the database that the entries are in."""
+    if int(str(data.database)) != int(str(admin.database)):
+        raise ConfigurationError(
+            f"the pool selects database {data.database}, and admin database {admin.database}: scan() and clear() would "
+            "look where no entries are; give both pools the same db"
+        )
 
 
 class AsyncExchange(_Exchange):

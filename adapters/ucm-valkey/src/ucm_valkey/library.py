@@ -31,6 +31,10 @@ _CODES: Final = {
 }
 
 
+LONGEST: Final = 1e12
+"""Seconds: about as many as a server can count, in milliseconds since 1970, with a margin."""
+
+
 class Pool(Protocol):
     """What is used of a pool of connections. Of an asynchronous one, both return awaitables."""
 

@@ -1,13 +1,12 @@
 """The operations of a cache, as programs over one user's keys."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
 from ucm_middleware import ConfigurationError, InvalidContextError
 from ucm_valkey.keys import UserKeys
-from ucm_valkey.library import Fault
+from ucm_valkey.library import LONGEST, Fault
 from ucm_valkey.programs import Command, Login, Program, Replies, Step, checked
 from ucm_valkey.server_users import ServerUsers
 
@@ -25,10 +24,10 @@ class Limits:
     largest_value: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.default_ttl <= self.longest_ttl < math.inf:
+        if not 0 < self.default_ttl <= self.longest_ttl <= LONGEST:
             raise ConfigurationError(
-                f"default_ttl and longest_ttl must be seconds above 0, the first not above the second, and not "
-                f"{self.default_ttl!r} and {self.longest_ttl!r}"
+                f"default_ttl and longest_ttl must be seconds above 0 and at most {LONGEST:g}, the first not above the "
+                f"second, and not {self.default_ttl!r} and {self.longest_ttl!r}"
             )
         if self.largest_value < 1:
             raise ConfigurationError(f"largest_value must be a number of bytes above 0, not {self.largest_value!r}")
@@ -36,9 +35,11 @@ class Limits:
     def milliseconds(self, ttl: float | None) -> int:
         """How long an entry is to live. Raises InvalidContextError for what is no such time."""
         seconds = self.default_ttl if ttl is None else ttl
-        if not 0 < seconds <= self.longest_ttl:
+        if not isinstance(seconds, int | float) or not 0 < seconds <= self.longest_ttl:
             raise InvalidContextError(
-                "ttl", f"is not above 0 and at most {self.longest_ttl:g} seconds", "give such a time, or longest_ttl"
+                "ttl",
+                f"is no number of seconds above 0 and at most {self.longest_ttl:g}",
+                "give such a time, or longest_ttl",
             )
         return max(1, round(seconds * 1000))
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 
 from ucm_middleware import ConfigurationError, UnauthenticatedError, UserExecutionContext, current_context, hookimpl
 from ucm_valkey.cache import SyncUserCache, UserCache
-from ucm_valkey.exchange import AsyncExchange, AsyncRunner, SyncExchange, SyncRunner
+from ucm_valkey.exchange import AsyncExchange, AsyncRunner, SyncExchange, SyncRunner, check_databases
 from ucm_valkey.keys import checked_namespace, group_of, keys_of, login_of
 from ucm_valkey.library import pool_of
 from ucm_valkey.operations import Limits, Operations
@@ -105,6 +105,7 @@ class ValkeyCache(_Plugin):
         if admin is not None:
             administers = AsyncExchange(*pool_of(admin, "admin", asynchronous=True))
             _ = data.own  # so that one that is missing is missed now
+            check_databases(data, administers)
             group = group_of(namespace, data.database)
             users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)
@@ -152,6 +153,7 @@ class SyncValkeyCache(_Plugin):
         if admin is not None:
             administers = SyncExchange(*pool_of(admin, "admin", asynchronous=False))
             _ = data.own  # so that one that is missing is missed now
+            check_databases(data, administers)
             group = group_of(namespace, data.database)
             users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)

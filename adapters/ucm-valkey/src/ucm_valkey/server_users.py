@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from ucm_middleware import ConfigurationError, UserExecutionContext, hookimpl
 from ucm_valkey.keys import UserKeys
-from ucm_valkey.library import Fault
+from ucm_valkey.library import LONGEST, Fault
 from ucm_valkey.programs import Command, Login, Program, Step, checked
 
 COMMANDS: Final = (
@@ -31,8 +31,8 @@ class ServerUsers:
     """
 
     def __init__(self, group: str, keep: float, clock: Callable[[], float] = time.monotonic) -> None:
-        if not keep >= 1:
-            raise ConfigurationError(f"keep_users must be a number of seconds of at least 1, not {keep!r}")
+        if not 1 <= keep <= LONGEST:
+            raise ConfigurationError(f"keep_users must be a number of seconds from 1 to {LONGEST:g}, not {keep!r}")
         self._prefix = f"ucm_{group}_"
         self._keep = keep
         self._clock = clock
@@ -52,7 +52,7 @@ class ServerUsers:
     def make(self, login: Login, keys: UserKeys) -> Program[None]:
         """Make the user, or make it as it should be."""
         if not self._is_checked:
-            yield from self.check()
+            yield from self.check(keys)
         now = self._clock()
         hashed = sha256(login.password.encode()).hexdigest()
         made: Command = (
@@ -68,13 +68,18 @@ class ServerUsers:
         if now >= self._sweep_at:
             yield from self.sweep()
 
-    def check(self) -> Program[None]:
-        """Raise ConfigurationError unless the pool's own login may do nothing: it is what an unfinished login falls
+    def check(self, keys: UserKeys) -> Program[None]:
+        """Raise ConfigurationError unless the pool's own login may do nothing: it is what a refused login falls
         back to."""
-        replies = yield Step((("GET", "ucm:probe"),))
-        if replies is None or replies[0] != Fault("NOPERM"):
+        key = keys.prefix  # no entry's: names are not empty. Nor would any of these change one.
+        probes: tuple[Command, ...] = (
+            *(("GET", key), ("MGET", key), ("SET", key, "", "XX", "PX", 1), ("INCRBY", key, "none")),
+            *(("PEXPIRE", key, 1), ("PTTL", key), ("UNLINK", key), ("DEL", key), ("EVAL", "return 1", 0)),
+        )
+        replies = yield Step(probes)
+        if replies is None or any(reply != Fault("NOPERM") for reply in replies):
             raise ConfigurationError(
-                "the login of the cache's own pool may read keys, and in the mode of server users it must be able to "
+                "the login of the cache's own pool may do more than ECHO, and in the mode of server users it must be able to "
                 "do nothing but ECHO: make one with ACL SETUSER ucm_gate on '>...' -@all +echo, and give the login "
                 "with more rights as admin="
             )
@@ -93,11 +98,16 @@ class ServerUsers:
 
     def remove(self, names: list[str]) -> Program[int]:
         """Remove these users; the server closes their connections. Returns how many there were."""
-        self.revoked.difference_update(names)
         commands: tuple[Command, ...] = (("ACL", "DELUSER", *names), ("UNLINK", *map(_marker, names)))
+        revoked = self.revoked.intersection(names)
+        self.revoked -= revoked
         for name in names:
             self._fresh_until.pop(name, None)
-        removed, _ = map(checked, (yield Step(commands, by_admin=True)) or (0, 0))
+        try:
+            removed, _ = map(checked, (yield Step(commands, by_admin=True)) or (0, 0))
+        except BaseException:
+            self.revoked |= revoked  # they are there still
+            raise
         return cast(int, removed)
 
 
