@@ -11,6 +11,8 @@ from support.postgres import Database, PostgresServer
 from ucm_middleware import ConfigurationError
 from ucm_postgres import Binding
 from ucm_postgres.doctor import Finding, examine, require_healthy
+from ucm_postgres.doctor.catalog import Catalog
+from ucm_postgres.doctor.roles import examine_roles
 
 POLICY = "user_id = nullif(current_setting('app.user_id', true), '')"
 SAFE = (
@@ -49,7 +51,7 @@ class Case:
     binding: Binding | None = None
 
     def __str__(self) -> str:
-        return f"{self.severity} {self.key}"
+        return f"{self.severity} {self.key} {self.says}"
 
 
 CASES = [
@@ -192,6 +194,85 @@ CASES = [
         "info",
         "those of others",
     ),
+    Case(
+        "grant {owner} to {app} with admin true, inherit false, set false",
+        "membership:{owner}",
+        "serious",
+        "grant itself that",
+        True,
+    ),
+    Case(
+        "grant pg_read_server_files to {app} with inherit true, set false",
+        "membership:pg_read_server_files",
+        "serious",
+        "programs",
+        True,
+    ),
+    Case(
+        "create role reporting_{database}; create policy all_rows on notes to reporting_{database} using (true);"
+        "grant reporting_{database} to {app} with inherit false",
+        "membership:reporting_{database}",
+        "warning",
+        "other policies of public.notes",
+        True,
+        roles=("reporting_{database}",),
+    ),
+    Case("alter role {app} replication", "replication:{app}", "serious", "from the log", True),
+    Case(
+        "create policy all_rows on notes to {owner} using (true);"
+        "create view all_notes as select * from notes; grant select on all_notes to {app}",
+        "view:public.all_notes",
+        "serious",
+        "whom no policy holds back",
+    ),
+    Case(
+        "create policy all_rows on notes to {owner} using (true);"
+        "create function peek() returns setof notes language sql security definer as 'select * from notes'",
+        "security-definer:public.peek()",
+        "serious",
+        "names public.notes",
+    ),
+    Case(
+        f"create policy same on notes to {{owner}} using ({POLICY});"
+        "create view all_notes as select * from notes; grant select on all_notes to {app}",
+        "view:public.all_notes",
+        "warning",
+        "privileges",
+    ),
+    Case(
+        "create materialized view kept as select * from notes;"
+        "create view all_notes as select * from kept; grant select on all_notes to {app}",
+        "view:public.all_notes",
+        "serious",
+        "a copy of rows of public.notes",
+    ),
+    Case(
+        "create table events (note bigint, kind int) partition by list (kind);"
+        "create table events_1 partition of events for values in (1) partition by list (note);"
+        "create table events_1_1 partition of events_1 default;"
+        "alter table events enable row level security, force row level security;"
+        "create policy p on events using (exists (select from notes where notes.id = note));"
+        "grant select on events_1_1 to {app}",
+        "child-open:public.events_1_1",
+        "serious",
+        "public.events",
+    ),
+    Case(
+        "grant create on database {database} to {app}",
+        "schema-open:database {database}",
+        "warning",
+        "called like the login",
+        True,
+    ),
+    Case(
+        f"create function is_mine(user_id text) returns boolean stable language sql as $$select {POLICY}$$;"
+        "create policy p on notes using (is_mine(user_id)); alter function is_mine(text) owner to {app}",
+        "function-owned:public.is_mine(user_id text)",
+        "warning",
+        "may replace it",
+        True,
+        roles=("functions_owner",),
+    ),
     Case("alter role {app} set app.user_id = 'alice'", "preset:role {app}", "serious", "nobody has bound", True),
     Case("alter database {database} set app.user_id = 'alice'", "preset:database {database}", "serious", "", True),
     Case(
@@ -253,6 +334,14 @@ class TestFindings:
         assert (worst.code, worst.severity) == ("superuser", "serious")
         assert "cannot be demoted" in worst.problem
         assert worst.sql.startswith("create role app_login login nosuperuser")
+
+    def test_a_role_that_makes_roles_where_these_may_be_any(self, database: Database) -> None:
+        database.execute("alter role {app} createrole", as_=database.superuser)
+        with psycopg.connect(database.app.dsn) as connection:
+            catalog = Catalog(connection, Binding(), "user_id")
+            assert list(examine_roles(catalog)) == []
+            catalog.version = 150000
+            assert [finding.code for finding in examine_roles(catalog)] == ["createrole"]
 
     def test_an_encoding_that_takes_any_bytes(self, postgres_server: PostgresServer) -> None:
         with postgres_server.database(encoding="SQL_ASCII") as fresh:

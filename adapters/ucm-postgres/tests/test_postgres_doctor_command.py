@@ -188,6 +188,18 @@ class TestCannotLook:
         assert "cannot be read" in json.loads(result.stdout)["error"]
 
 
+def test_names_give_no_orders_to_a_terminal(database: Database) -> None:
+    database.execute(
+        'create table "a\x1b[2J\nhealthy: shop" (user_id text); grant select on "a\x1b[2J\nhealthy: shop" to {app}'
+    )
+    result = ucm(database.app.dsn)
+    assert result.exit_code == 1
+    assert "\x1b" not in result.output
+    assert not [line for line in result.output.splitlines() if line.startswith("healthy")]
+    (finding,) = json.loads(ucm(database.app.dsn, "--json").stdout)["findings"]
+    assert "\x1b[2J" in finding["sql"]  # as it is
+
+
 class TestGuide:
     GUIDE = Path(__file__).parents[3] / "docs" / "how-to" / "check-postgres.md"
 

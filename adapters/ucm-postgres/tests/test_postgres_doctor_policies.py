@@ -233,7 +233,16 @@ class TestRows:
         assert finding.key == "visible:public.notes"
         assert "alice" not in str(finding)
         mend(database, found)
+        assert keys(look(database)) == ["shared:public.notes"]  # for who is bound, as before
+
+    def test_that_are_visible_to_a_stranger_are_for_judging(self, database: Database) -> None:
+        """What a condition asks of other columns is not seen in rows that are made up."""
+        database.execute(f"create policy p on notes for select using (id > 0 and {SAFE} is not null)")
         assert look(database) == ()
+        database.execute("insert into notes (user_id, body) values ('alice', 'shown')", as_=database.superuser)
+        (finding,) = look(database)
+        assert (finding.key, finding.severity) == ("shared:public.notes", "info")
+        assert "alice" not in str(finding)
 
     def test_a_function_that_reads_the_setting_is_seen_through(self, database: Database) -> None:
         database.execute(

@@ -79,8 +79,8 @@ class ServerUsers:
         replies = yield Step(probes)
         if replies is None or any(reply != Fault("NOPERM") for reply in replies):
             raise ConfigurationError(
-                "the login of the cache's own pool may do more than ECHO, and in the mode of server users it must be able to "
-                "do nothing but ECHO: make one with ACL SETUSER ucm_gate on '>...' -@all +echo, and give the login "
+                "the login of the cache's own pool may do more than ECHO, and in the mode of server users it must be "
+                "able to do nothing else: make one with ACL SETUSER ucm_gate on '>...' -@all +echo, and give the login "
                 "with more rights as admin="
             )
         self._is_checked = True

@@ -23,6 +23,8 @@ class Role:
     is_superuser: bool
     bypasses: bool
     """It has BYPASSRLS."""
+    replicates: bool
+    makes_roles: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Table:
     user_column: str | None
     user_type: str | None
     parents: list[int]
+    """And theirs."""
     privileges: list[str]
     """Those of select, insert, update, delete and truncate that the role has, on a column at least."""
     grantees: list[str]
@@ -73,18 +76,22 @@ class Policy:
 
 _ROLES: Final = """
 select oid::int8 as oid, rolname::text as bare_name, quote_ident(rolname) as name, rolsuper as is_superuser,
-    rolbypassrls as bypasses
+    rolbypassrls as bypasses, rolreplication as replicates, rolcreaterole as makes_roles
 from pg_roles where rolname = %(name)s
 """
 
 _TABLES: Final = """
+with recursive ancestors(child, ancestor) as (
+    select inhrelid, inhparent from pg_inherits
+    union select child, inhparent from ancestors join pg_inherits on inhrelid = ancestor
+)
 select c.oid::int8 as oid, n.nspname::text as schema, c.relname::text as bare_name,
     format('%%I.%%I', n.nspname, c.relname) as name, c.relkind::text as kind,
     c.relrowsecurity as enabled, c.relforcerowsecurity as forced,
     quote_ident(pg_get_userbyid(c.relowner)) as owner,
     (pg_has_role(%(login)s, c.relowner, 'USAGE') or pg_has_role(%(role)s, c.relowner, 'USAGE')) as is_own,
     quote_ident(a.attname) as user_column, format_type(a.atttypid, null) as user_type,
-    array(select inhparent::int8 from pg_inherits where inhrelid = c.oid) as parents,
+    array(select ancestor::int8 from ancestors where child = c.oid) as parents,
     array(
         select kind from unnest(array['select', 'insert', 'update', 'delete', 'truncate']) kind
         where has_schema_privilege(%(role)s, n.oid, 'USAGE')
@@ -103,8 +110,8 @@ where c.relkind in ('r', 'p', 'f') and n.nspname not in ('pg_catalog', 'informat
     and (
         a.attname is not null or c.relrowsecurity or exists (select from pg_policy p where p.polrelid = c.oid)
         or exists (
-            select from pg_inherits i join pg_class parent on parent.oid = i.inhparent
-            where i.inhrelid = c.oid and parent.relrowsecurity
+            select from ancestors join pg_class parent on parent.oid = ancestor
+            where child = c.oid and parent.relrowsecurity
         )
     )
 order by 4
@@ -205,6 +212,16 @@ class Catalog:
     @property
     def _parameters(self) -> dict[str, object]:
         return {"login": self.login.oid, "role": self.role.oid, "is_superuser": self.role.is_superuser}
+
+    def frees(self, role: int, table: Table) -> bool:
+        """A policy lets this role see what it would not let the application's: none of that one's, and no setting."""
+        asked = (
+            "select exists (select from pg_policy p, unnest(p.polroles) r, pg_get_expr(p.polqual, p.polrelid) condition"
+            " where p.polrelid = %s::oid and p.polpermissive and r <> 0 and pg_has_role(%s::oid, r, 'USAGE')"
+            " and condition <> all(%s::text[]) and strpos(lower(condition), %s) = 0)"
+        )
+        conditions = [policy.using for policy in self.policies[table.oid] if policy.using is not None]
+        return bool(self.value(asked, table.oid, role, conditions, self.binding.setting.lower()))
 
     def require_postgres(self) -> None:
         """Raises ConfigurationError for a server that is none, or too old."""

@@ -71,10 +71,10 @@ def postgres(
 
 def _tell(what: str, found: Sequence[Finding]) -> None:
     for finding in found:
-        say(f"{finding.severity}: {finding.key}", style=_STYLES[finding.severity])
-        say(f"  {finding.problem}")
-        for line in finding.sql.splitlines():
-            say(f"    {line}", style="bold")
+        say(f"{finding.severity}: {_harmless(finding.key)}", style=_STYLES[finding.severity])
+        say(f"  {_harmless(finding.problem)}")
+        for line in finding.sql.split("\n") if finding.sql else ():
+            say(f"    {_harmless(line)}", style="bold")
     counts = Counter(finding.severity for finding in found)
     counted = ", ".join(f"{counts[severity]} {severity}" for severity in SEVERITIES if counts[severity])
     healthy = not counts["serious"] and not counts["warning"]
@@ -83,3 +83,8 @@ def _tell(what: str, found: Sequence[Finding]) -> None:
         style="bold green" if healthy else "bold red",
     )
     say("not looked at: the application's pool; let it call examine_pool() when it starts", err=True)
+
+
+def _harmless(text: str) -> str:
+    # A name may hold what a terminal takes for an order. As it is, it is in the JSON.
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

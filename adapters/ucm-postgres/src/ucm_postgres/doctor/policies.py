@@ -60,6 +60,7 @@ def examine_policies(catalog: Catalog) -> Iterator[Finding]:
     tables = [table for table in catalog.tables if table.enabled and _is_bound(catalog, table)]
     judged = {table.oid: [_Judged(policy) for policy in catalog.policies[table.oid]] for table in tables}
     visible: set[int] = set()
+    shared: set[int] = set()
     users = {table.oid: _users(table) for table in tables}
     unknown = {table.oid for table in tables if not _can_be_judged(catalog, table, users[table.oid]["another"][0])}
     for bound in _BOUND:
@@ -73,13 +74,21 @@ def examine_policies(catalog: Catalog) -> Iterator[Finding]:
                 if not _judge(catalog, table, each, bound, mine):
                     unknown.add(table.oid)
             if bound in _UNBOUND and "select" in table.privileges:
-                _look(catalog, table, visible, unknown)
+                _look(catalog, table, "true", visible, unknown)
+            elif bound == "another" and "select" in table.privileges and table.user_column is not None:
+                _look(catalog, table, f"{table.user_column} is not null", shared, unknown)
     for table in tables:
         found = list(_verdicts(catalog, table, judged[table.oid]))
         yield from found
         if table.oid in visible and not found:
             problem = "rows are visible where no user is bound"
             yield Finding("visible", "serious", table.name, problem, fenced(catalog, table))
+        elif table.oid in shared and not found:
+            problem = (
+                "rows of users are visible to a user whom the application has never had; see that no others are than "
+                "those that are meant for all"
+            )
+            yield Finding("shared", "info", table.name, problem)
         if table.oid in unknown:
             problem = (
                 "what its policies let through could not be told: it took too long, a function writes, or a type of a "
@@ -96,7 +105,9 @@ def _users(table: Table) -> dict[Bound, tuple[str, str]]:
     # Whose the row is, and who is bound.
     pairs = strangers(table.user_type)
     mine = pairs["another"][0]
-    return {"unset": (mine, ""), "empty": (mine, ""), **pairs, "unsigned": (mine, mine)}
+    found: dict[Bound, tuple[str, str]] = {"unset": (mine, ""), "empty": (mine, ""), "unsigned": (mine, mine)}
+    found.update(pairs.items())
+    return found
 
 
 def _bind(catalog: Catalog, bound: Bound, user: str) -> bool:
@@ -169,8 +180,9 @@ def _ask(catalog: Catalog, query: str) -> Sequence[object] | None:
         return ()
 
 
-def _look(catalog: Catalog, table: Table, visible: set[int], unknown: set[int]) -> None:
-    found = _ask(catalog, f"select row_security_active({table.oid}::oid) and exists (select from {table.name})")
+def _look(catalog: Catalog, table: Table, which: str, visible: set[int], unknown: set[int]) -> None:
+    query = f"select row_security_active({table.oid}::oid) and exists (select from {table.name} where {which})"
+    found = _ask(catalog, query)
     if found is None:
         unknown.add(table.oid)
     elif found and found[0]:
@@ -239,7 +251,9 @@ def _allowed(judged: Sequence[_Judged], command: str, bound: Bound) -> set[Row]:
     return let
 
 
-def _closed(catalog: Catalog, table: Table, guilty: _Judged, judged: Sequence[_Judged], open_to_all: Collection[str]) -> str:
+def _closed(
+    catalog: Catalog, table: Table, guilty: _Judged, judged: Sequence[_Judged], open_to_all: Collection[str]
+) -> str:
     policy = guilty.policy
     others = [each.policy for each in judged if each.policy.permissive and each.policy.name not in open_to_all]
     if table.user_column is None or any(other.command in {"*", policy.command} for other in others):

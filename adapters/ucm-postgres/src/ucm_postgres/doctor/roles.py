@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ucm_postgres.doctor.catalog import Catalog, Role
-from ucm_postgres.doctor.findings import Finding
+from ucm_postgres.doctor.findings import Finding, Severity
 from ucm_postgres.doctor.mending import identifier
 
 _BOOTSTRAP: Final = 10  # the oid of the superuser that initdb makes, and that nobody can demote
@@ -42,6 +42,14 @@ def _attributes(catalog: Catalog, role: Role, who: str) -> Iterator[Finding]:
     if role.bypasses and role.oid != _BOOTSTRAP:
         problem = f"{who} has BYPASSRLS: no policy holds it back"
         yield Finding("bypassrls", "serious", role.name, problem, f"alter role {role.name} nobypassrls;")
+    if role.is_superuser:
+        return
+    if role.replicates:
+        problem = f"{who} has REPLICATION: it may read what everybody writes from the log, where no policy is asked"
+        yield Finding("replication", "serious", role.name, problem, f"alter role {role.name} noreplication;")
+    if role.makes_roles and catalog.version < 160000:  # from then on, its own
+        problem = f"{who} has CREATEROLE: it may grant itself any role but a superuser's"
+        yield Finding("createrole", "serious", role.name, problem, f"alter role {role.name} nocreaterole;")
 
 
 def _named_role(catalog: Catalog, name: str) -> Iterator[Finding]:
@@ -74,6 +82,7 @@ class _Reachable:
     name: str
     bypasses: bool
     as_good: bool
+    replicates: bool
     owned: list[str]
 
 
@@ -85,12 +94,15 @@ class _Grant:
 
 _REACHABLE: Final = """
 select r.oid::int8 as oid, quote_ident(r.rolname) as name, (r.rolsuper or r.rolbypassrls) as bypasses,
-    r.rolname = any(%(as_good)s) as as_good,
+    r.rolname = any(%(as_good)s) as as_good, r.rolreplication as replicates,
     array(
         select format('%%I.%%I', n.nspname, c.relname) from pg_class c join pg_namespace n on n.oid = c.relnamespace
         where c.oid = any(%(tables)s) and c.relowner = r.oid order by 1
     ) as owned
-from pg_roles r where r.oid not in (%(login)s, %(role)s) and pg_has_role(%(login)s, r.oid, %(how)s)
+from pg_roles r where r.oid not in (%(login)s, %(role)s) and (
+    pg_has_role(%(login)s, r.oid, %(how)s) or pg_has_role(%(login)s, r.oid, 'MEMBER WITH ADMIN OPTION')
+    or (r.rolname = any(%(as_good)s) and pg_has_role(%(login)s, r.oid, 'USAGE'))
+)
 order by 2
 """
 
@@ -105,18 +117,27 @@ def _memberships(catalog: Catalog) -> Iterator[Finding]:
     tables = [table.oid for table in catalog.tables]
     found = catalog.rows(_Reachable, _REACHABLE, as_good=list(_AS_GOOD), tables=tables, how=_may_become(catalog))
     for role in found:
+        severity: Severity = "serious"
         if role.bypasses:
             why = "is not held back by any policy"
         elif role.as_good:
             why = "reaches the server's files or programs, and so everything"
         elif role.owned:
             why = f"owns {', '.join(role.owned)}, and may switch the policies off"
+        elif role.replicates:
+            why = "has REPLICATION, and reads what everybody writes from the log"
+        elif freed := [table.name for table in catalog.tables if table.enabled and catalog.frees(role.oid, table)]:
+            why = f"is let through by other policies of {', '.join(freed)}"
+            severity = "warning"  # they may be as good as those that the doctor judges
         else:
             continue
-        problem = f"{catalog.login.name} may SET ROLE to this role, which {why}; any statement of the application can"
+        problem = (
+            f"{catalog.login.name} may use this role, SET ROLE to it or grant itself that; it {why}; any statement "
+            "of the application can"
+        )
         grants = catalog.rows(_Grant, _GRANTS, target=role.oid)
         mending = "\n".join(_revoked(catalog, grant) for grant in grants)
-        yield Finding("membership", "serious", role.name, problem, mending)
+        yield Finding("membership", severity, role.name, problem, mending)
 
 
 def _revoked(catalog: Catalog, grant: _Grant) -> str:

@@ -25,6 +25,7 @@ def examine_tables(catalog: Catalog) -> Iterator[Finding]:
             yield from _without_policy(catalog, table)
             yield from _truncate(table)
     yield from _owned(catalog)
+    yield from _owned_functions(catalog)
     yield from _foreign_keys(catalog)
 
 
@@ -129,6 +130,38 @@ def _owned(catalog: Catalog) -> Iterator[Finding]:
         "let the tables be another role's",
         "\n".join(mending),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Function:
+    name: str
+
+
+_OWNED_FUNCTIONS: Final = """
+select format('%%I.%%I(%%s)', n.nspname, f.proname, pg_get_function_identity_arguments(f.oid)) as name
+from pg_proc f join pg_namespace n on n.oid = f.pronamespace
+where (pg_has_role(%(login)s, f.proowner, 'USAGE') or pg_has_role(%(role)s, f.proowner, 'USAGE'))
+    and f.oid in (
+        select d.refobjid from pg_depend d join pg_policy p on p.oid = d.objid
+        where d.classid = 'pg_policy'::regclass and d.refclassid = 'pg_proc'::regclass and p.polrelid = any(%(tables)s)
+    )
+order by 1
+"""
+
+
+def _owned_functions(catalog: Catalog) -> Iterator[Finding]:
+    if catalog.login.is_superuser:
+        return
+    owner = identifier(catalog, "functions_owner")
+    for function in catalog.rows(_Function, _OWNED_FUNCTIONS, tables=[table.oid for table in catalog.tables]):
+        yield Finding(
+            "function-owned",
+            "serious" if catalog.binding.signed else "warning",
+            function.name,
+            f"policies ask it who the user is or what is theirs, and {catalog.role.name} counts as its owner: any "
+            "statement of the application may replace it; let it be another role's",
+            f"create role {owner} nologin;\nalter routine {function.name} owner to {owner};",
+        )
 
 
 @dataclass(frozen=True, slots=True)

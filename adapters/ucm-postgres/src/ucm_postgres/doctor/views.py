@@ -18,6 +18,8 @@ class _View:
     invoker: bool
     owner_bypasses: bool
     targets: list[int]
+    copies: list[str]
+    """Materialized views among what it reads."""
     unreadable: list[str]
     grantees: list[str]
 
@@ -40,6 +42,11 @@ select format('%%I.%%I', n.nspname, c.relname) as name, c.relkind::text as kind,
     ), false) as invoker,
     (o.rolsuper or o.rolbypassrls) as owner_bypasses,
     array(select target::int8 from reaches where view = c.oid and target = any(%(tables)s)) as targets,
+    array(
+        select format('%%I.%%I', mn.nspname, m.relname) from pg_class m join pg_namespace mn on mn.oid = m.relnamespace
+        where m.relkind = 'm' and m.oid in (select target from reaches where view = c.oid)
+            and m.oid in (select view from reaches where target = any(%(tables)s)) order by 1
+    ) as copies,
     array(
         select format('%%I.%%I', tn.nspname, t.relname) from pg_class t join pg_namespace tn on tn.oid = t.relnamespace
         where t.oid in (select target from reads where view = c.oid) and t.relkind in ('r', 'p', 'v')
@@ -67,6 +74,15 @@ def examine_views(catalog: Catalog) -> Iterator[Finding]:
                 "serious",
                 view.name,
                 f"it holds rows of {names} as its owner saw them, and has no row security: the role sees them all",
+                revoked("all", view.name, view.grantees),
+            )
+        elif not view.invoker and view.copies:
+            yield Finding(
+                "view",
+                "serious",
+                view.name,
+                f"without security_invoker it reads {', '.join(view.copies)} as its owner, {view.owner}: a copy of "
+                f"rows of {names}, which has no row security",
                 revoked("all", view.name, view.grantees),
             )
         elif not view.invoker:
@@ -101,6 +117,8 @@ def _is_enabled(catalog: Catalog, oid: int) -> bool:
 
 def _is_free_of(catalog: Catalog, role: int, table: Table) -> bool:
     if not table.enabled:
+        return True
+    if catalog.frees(role, table):
         return True
     if table.forced:
         return False
@@ -173,10 +191,24 @@ order by 1
 """
 
 
+_DATABASE: Final = """
+select quote_ident(d.datname) as name, {grantees} as grantees from pg_database d
+where d.datname = current_database() and has_database_privilege(%(role)s, d.oid, 'CREATE')
+"""
+
+
 def examine_schemas(catalog: Catalog) -> Iterator[Finding]:
     """Schemas that the role may create in: what one user puts there, the others' statements may find and run."""
     if catalog.role.is_superuser:
         return
+    grantees = GRANTEES.format(acl="d.datacl", kind="d", owner="d.datdba")
+    for database in catalog.rows(_Schema, _DATABASE.replace("{grantees}", grantees)):
+        problem = (
+            "the role may create schemas in it: one that is called like the login comes before public in the search "
+            "path, and what SQL in one user's transaction puts there, others' statements take for what they meant"
+        )
+        subject = f"database {database.name}"
+        yield Finding("schema-open", "warning", subject, problem, revoked("create", subject, database.grantees))
     grantees = GRANTEES.format(acl="n.nspacl", kind="n", owner="n.nspowner")
     for schema in catalog.rows(_Schema, _SCHEMAS.replace("{grantees}", grantees)):
         problem = (
