@@ -32,7 +32,7 @@ class Limits:
         if self.largest_value < 1:
             raise ConfigurationError(f"largest_value must be a number of bytes above 0, not {self.largest_value!r}")
 
-    def milliseconds(self, ttl: float | None) -> int:
+    def milliseconds(self, ttl: object) -> int:
         """How long an entry is to live. Raises InvalidContextError for what is no such time."""
         seconds = self.default_ttl if ttl is None else ttl
         if not isinstance(seconds, int | float) or not 0 < seconds <= self.longest_ttl:
