@@ -251,7 +251,7 @@ async def test_a_role_is_taken_for_the_transaction(own_database: Database, drive
     own_database.execute(f"grant {member.user} to {{app}}", as_=own_database.superuser)
     async with async_engine(own_database.app, driver) as engine:
         manager = UserContextManager(plugins=[SQLAlchemy(engine, binding=Binding(role=member.user))])
-        async with running(manager, "alice"), engine.begin() as connection:
+        async with running(manager, "alice"), engine.connect() as connection:
             assert await connection.scalar(text("select current_user")) == member.user
             with pytest.raises(ProgrammingError, match="permission denied"):
                 await connection.execute(text("insert into notes (body) values ('no')"))
@@ -274,7 +274,7 @@ async def test_a_read_only_database_is_read(database: Database, driver: str) -> 
             manager = UserContextManager(plugins=[SQLAlchemy(engine, reset=reset)])
             async with running(manager, "alice"):
                 assert await by_text(engine) == ["a1"]
-                async with engine.begin() as connection:
+                async with engine.connect() as connection:
                     with pytest.raises(DBAPIError, match="read-only"):
                         await connection.execute(text("insert into notes (body) values ('no')"))
 

@@ -335,6 +335,53 @@ async def test_transactional_functions_try_again_after_a_serialization_failure(
     assert number_them.__name__ == "number_them"
 
 
+async def test_a_unit_of_work_whose_context_closes_in_it_does_not_end_well(
+    engine: AsyncEngine, bound: SQLAlchemy[AsyncSession], manager: UserContextManager
+) -> None:
+    with pytest.raises(ContextClosedError):
+        async with running(manager, "alice") as context:
+            async with bound.unit_of_work() as session:
+                await session.execute(text("insert into notes (body) values ('lost')"))
+                await asyncio.create_task(context.aclose())
+    assert [phase for phase, *_ in transactions(manager)] == ["begin", "rollback"]
+    assert in_use(engine) == 0
+
+
+async def test_a_unit_of_work_that_passes_over_a_failed_statement_does_not_end_well(
+    bound: SQLAlchemy[AsyncSession], manager: UserContextManager
+) -> None:
+    """The server answers its COMMIT with a rollback, and drivers do not tell."""
+    async with running(manager, "alice"):
+        with pytest.raises(DBAPIError, match="transaction is aborted"):
+            async with bound.unit_of_work() as session:
+                await session.execute(text("insert into notes (body) values ('lost')"))
+                with pytest.raises(DBAPIError, match="division by zero"):
+                    await session.execute(text("select 1/0"))
+        assert [phase for phase, *_ in transactions(manager)] == ["begin", "rollback"]
+        async with bound.unit_of_work() as session:
+            await session.execute(text("insert into notes (body) values ('kept')"))
+            with pytest.raises(DBAPIError, match="division by zero"):
+                async with session.begin_nested():
+                    await session.execute(text("select 1/0"))
+        assert await bodies(bound.session()) == ["a1", "kept"]
+
+
+async def test_what_a_transactional_function_has_committed_is_not_done_twice(
+    bound: SQLAlchemy[AsyncSession], manager: UserContextManager
+) -> None:
+    @bound.transactional(retries=2)
+    async def charge() -> None:
+        session = bound.session()
+        session.add(Note(user_id="alice", body="charged"))
+        await session.commit()
+        await session.execute(text("do $$ begin raise exception 'no' using errcode = '40001'; end $$"))
+
+    async with running(manager, "alice"):
+        with pytest.raises(DBAPIError, match="no"):
+            await charge()
+        assert await bodies(bound.session()) == ["a1", "charged"]
+
+
 async def test_transactional_functions_join_as_savepoints(
     bound: SQLAlchemy[AsyncSession], manager: UserContextManager
 ) -> None:

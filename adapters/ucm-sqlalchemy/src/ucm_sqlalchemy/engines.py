@@ -8,7 +8,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from ucm_middleware import ConfigurationError, TransactionLog, UserExecutionContext
 from ucm_sqlalchemy.drivers import Driver
-from ucm_sqlalchemy.ownership import LEASE, owner_of, require_access
+from ucm_sqlalchemy.ownership import LEASE, Lease, owner_of, require_access
 
 BEGUN: Final = "ucm_sqlalchemy.begun"
 """Where a connection's ``info`` has the transaction that is under way on it."""
@@ -25,12 +25,16 @@ class Begun:
     log: TransactionLog
     is_bound: bool = False
     is_committing: bool = False
+    has_failed: bool = False  # a statement, after which a server may answer COMMIT with a rollback, and say nothing
     error: BaseException | None = None
+    lease: Lease | None = None
 
     def end(self, error: BaseException | None = None) -> None:
         """Put the end on record: it was committed when that was asked for and nothing went wrong."""
         if self.is_committing and self.error is None and error is None:
             self.log.commit()
+            if self.lease is not None:
+                self.lease.has_committed = True
         else:
             self.log.rollback(self.error or error)
 
@@ -49,6 +53,7 @@ class EngineBinding:
         event.listen(engine, "before_cursor_execute", self._statement)
         event.listen(engine, "commit", self._commit)
         event.listen(engine, "rollback", self._rollback)
+        event.listen(engine, "rollback_savepoint", self._rollback_savepoint)
         event.listen(engine, "handle_error", self._failed)
         event.listen(engine, "checkout", self._checked_out)
         event.listen(engine, "invalidate", self._invalidated)
@@ -64,9 +69,9 @@ class EngineBinding:
             settings = self._driver.settings(owner)
             log = TransactionLog(owner, self._name)
             log.begin()
-            begun = info[BEGUN] = Begun(owner, log)
-            if LEASE in options:
-                options[LEASE].take(connection)
+            begun = info[BEGUN] = Begun(owner, log, lease=options.get(LEASE))
+            if begun.lease is not None:
+                begun.lease.take(connection)
             self._driver.begin(connection, settings)
             begun.is_bound = True
             owner.bind_session(connection)
@@ -107,6 +112,8 @@ class EngineBinding:
         begun = _begun_on(connection)
         if begun is not None:
             require_access(begun.owner, self._action)
+            if begun.has_failed:  # then this is an error, in a transaction that the failure has ended
+                connection.exec_driver_sql("SELECT 1")
             # Whether it succeeds is known when the connection goes back, or begins another.
             begun.is_committing = True
 
@@ -114,10 +121,17 @@ class EngineBinding:
         if _begun_on(connection) is not None:
             self._end(connection.info)
 
+    def _rollback_savepoint(self, connection: Connection, name: str, context: None) -> None:
+        begun = _begun_on(connection)
+        if begun is not None:
+            begun.has_failed = False
+
     def _failed(self, failure: ExceptionContext) -> None:
         begun = None if failure.connection is None else _begun_on(failure.connection)
-        if begun is not None and begun.is_committing:
-            begun.error = failure.original_exception
+        if begun is not None:
+            begun.has_failed = True
+            if begun.is_committing:
+                begun.error = failure.original_exception
 
     def _checked_out(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
         record.info[IN_USE] = True

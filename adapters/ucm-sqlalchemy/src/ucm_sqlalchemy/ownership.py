@@ -24,11 +24,13 @@ class Lease:
     Weakly, since both refer to it.
     """
 
-    __slots__ = ("_connection", "_owner")
+    __slots__ = ("_connection", "_owner", "has_committed")
 
     def __init__(self, owner: UserExecutionContext) -> None:
         self._owner = weakref.ref(owner)
         self._connection: weakref.ref[Connection] | None = None
+        self.has_committed = False
+        """Whether a transaction of the session's was committed."""
 
     @property
     def owner(self) -> UserExecutionContext | None:

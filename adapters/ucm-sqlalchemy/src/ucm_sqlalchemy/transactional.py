@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ucm_middleware import ConfigurationError, IsolationLevel
 from ucm_middleware.transactions import checked_level
+from ucm_sqlalchemy.units import UnitOfWork
 
 if TYPE_CHECKING:
     from ucm_sqlalchemy.database import Database
@@ -52,7 +53,7 @@ def _asynchronous(database: "Database[Any]", function: Any, level: IsolationLeve
                 async with unit:
                     return await function(*args, **kwargs)
             except DBAPIError as error:
-                if tries >= retries or unit.is_nested or not _is_worth_another_try(error):
+                if tries >= retries or not _can_try_again(unit, error):
                     raise
             await asyncio.sleep(_pause(tries))
             tries += 1
@@ -72,7 +73,7 @@ def _synchronous(
                 with unit:
                     return function(*args, **kwargs)
             except DBAPIError as error:
-                if tries >= retries or unit.is_nested or not _is_worth_another_try(error):
+                if tries >= retries or not _can_try_again(unit, error):
                     raise
             time.sleep(_pause(tries))
             tries += 1
@@ -80,7 +81,10 @@ def _synchronous(
     return run
 
 
-def _is_worth_another_try(error: DBAPIError) -> bool:
+def _can_try_again(unit: UnitOfWork[Any], error: DBAPIError) -> bool:
+    # What the function has committed by itself must not be done twice.
+    if unit.is_nested or unit.has_committed:
+        return False
     return getattr(error.orig, "sqlstate", None) in _WORTH_ANOTHER_TRY
 
 

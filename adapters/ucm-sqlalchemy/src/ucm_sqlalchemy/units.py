@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, current_context, revoke_handle
 from ucm_middleware.transactions import checked_level
-from ucm_sqlalchemy.ownership import require_user
+from ucm_sqlalchemy.ownership import LEASE, Lease, require_user
 
 if TYPE_CHECKING:
     from ucm_sqlalchemy.database import Database
@@ -44,7 +44,7 @@ class UnitOfWork(Generic[S]):
     of another, in the same task, is a savepoint in the other's session.
     """
 
-    __slots__ = ("_context", "_database", "_level", "_outer", "_runner", "_savepoint", "_session", "handle")
+    __slots__ = ("_context", "_database", "_lease", "_level", "_outer", "_runner", "_savepoint", "_session", "handle")
 
     def __init__(self, database: "Database[S]", isolation_level: IsolationLevel | None) -> None:
         self._database = database
@@ -52,6 +52,7 @@ class UnitOfWork(Generic[S]):
         self._context: UserExecutionContext | None = None
         self._outer: UnitOfWork[S] | None = None
         self._session: S | None = None
+        self._lease: Lease | None = None
         self._savepoint: Any = None
         self._runner: object = None
         self.handle: S
@@ -61,6 +62,11 @@ class UnitOfWork(Generic[S]):
     def is_nested(self) -> bool:
         """Whether it is a savepoint in another."""
         return self._outer is not None
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether something in it is kept: the block committed by itself before the end, or the end did."""
+        return self._lease is not None and self._lease.has_committed
 
     def is_of(self, context: UserExecutionContext) -> bool:
         """Whether the running code, in this context, may use its session."""
@@ -84,6 +90,7 @@ class UnitOfWork(Generic[S]):
             return
         try:
             if error is None:
+                self._require_open()
                 await session.commit()
         finally:
             try:
@@ -110,6 +117,7 @@ class UnitOfWork(Generic[S]):
             return
         try:
             if error is None:
+                self._require_open()
                 session.commit()
         finally:
             try:
@@ -129,6 +137,8 @@ class UnitOfWork(Generic[S]):
         self._outer = outer = self._database.place.find(context)
         if outer is None:
             self._session = session = self._database.new_session(context, self._level)
+            sync_session: Any = getattr(session, "sync_session", session)
+            self._lease = sync_session.execution_options[LEASE]
             return session
         if self._level is not None and self._level != outer._level:
             raise ConfigurationError(
@@ -157,6 +167,13 @@ class UnitOfWork(Generic[S]):
         """False where an error ends it in a context that has closed: then the outermost rolls back all."""
         assert self._context is not None
         return error is None or self._context.is_open
+
+    def _require_open(self) -> None:
+        """Raise ContextClosedError where the context has closed: what the block did was rolled back with its session,
+        of which a commit would say nothing.
+        """
+        assert self._context is not None
+        self._context.require_usable()
 
     def _end(self, session: S) -> None:
         assert self._context is not None
