@@ -339,10 +339,9 @@ async def test_a_unit_of_work_whose_context_closes_in_it_does_not_end_well(
     engine: AsyncEngine, bound: SQLAlchemy[AsyncSession], manager: UserContextManager
 ) -> None:
     with pytest.raises(ContextClosedError):
-        async with running(manager, "alice") as context:
-            async with bound.unit_of_work() as session:
-                await session.execute(text("insert into notes (body) values ('lost')"))
-                await asyncio.create_task(context.aclose())
+        async with running(manager, "alice") as context, bound.unit_of_work() as session:
+            await session.execute(text("insert into notes (body) values ('lost')"))
+            await asyncio.create_task(context.aclose())
     assert [phase for phase, *_ in transactions(manager)] == ["begin", "rollback"]
     assert in_use(engine) == 0
 

@@ -7,7 +7,7 @@ from secrets import token_urlsafe
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, delete, select, text, update
+from sqlalchemy import create_engine, delete, insert, select, text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -62,6 +62,41 @@ async def test_everyone_has_a_file_of_their_own(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not any("user" in path.name for path in made)
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b"])
+async def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    files = SQLitePerUser(tmp_path / name, metadata=Base.metadata)
+    manager = UserContextManager(plugins=[files])
+    for user_id in ("alice", "bob"):
+        async with running(manager, user_id):
+            async with files.unit_of_work() as session:
+                session.add(Page(body=f"{user_id}'s"))
+            assert list(await files.session().scalars(PAGES)) == [f"{user_id}'s"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+async def test_a_folder_stays_where_it_was_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = SQLitePerUser("data", metadata=Base.metadata)
+    manager = UserContextManager(plugins=[files])
+    (tmp_path / "elsewhere" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    async with running(manager, "alice"), files.unit_of_work() as session:
+        session.add(Page(body="alice's"))
+    assert len(list((tmp_path / "data").iterdir())) == 1
+    assert not list(Path("data").iterdir())
+
+
+async def test_a_file_that_was_deleted_is_made_anew_with_its_tables(tmp_path: Path) -> None:
+    files = SQLitePerUser(tmp_path, metadata=Base.metadata)
+    manager = UserContextManager(plugins=[files])
+    for _ in range(2):
+        async with running(manager, "alice"), files.unit_of_work() as session:
+            session.add(Page(body="once"))
+        (file,) = tmp_path.iterdir()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        file.unlink()
 
 
 async def test_savepoints_and_rollbacks_are_real(tmp_path: Path) -> None:
@@ -187,4 +222,9 @@ async def test_criteria_are_no_boundary(tmp_path: Path) -> None:
         assert list(cards.session().scalars(text("select body from cards"))) == ["alice's"]
         with Session(engine) as own:
             assert list(own.scalars(CARDS)) == ["alice's"]
+        with cards.unit_of_work() as session:
+            session.execute(update(Card), [{"id": 1, "body": "bob's"}])  # by primary key
+            session.execute(insert(Card).values(owner_id="alice", body="forged"))
+    async with running(manager, "alice"):
+        assert list(cards.session().scalars(CARDS)) == ["bob's", "forged"]
     engine.dispose()

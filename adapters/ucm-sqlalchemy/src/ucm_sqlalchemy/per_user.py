@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, overload
 
-from sqlalchemy import Connection, Engine, MetaData, NullPool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, MetaData, NullPool, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -92,7 +92,7 @@ class SQLitePerUser(Database[S]):
         super().__init__(name, is_async, session_class or default, session_options or {})
         if most < 1:
             raise ConfigurationError(f"most is {most!r}; give a number of engines of at least 1")
-        self._folder = Path(folder)
+        self._folder = Path(folder).absolute()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._metadata = metadata
         self._most = most
@@ -108,9 +108,10 @@ class SQLitePerUser(Database[S]):
         names = [_file_name(key) for key in context.candidate_keys(KIND, self.name)]
         with self._lock:
             name = next((name for name in names if name in self._engines or (self._folder / name).exists()), names[0])
-            engine = self._engines.pop(name, None)
-            if engine is None:
-                engine = self._open(self._folder / name, context.user_id)
+            path = self._folder / name
+            if not path.exists():  # SQLite would make it without tables, and readable by others
+                self._make(path)
+            engine = self._engines.pop(name, None) or self._open(path, context.user_id)
             self._engines[name] = engine
             if len(self._engines) > self._most:
                 # Sessions that still use it go on: it holds no connection that they do not hold.
@@ -118,14 +119,12 @@ class SQLitePerUser(Database[S]):
         return engine
 
     def _open(self, path: Path, user_id: str) -> AnyEngine:
-        if not path.exists():
-            self._make(path)
         # Without a pool: what nobody uses is closed.
         if self.is_async:
-            engine = create_async_engine(f"sqlite+aiosqlite:///{path}", poolclass=NullPool)
+            engine = create_async_engine(_url("sqlite+aiosqlite", path), poolclass=NullPool)
             _bind(engine.sync_engine, user_id, self.name)
             return engine
-        sync_engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
+        sync_engine = create_engine(_url("sqlite", path), poolclass=NullPool)
         _bind(sync_engine, user_id, self.name)
         return sync_engine
 
@@ -135,7 +134,7 @@ class SQLitePerUser(Database[S]):
         os.close(descriptor)
         try:
             if self._metadata is not None:
-                engine = create_engine(f"sqlite:///{new}", poolclass=NullPool)
+                engine = create_engine(_url("sqlite", new), poolclass=NullPool)
                 self._metadata.create_all(engine)
             with suppress(FileExistsError):  # another process made it meanwhile
                 os.link(new, path)
@@ -169,6 +168,11 @@ def _bind(engine: Engine, user_id: str, name: str) -> None:
         dbapi_connection.isolation_level = None
 
     EngineBinding(engine, _UsersFile(user_id, name), name)
+
+
+def _url(driver: str, path: str | os.PathLike[str]) -> URL:
+    # Not as text, in which a ? in the folder's name would end the path: in one file for all users.
+    return URL.create(driver, database=os.fspath(path))
 
 
 def _file_name(key: str) -> str:
