@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from django.db import DatabaseError, connection, transaction
+from django.db.transaction import TransactionManagementError
 from django.test import Client, override_settings
 
 from django_notebook import Note, bodies, owners, try_everything, write
@@ -206,3 +207,39 @@ def test_transactions_are_on_record(notebook: Database, manager: UserContextMana
         ("ok", "commit", 1, None),
     ]
     assert "forged" not in repr(events(manager, "alice", "transaction"))
+
+
+def test_a_transaction_that_passes_over_a_failed_statement_is_not_taken_for_committed(
+    notebook: Database, manager: UserContextManager
+) -> None:
+    """The server answers its COMMIT with a rollback, and the driver does not tell."""
+    hooks: list[str] = []
+    with running_as(manager, "alice"):
+        with pytest.raises(TransactionManagementError, match="failed"), transaction.atomic():
+            transaction.on_commit(lambda: hooks.append("kept"))
+            write("lost")
+            with pytest.raises(DatabaseError), connection.cursor() as cursor:
+                cursor.execute("SELECT 1/0")
+        assert [each["phase"] for each in events(manager, "alice", "transaction")] == ["begin", "rollback"]
+        with transaction.atomic():
+            write("kept")
+            with pytest.raises(DatabaseError), transaction.atomic(), connection.cursor() as cursor:
+                cursor.execute("SELECT 1/0")
+        assert bodies() == ["kept"]
+    assert hooks == []
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+@pytest.mark.usefixtures("notebook")
+def test_a_cursor_on_the_server_is_read_by_those_who_opened_it(manager: UserContextManager, autocommit: bool) -> None:
+    with running_as(manager, "alice"):
+        for _ in range(3):
+            write("alice's")
+        transaction.set_autocommit(autocommit)
+        notes = Note.objects.iterator(chunk_size=1)
+        assert next(notes).body == "alice's"
+    with running_as(manager, "bob"):
+        with pytest.raises(CrossUserAccessError, match="opened for somebody else"):
+            next(notes)
+        connection.close()
+        assert bodies() == []

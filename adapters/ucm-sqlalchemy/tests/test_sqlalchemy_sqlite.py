@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from sqlalchemy_notes import running
-from support.contexts import events
+from support.contexts import events, running_as
 from ucm_middleware import ConfigurationError, CrossUserAccessError, UserContextManager, managed_user_context
 from ucm_sqlalchemy import SQLAlchemy, SQLitePerUser, UserOwned
 
@@ -65,34 +65,34 @@ async def test_everyone_has_a_file_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a?b", "a%20b"])
-async def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
-    files = SQLitePerUser(tmp_path / name, metadata=Base.metadata)
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    files = SQLitePerUser(tmp_path / name, metadata=Base.metadata, is_async=False)
     manager = UserContextManager(plugins=[files])
     for user_id in ("alice", "bob"):
-        async with running(manager, user_id):
-            async with files.unit_of_work() as session:
+        with running_as(manager, user_id):
+            with files.unit_of_work() as session:
                 session.add(Page(body=f"{user_id}'s"))
-            assert list(await files.session().scalars(PAGES)) == [f"{user_id}'s"]
+            assert list(files.session().scalars(PAGES)) == [f"{user_id}'s"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-async def test_a_folder_stays_where_it_was_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_stays_where_it_was_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files = SQLitePerUser("data", metadata=Base.metadata)
+    files = SQLitePerUser("data", metadata=Base.metadata, is_async=False)
     manager = UserContextManager(plugins=[files])
     (tmp_path / "elsewhere" / "data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
-    async with running(manager, "alice"), files.unit_of_work() as session:
+    with running_as(manager, "alice"), files.unit_of_work() as session:
         session.add(Page(body="alice's"))
     assert len(list((tmp_path / "data").iterdir())) == 1
     assert not list(Path("data").iterdir())
 
 
-async def test_a_file_that_was_deleted_is_made_anew_with_its_tables(tmp_path: Path) -> None:
-    files = SQLitePerUser(tmp_path, metadata=Base.metadata)
+def test_a_file_that_was_deleted_is_made_anew_with_its_tables(tmp_path: Path) -> None:
+    files = SQLitePerUser(tmp_path, metadata=Base.metadata, is_async=False)
     manager = UserContextManager(plugins=[files])
     for _ in range(2):
-        async with running(manager, "alice"), files.unit_of_work() as session:
+        with running_as(manager, "alice"), files.unit_of_work() as session:
             session.add(Page(body="once"))
         (file,) = tmp_path.iterdir()
         assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import psycopg
 from django.db import InterfaceError, connections, transaction
 from psycopg.pq import TransactionStatus
 
@@ -98,8 +99,32 @@ class Binder:
                 "ask for a new one with connection.cursor()"
             )
 
-    def refusal_to_commit(self) -> UserContextError | None:
-        """Why the transaction must not be committed: its context has ended. None when it may be."""
+    def require_reader(self, cursor: Any) -> None:
+        """Raise CrossUserAccessError for a cursor on the server that somebody else has opened: reading on is asking."""
+        self.require_own(cursor)
+        if (
+            isinstance(cursor, psycopg.ServerCursor)
+            and not self._is_off
+            and not self._telling.is_in_hands(runner_here())
+        ):
+            raise CrossUserAccessError(
+                f"the cursor on database {self._wrapper.alias!r} was opened for somebody else; "
+                "read it in the context that opened it, or ask anew"
+            )
+
+    def refusal_to_commit(self) -> Exception | None:
+        """Why the transaction must not be committed: its context has ended, or one of its statements failed, where the
+        server would answer COMMIT with a rollback that the driver does not tell of. None when it may be.
+        """
+        refusal = self._refusal_of_context()
+        if refusal is None and self._begun is not None and self._status is TransactionStatus.INERROR:
+            return transaction.TransactionManagementError(
+                "a statement of this transaction failed, so that nothing of it can be committed; let its error "
+                "through, or run what may fail in an atomic() of its own"
+            )
+        return refusal
+
+    def _refusal_of_context(self) -> UserContextError | None:
         begun = self._begun
         if begun is not None and begun.runner.context is not None:
             try:
@@ -202,7 +227,7 @@ class Binder:
 
     def _give_up(self) -> bool:
         """Roll back what a context has left open that is over. False where its code may still go on with it."""
-        if self._wrapper.in_atomic_block or self.refusal_to_commit() is None:
+        if self._wrapper.in_atomic_block or self._refusal_of_context() is None:
             return False
         self._wrapper.rollback()
         return True

@@ -80,6 +80,10 @@ class Telling:
         pipeline: AbstractContextManager[object] = self._wrapper.connection.pipeline()
         return pipeline
 
+    def is_in_hands(self, runner: Runner) -> bool:
+        """Whether nobody else has used the connection last."""
+        return self._hands is None or self._hands.are(runner.hands)
+
     def change_hands(self, runner: Runner) -> None:
         """Bring the connection, which is in no transaction, back to a clean state where somebody else has used it."""
         last, self._hands = self._hands, runner.hands

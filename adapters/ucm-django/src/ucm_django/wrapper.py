@@ -50,11 +50,11 @@ class BoundCursor(_Cursor):
             self.cursor.close()
 
     def __getattr__(self, name: str) -> Any:
-        self.db.binder.require_own(self.cursor)
+        self.db.binder.require_reader(self.cursor)
         return super().__getattr__(name)
 
     def __iter__(self) -> Any:
-        self.db.binder.require_own(self.cursor)
+        self.db.binder.require_reader(self.cursor)
         return super().__iter__()
 
 
@@ -118,7 +118,7 @@ class BoundToUser(_Backend):
 
     def _commit(self) -> None:
         refusal = self.binder.refusal_to_commit()
-        if refusal is not None:  # whoever may still run in an ended context changes nothing any more
+        if refusal is not None:  # such as for whoever still runs in an ended context, and changes nothing any more
             super()._rollback()
             self.binder.ended(refusal)
             raise refusal
