@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
@@ -412,6 +413,10 @@ async def test_functions_that_cannot_be_transactional_are_refused(bound: SQLAlch
         bound.transactional(plain)
     with pytest.raises(ConfigurationError, match="generator"):
         bound.transactional(generator)
+    with pytest.raises(ConfigurationError, match="generator"):
+        bound.transactional(asynccontextmanager(generator))
+    with pytest.raises(ConfigurationError, match="classmethod"):
+        bound.transactional(cast("Any", classmethod(lambda cls: cls)))
     with pytest.raises(ConfigurationError, match="retries"):
         bound.transactional(retries=-1)(plain)
     with pytest.raises(ConfigurationError, match="isolation_level"):

@@ -18,6 +18,7 @@ URL = "postgresql+psycopg://nobody@127.0.0.1:1/nowhere"  # nothing connects to i
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no engine": (lambda: SQLAlchemy(cast("Any", "postgresql://")), "engine is a str"),
     "one connection for all": (lambda: SQLAlchemy(create_engine(URL, poolclass=StaticPool)), "StaticPool"),
+    "derived": (lambda: SQLAlchemy(create_async_engine(URL).execution_options(tag=1)), "would stay unbound"),
     "reset": (lambda: SQLAlchemy(create_engine(URL), reset=cast("Any", "never")), "reset is 'never'"),
     "binding of SQLite": (lambda: SQLAlchemy(create_engine("sqlite://"), binding=Binding()), "SQLitePerUser"),
     "sync class": (lambda: SQLAlchemy(create_async_engine(URL), session_class=Session), "AsyncSession"),

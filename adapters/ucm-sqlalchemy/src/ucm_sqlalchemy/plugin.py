@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast, overload
 
 from sqlalchemy import Engine
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
@@ -114,6 +115,11 @@ def _require_bindable(engine: object) -> None:
     taken = cast("str | None", engine.get_execution_options().get(_TAKEN))
     if taken is not None:
         raise ConfigurationError(f"the engine is that of the database {taken!r} already; use that one")
+    if isinstance(engine, OptionEngine):
+        raise ConfigurationError(
+            "the engine is made from another by execution_options(), and that one's transactions would stay unbound; "
+            "give that one, and derive from it what you like"
+        )
     if isinstance(engine.pool, StaticPool) and engine.dialect.name != "sqlite":
         raise ConfigurationError(
             "the engine's pool is a StaticPool, which gives one connection to all users at once; use another, such as "
