@@ -33,8 +33,9 @@ def transactional(
     if retries < 0:
         raise ConfigurationError(f"retries is {retries!r}; give a number of further tries, 0 for none")
     name = getattr(function, "__qualname__", repr(function))
-    if isinstance(function, classmethod | staticmethod):
-        raise ConfigurationError(f"{name} is a {type(function).__name__}; put that decorator above transactional")
+    kind = type(cast("object", function))
+    if issubclass(kind, classmethod | staticmethod):
+        raise ConfigurationError(f"{name} is a {kind.__name__}; put that decorator above transactional")
     innermost = inspect.unwrap(function)  # of a context manager, say
     if inspect.isgeneratorfunction(innermost) or inspect.isasyncgenfunction(innermost):
         raise ConfigurationError(f"{name} is a generator, which runs when it is iterated; use unit_of_work() in it")
