@@ -15,6 +15,7 @@ from django_project import ENGINE, PLAIN, on_database, seed
 from support.contexts import events, running_as
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database
+from support.tcp_proxy import TcpProxy
 from support.waiting import wait_until
 from ucm_middleware import UserContextManager
 
@@ -110,6 +111,26 @@ def test_after_a_killed_backend_the_next_user_has_a_connection(
     told = [event for event in events(manager, "alice", "transaction") if event["phase"] != "begin"]
     assert told[0]["phase"] in ("rollback", "unknown")
     assert told[0]["outcome"] == "failed"
+
+
+def test_a_commit_whose_answer_is_lost_is_on_record_as_unknown(
+    database: Database, manager: UserContextManager, postgres_proxy: TcpProxy
+) -> None:
+    def commit() -> None:
+        with running_as(manager, "alice"), pytest.raises(OperationalError), transaction.atomic():
+            write("hers")
+            postgres_proxy.hold("replies")
+        connection.close()
+
+    with on_database(database.app.at(postgres_proxy.port)), ThreadPoolExecutor(1) as executor:
+        committing = executor.submit(commit)
+        postgres_proxy.wait_until_held("replies")
+        postgres_proxy.cut()
+        postgres_proxy.release("replies")  # for the connection that Django makes after that
+        committing.result()
+    begin, end = events(manager, "alice", "transaction")
+    assert (begin["phase"], begin["bound_by"]) == ("begin", "app.user_id")
+    assert (end["phase"], end["outcome"]) == ("unknown", "failed")
 
 
 def test_the_project_s_own_reset_comes_first(database: Database, manager: UserContextManager) -> None:

@@ -107,3 +107,11 @@ def test_an_anonymous_context_is_refused() -> None:
 
 def test_a_reset_forgets_no_prepared_statement() -> None:
     assert not any(word in statement for statement in RESET for word in ("DEALLOCATE ALL", "PLANS", "DISCARD ALL"))
+
+
+def test_what_the_records_say_of_a_binding() -> None:
+    assert Binding("shop.customer", role="reader", signed=True).about == {
+        "bound_by": "shop.customer",
+        "role": "reader",
+        "signed": True,
+    }

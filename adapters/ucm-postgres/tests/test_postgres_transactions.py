@@ -71,6 +71,10 @@ class TestABlock:
         assert await bodies(pool, manager, "alice") == ["of alice"]
         assert phases(ledger)[:2] == [("begin", None), ("commit", 2)]
         assert "of alice" not in repr(ledger.records)
+        told = [dict(record.data) for record in ledger.select("transaction")]
+        assert {(data["bound_by"], data.get("role"), data.get("signed")) for data in told} == {
+            ("app.user_id", None, None)
+        }
 
     async def test_is_rolled_back_after_an_error(
         self, pool: Pool, manager: UserContextManager, ledger: RecordingLedger

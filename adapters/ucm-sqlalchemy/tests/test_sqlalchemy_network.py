@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import NullPool
 
 from sqlalchemy_notes import DRIVERS, Note, async_engine, bodies, by_text, running, sync_engine, write_notes
+from support.contexts import events
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy
@@ -123,6 +124,27 @@ async def test_cancelled_before_every_request_arrives_the_next_borrower_has_thei
         assert cast("Any", engine.pool).checkedout() == 0
 
 
+async def test_a_commit_whose_answer_is_lost_is_on_record_as_unknown(
+    engine: AsyncEngine, postgres_proxy: TcpProxy
+) -> None:
+    manager = UserContextManager(plugins=[SQLAlchemy(engine)])
+
+    async def work() -> None:
+        async with running(manager, "alice"), engine.begin() as connection:
+            await connection.execute(text("insert into notes (body) values ('a2')"))
+            postgres_proxy.hold("replies")
+
+    task = asyncio.create_task(work())
+    await postgres_proxy.until_held("replies")
+    postgres_proxy.cut()
+    with pytest.raises((DBAPIError, OSError)):
+        await task
+    postgres_proxy.release("replies")
+    begin, end = events(manager, "alice", "transaction")
+    assert (begin["phase"], begin["bound_by"]) == ("begin", "app.user_id")
+    assert (end["phase"], end["outcome"], end["bound_by"]) == ("unknown", "failed", "app.user_id")
+
+
 async def test_cancelled_in_the_binding_the_connection_is_thrown_away(
     engine: AsyncEngine, postgres_proxy: TcpProxy
 ) -> None:
@@ -206,7 +228,7 @@ async def test_a_backend_that_is_killed_in_a_transaction_loses_it(database: Data
                     await kill_backends(database)
             assert await bodies(bound.session()) == []
         ends = [each["phase"] for each in cast("Any", manager.get_audit_trail("alice"))["events"] if "phase" in each]
-        assert ends == ["begin", "rollback", "begin", "rollback"]
+        assert ends == ["begin", "unknown", "begin", "rollback"]  # to COMMIT there was no answer
 
 
 async def test_a_sync_engine_pays_the_same(database: Database, driver: str, postgres_proxy: TcpProxy) -> None:

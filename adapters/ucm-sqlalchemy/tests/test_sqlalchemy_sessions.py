@@ -27,6 +27,7 @@ from ucm_middleware import (
     hookimpl,
     managed_user_context,
 )
+from ucm_middleware.current import ambient
 from ucm_sqlalchemy import SQLAlchemy
 
 pytestmark = pytest.mark.parametrize("driver", DRIVERS)
@@ -84,6 +85,30 @@ async def test_what_is_not_committed_is_rolled_back(
         await bound.session().flush()
     async with running(manager, "alice"):
         assert await bodies(bound.session()) == ["a1"]
+
+
+async def test_a_unit_that_ends_in_another_users_code_gives_its_connection_back(
+    engine: AsyncEngine, bound: SQLAlchemy[AsyncSession], manager: UserContextManager
+) -> None:
+    """As a generator of alice's does that is collected while bob's code runs."""
+
+    async def rows() -> AsyncGenerator[list[str]]:
+        async with bound.unit_of_work() as session:
+            session.add(Note(user_id="alice", body="unfinished"))
+            yield await bodies(session)
+
+    begun = rows()
+
+    async def as_user(user_id: str, step: Any) -> None:
+        ambient.set(manager.create_isolated_context(user_id))
+        await step()
+
+    await asyncio.create_task(as_user("alice", begun.__anext__))
+    await asyncio.create_task(as_user("bob", begun.aclose))
+    assert in_use(engine) == 0
+    assert [event["phase"] for event in events(manager, "alice", "transaction")] == ["begin", "rollback"]
+    assert events(manager, "bob", "denied") == []
+    manager.cleanup_all_contexts()
 
 
 async def test_frameworks_take_the_handle_for_a_session(

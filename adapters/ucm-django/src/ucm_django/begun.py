@@ -32,11 +32,15 @@ class Begun:
         if self.log is not None:
             self.log.statements += 1
 
-    def ended(self, error: BaseException | None = None, *, rolled_back: bool = False) -> None:
-        """It is over: committed, unless there is an error or it is said that it was rolled back."""
+    def ended(self, error: BaseException | None = None, *, rolled_back: bool = False, is_unknown: bool = False) -> None:
+        """It is over: committed, unless there is an error or it is said that it was rolled back. ``is_unknown``: the
+        error came in place of the commit's answer.
+        """
         if self.log is None:
             return
-        if error is None and not rolled_back:
+        if is_unknown:
+            self.log.lost(error)
+        elif error is None and not rolled_back:
             self.log.commit()
         else:
             self.log.rollback(error)

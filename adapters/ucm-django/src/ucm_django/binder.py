@@ -133,12 +133,12 @@ class Binder:
                 return error
         return None
 
-    def ended(self, error: BaseException | None = None, *, rolled_back: bool = False) -> None:
-        """The transaction is over."""
+    def ended(self, error: BaseException | None = None, *, rolled_back: bool = False, is_unknown: bool = False) -> None:
+        """The transaction is over; see ``Begun.ended``."""
         begun, self._begun = self._begun, None
         self._is_untied = False
         if begun is not None:
-            begun.ended(error, rolled_back=rolled_back)
+            begun.ended(error, rolled_back=rolled_back, is_unknown=is_unknown)
 
     # Inside.
 
@@ -266,7 +266,7 @@ class Binder:
     def _record(self, runner: Runner) -> Begun:
         log = None
         if runner.context is not None:
-            log = TransactionLog(runner.context, self._wrapper.alias)
+            log = TransactionLog(runner.context, self._wrapper.alias, **self._telling.binding.about)
             log.begin()
         return Begun(runner, self._wrapper.connection, log)
 

@@ -42,7 +42,7 @@ class Telling:
 
     def __init__(self, wrapper: Wrapper) -> None:
         self._wrapper = wrapper
-        self._binding = conf.binding()
+        self.binding = conf.binding()
         self._resets_at_begin = conf.reset() == "begin"
         self._hands: Hands | None = None
 
@@ -52,7 +52,7 @@ class Telling:
 
     def told(self, runner: Runner) -> Told:
         """What a transaction is told of who it is for. Raises as ``Binding.settings`` does."""
-        told = runner.settings(self._binding)
+        told = runner.settings(self.binding)
         if not self._resets_at_begin:
             return told
         # What the reset takes away, and Django has set when it connected.

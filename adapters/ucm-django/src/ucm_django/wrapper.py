@@ -13,6 +13,7 @@ from django.db.backends.utils import CursorDebugWrapper, CursorWrapper
 from ucm_django.binder import Binder
 from ucm_django.reset import reset_connection
 from ucm_django.threads import close_with_thread, forget
+from ucm_postgres.blocks import outcome_is_unknown
 
 if TYPE_CHECKING:
     _Cursor = CursorWrapper
@@ -125,7 +126,7 @@ class BoundToUser(_Backend):
         try:
             super()._commit()
         except BaseException as error:
-            self.binder.ended(error)
+            self.binder.ended(error, is_unknown=outcome_is_unknown(error.__cause__ or error))
             raise
         self.binder.ended()
 

@@ -45,6 +45,11 @@ class Binding:
                 raise ConfigurationError("role and role_of are both given; give one role for all, or one for each")
             _check_role(self.role, "role")
 
+    @property
+    def about(self) -> dict[str, object]:
+        """What the records of each transaction say of how it is tied to its user. None stands for what is not so."""
+        return {"bound_by": self.setting, "role": self.role, "signed": self.signed or None}
+
     def settings(self, context: UserExecutionContext) -> tuple[tuple[str, str], ...]:
         """The (name, value) pairs for ``set_config(name, value, true)`` at the beginning of a transaction.
 

@@ -86,7 +86,7 @@ class PsycopgThreadPool(Generic[C]):
                 outer.nesting.require_innermost(depth + 1)
             return
         self._binding.require_user(context)  # before anything counts as a use of a context that may still get its user
-        lent: _Lent[C] = _Lent(context, isolation_level, self._name)
+        lent: _Lent[C] = _Lent(context, isolation_level, self._name, self._binding)
         with self._leftovers.watch(context, lent):
             try:
                 self._begin(lent)
@@ -217,11 +217,13 @@ class _Lent(Generic[C]):
     connection: C
     handle: C
 
-    def __init__(self, context: UserExecutionContext, isolation_level: IsolationLevel | None, name: str) -> None:
+    def __init__(
+        self, context: UserExecutionContext, isolation_level: IsolationLevel | None, name: str, binding: Binding
+    ) -> None:
         check_isolation_level(isolation_level)
         self.context = context
         self.isolation_level: IsolationLevel | None = isolation_level
-        self.log = TransactionLog(context, name, isolation_level=isolation_level)
+        self.log = TransactionLog(context, name, isolation_level=isolation_level, **binding.about)
         self.block: Transaction | None = None
         self.nesting = Nesting()
         self.is_begun = False

@@ -52,7 +52,7 @@ class UserTransaction(ABC, Generic[C]):
         check_isolation_level(isolation_level)
         self.context = context
         self.isolation_level: IsolationLevel | None = isolation_level
-        self.log = TransactionLog(context, database, isolation_level=isolation_level)
+        self.log = TransactionLog(context, database, isolation_level=isolation_level, **binding.about)
         self._binding = binding
         self._connection: C | None = None
         self._handle: C | None = None

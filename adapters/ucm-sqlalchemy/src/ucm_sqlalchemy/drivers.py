@@ -1,6 +1,6 @@
 """What each driver does to tie a transaction of SQLAlchemy's to its user, and to reset a connection."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from sqlalchemy import Connection, Engine, TextClause, text
@@ -20,8 +20,17 @@ Settings = Sequence[tuple[str, str]]
 class Driver(Protocol):
     """What the binding asks of a database and its driver."""
 
+    @property
+    def about(self) -> Mapping[str, object]:
+        """What the records of each transaction say of how it is tied to its user."""
+        ...
+
     def settings(self, context: UserExecutionContext) -> Settings:
         """What the database is told of the user. Raises before anything is asked of it."""
+        ...
+
+    def outcome_is_unknown(self, error: BaseException) -> bool:
+        """Whether a commit that ended in this error may have been done all the same."""
         ...
 
     def begin(self, connection: Connection, settings: Settings) -> None:
@@ -36,8 +45,15 @@ class Driver(Protocol):
 class Unbound:
     """A database that is told nothing of the user, such as SQLite."""
 
+    @property
+    def about(self) -> Mapping[str, object]:
+        return {}
+
     def settings(self, context: UserExecutionContext) -> Settings:
         return ()
+
+    def outcome_is_unknown(self, error: BaseException) -> bool:
+        return False
 
     def begin(self, connection: Connection, settings: Settings) -> None:
         """Leave it to the driver."""
@@ -50,16 +66,25 @@ class Postgres:
     """PostgreSQL, with any driver: the settings take a round trip of their own."""
 
     def __init__(self, binding: "Binding", reset: Reset) -> None:
+        from ucm_postgres.blocks import outcome_is_unknown
         from ucm_postgres.reset import RESET, RESET_QUERY
 
+        self._is_unknown = outcome_is_unknown
         self._binding = binding
         self._resets_at_return = reset == "return"
         self._reset: Final[tuple[str, ...]] = RESET
         self._reset_query: Final = RESET_QUERY
         self._statements: dict[int, TextClause] = {}
 
+    @property
+    def about(self) -> Mapping[str, object]:
+        return self._binding.about
+
     def settings(self, context: UserExecutionContext) -> Settings:
         return self._binding.settings(context)
+
+    def outcome_is_unknown(self, error: BaseException) -> bool:
+        return self._is_unknown(error)
 
     def begin(self, connection: Connection, settings: Settings) -> None:
         require_transaction(connection)

@@ -23,6 +23,7 @@ class Begun:
 
     owner: UserExecutionContext
     log: TransactionLog
+    driver: Driver
     is_bound: bool = False
     is_committing: bool = False
     has_failed: bool = False  # a statement, after which a server may answer COMMIT with a rollback, and say nothing
@@ -35,8 +36,14 @@ class Begun:
             self.log.commit()
             if self.lease is not None:
                 self.lease.has_committed = True
+            return
+        error = self.error or error
+        if self.is_committing and error is not None and self.driver.outcome_is_unknown(error):
+            self.log.lost(error)
+            if self.lease is not None:
+                self.lease.has_committed = True  # perhaps: it must not be done again
         else:
-            self.log.rollback(self.error or error)
+            self.log.rollback(error)
 
 
 class EngineBinding:
@@ -67,9 +74,9 @@ class EngineBinding:
             options = connection.get_execution_options()
             owner = owner_of(options, self._name)
             settings = self._driver.settings(owner)
-            log = TransactionLog(owner, self._name)
+            log = TransactionLog(owner, self._name, **self._driver.about)
             log.begin()
-            begun = info[BEGUN] = Begun(owner, log, lease=options.get(LEASE))
+            begun = info[BEGUN] = Begun(owner, log, self._driver, lease=options.get(LEASE))
             if begun.lease is not None:
                 begun.lease.take(connection)
             self._driver.begin(connection, settings)

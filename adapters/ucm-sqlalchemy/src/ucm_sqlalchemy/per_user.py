@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext
 from ucm_sqlalchemy.database import Database
-from ucm_sqlalchemy.drivers import Settings
+from ucm_sqlalchemy.drivers import Settings, Unbound
 from ucm_sqlalchemy.engines import EngineBinding
 from ucm_sqlalchemy.ownership import require_same_user
 from ucm_sqlalchemy.sessions import AnyEngine
@@ -142,7 +142,7 @@ class SQLitePerUser(Database[S]):
             os.unlink(new)
 
 
-class _UsersFile:
+class _UsersFile(Unbound):
     """A file of one user's, as ``EngineBinding`` asks of a driver."""
 
     def __init__(self, user_id: str, name: str) -> None:
@@ -155,9 +155,6 @@ class _UsersFile:
 
     def begin(self, connection: Connection, settings: Settings) -> None:
         connection.exec_driver_sql("BEGIN")
-
-    def reset(self, dbapi_connection: Any) -> None:
-        """Nothing to do: the connection is closed."""
 
 
 def _bind(engine: Engine, user_id: str, name: str) -> None:

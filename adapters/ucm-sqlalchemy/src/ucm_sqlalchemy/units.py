@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -178,7 +178,9 @@ class UnitOfWork(Generic[S]):
     def _end(self, session: S) -> None:
         assert self._context is not None
         self._database.session_ended(self._context, session)
-        revoke_handle(self.handle)  # a session that is used again would begin again, and nobody would end it
+        # A session that is used again would begin again, and nobody would end it. In whoever's code: a generator may be
+        # collected in another user's.
+        Context().run(revoke_handle, self.handle)
 
 
 def _runner() -> object:
