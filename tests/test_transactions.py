@@ -12,6 +12,7 @@ import pytest
 
 from support.contexts import MakeManager, running_as
 from support.database import SQLiteNotes
+from support.tracing import Sdk, about, installed
 from ucm_middleware import (
     ConfigurationError,
     ContextClosedError,
@@ -298,6 +299,19 @@ class TestTheRecords:
         context.close()
         with pytest.raises(ContextClosedError):
             TransactionLog(context, "notes").begin()
+
+    async def test_spans_carry_them(self, make_manager: MakeManager, notes: SQLiteNotes) -> None:
+        with installed(Sdk()) as sdk:
+            manager = make_manager(plugins=[notes])
+            await manager.execute_in_transaction("alice", NEW, HIS)
+            begin, commit = map(about, sdk.named("ucm transaction"))
+            with running_as(manager, "bob") as context:
+                context.record("transaction", data={"phase": "bob's secret", "database": "bob's secret"})
+            odd = about(sdk.named("ucm transaction")[2])
+        assert (begin["ucm.transaction.phase"], begin["ucm.transaction.database"]) == ("begin", "notes")
+        assert (commit["ucm.transaction.phase"], commit["ucm.transaction.statements"]) == ("commit", 1)
+        assert not {"milk", "alice"} & {*map(str, begin.values()), *map(str, commit.values())}
+        assert "secret" not in repr(odd)
 
     def test_a_transaction_ends_once(self, manager: UserContextManager, ledger: RecordingLedger) -> None:
         context = manager.create_isolated_context("alice")

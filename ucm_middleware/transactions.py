@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 IsolationLevel = Literal["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 """How far a transaction is kept apart from those beside it, in the words of the SQL standard."""
 
+Phase = Literal["begin", "commit", "rollback", "unknown"]
+
+PHASES: Final[tuple[str, ...]] = get_args(Phase)
+"""How a transaction may be on record; the last is a commit that nobody answered."""
+
 LEVELS: Final[tuple[str, ...]] = get_args(IsolationLevel)
 
 
@@ -88,7 +93,7 @@ class TransactionLog:
         """Its commit was asked for, and what became of that is not known; ``error`` is why."""
         self._end("unknown", error)
 
-    def _end(self, phase: str, error: BaseException | None) -> None:
+    def _end(self, phase: Phase, error: BaseException | None) -> None:
         if not self._is_open:
             return
         self._is_open = False

@@ -1,13 +1,17 @@
-"""What a span says of a record: never data, a user id or free text. Ids of requests, threads and runs, as given."""
+"""What a span says of a record: never a user id or free text, and of its data how a transaction went alone. Ids of
+requests, threads and runs, as given.
+"""
 
+from collections.abc import Mapping
 from typing import Final, get_args
 
 from ucm_middleware.audit.records import AuditRecord
 from ucm_middleware.ids import core_text
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.telemetry.pseudonyms import Pseudonyms
+from ucm_middleware.transactions import PHASES
 
-Attributes = dict[str, str]
+Attributes = dict[str, str | int]
 
 _OWN_WORDS: Final = frozenset(get_args(CloseReason))
 """The reasons that are shown, besides those of refusals. Others are the application's texts, and may name a person."""
@@ -18,7 +22,7 @@ def attributes_of(record: AuditRecord, pseudonyms: Pseudonyms) -> Attributes:
 
     ``enduser.pseudo.id`` is who did it, ``ucm.subject.pseudo.id`` in whose trail it stands when that is another.
     """
-    return _given(
+    attributes = _given(
         {
             "ucm.event": record.event,
             "ucm.record.id": core_text(record.record_id),
@@ -32,6 +36,9 @@ def attributes_of(record: AuditRecord, pseudonyms: Pseudonyms) -> Attributes:
             "ucm.subject.pseudo.id": None if record.actor_id is None else pseudonyms.of(record.user_id),
         }
     )
+    if record.event == "transaction":
+        attributes.update(_transaction(dict(record.data)))
+    return attributes
 
 
 def end_attributes_of(record: AuditRecord) -> Attributes:
@@ -45,9 +52,20 @@ def end_attributes_of(record: AuditRecord) -> Attributes:
     )
 
 
+def _transaction(data: dict[str, object]) -> Attributes:
+    """Of what a ``TransactionLog`` has put on record; of anything else, which may be of users, nothing."""
+    phase, database, statements = (data.get(name) for name in ("phase", "database", "statements"))
+    if not isinstance(phase, str) or phase not in PHASES or not isinstance(database, str):
+        return {}
+    attributes: Attributes = {"ucm.transaction.phase": phase, "ucm.transaction.database": database}
+    if isinstance(statements, int):
+        attributes["ucm.transaction.statements"] = statements
+    return attributes
+
+
 def _reason(record: AuditRecord) -> str | None:
     return record.reason if record.event == "refused" or record.reason in _OWN_WORDS else None
 
 
-def _given(attributes: dict[str, str | None]) -> Attributes:
+def _given(attributes: Mapping[str, str | None]) -> Attributes:
     return {name: value for name, value in attributes.items() if value is not None}

@@ -229,7 +229,7 @@ class Spans:
         return INVALID_SPAN if span is None else span
 
     def _end(
-        self, span: Span, attributes: Mapping[str, str], *carried: Event, record: AuditRecord | None = None
+        self, span: Span, attributes: Mapping[str, str | int], *carried: Event, record: AuditRecord | None = None
     ) -> None:
         """``carried`` are the events of the records on the span, of which this one gives it its outcome and its end."""
         is_exported = span.is_recording() and span.get_span_context().trace_flags.sampled
@@ -263,7 +263,7 @@ def _core_of(request_id: object) -> Core:
         return -1
 
 
-def _end(span: Span, attributes: Mapping[str, str], record: AuditRecord | None) -> Literal[True]:
+def _end(span: Span, attributes: Mapping[str, str | int], record: AuditRecord | None) -> Literal[True]:
     span.set_attributes(attributes)
     if record is not None and record.outcome == "failed":
         span.set_status(Status(StatusCode.ERROR))

@@ -21,7 +21,7 @@ from ucm_valkey.programs import Command, Commands, Login, Program, Replies, Step
 T = TypeVar("T")
 
 
-class _Exchange:
+class Exchange:
     """What both kinds do: a step as commands, and replies as the answer to it."""
 
     def __init__(self, pool: Pool, library: Library) -> None:
@@ -66,7 +66,7 @@ class _Exchange:
         return replies[1:]
 
 
-def check_databases(data: _Exchange, admin: _Exchange) -> None:
+def check_databases(data: Exchange, admin: Exchange) -> None:
     """Raise ConfigurationError unless the admin pool looks at the database that the entries are in."""
     if int(str(data.database)) != int(str(admin.database)):
         raise ConfigurationError(
@@ -75,7 +75,7 @@ def check_databases(data: _Exchange, admin: _Exchange) -> None:
         )
 
 
-class AsyncExchange(_Exchange):
+class AsyncExchange(Exchange):
     """Runs steps on the connections of an asynchronous pool."""
 
     def __init__(self, pool: Pool, library: Library) -> None:
@@ -136,7 +136,7 @@ class AsyncExchange(_Exchange):
             await self.pool.release(connection)
 
 
-class SyncExchange(_Exchange):
+class SyncExchange(Exchange):
     """The same on the connections of a blocking pool."""
 
     def run(self, step: Step) -> Replies | None:

@@ -1,12 +1,11 @@
 """ValkeyCache and SyncValkeyCache: the plugins, which give each context its own user's cache."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Generic, TypeVar
 
 from ucm_middleware import ConfigurationError, UnauthenticatedError, UserExecutionContext, current_context, hookimpl
 from ucm_valkey.cache import SyncUserCache, UserCache
-from ucm_valkey.exchange import AsyncExchange, AsyncRunner, SyncExchange, SyncRunner, check_databases
+from ucm_valkey.exchange import AsyncExchange, AsyncRunner, Exchange, SyncExchange, SyncRunner, check_databases
 from ucm_valkey.keys import checked_namespace, group_of, keys_of, login_of
 from ucm_valkey.library import pool_of
 from ucm_valkey.operations import Limits, Operations
@@ -19,19 +18,32 @@ KEEP_USERS: Final = 3600.0
 PASSWORDS: Final = "valkey users"
 
 
-class _Plugin:
+E = TypeVar("E", bound=Exchange)
+
+
+class _Plugin(Generic[E]):
     UCM_HOOK_API: ClassVar[int] = 1
 
     def __init__(
         self,
+        exchange: type[E],
+        source: object,
+        admin: object,
         namespace: str,
         limits: Limits,
         anonymous_ttl: float | None,
-        users: ServerUsers | None,
-        group: str,
-        pools: Sequence[object],
+        keep_users: float,
     ) -> None:
-        self._namespace = namespace
+        asynchronous = issubclass(exchange, AsyncExchange)
+        self._data = self._admin = data = exchange(*pool_of(source, "source", asynchronous=asynchronous))
+        users, group = None, ""
+        if admin is not None:
+            self._admin = exchange(*pool_of(admin, "admin", asynchronous=asynchronous))
+            _ = data.own  # so that one that is missing is missed now
+            check_databases(data, self._admin)
+            group = group_of(namespace, data.database)
+            users = ServerUsers(group, keep_users)
+        self._namespace = checked_namespace(namespace)
         self._limits = limits
         self._anonymous = (
             None
@@ -40,7 +52,7 @@ class _Plugin:
         )
         self._users = users
         self._group = group
-        self._pools = pools
+        self._pools = data.pool, self._admin.pool
         self._revocations = None if users is None else Revocations(users)
         if self._revocations is not None:
             # The hook of an instance: with prefixes alone, no request pays for one.
@@ -74,7 +86,7 @@ class _Plugin:
             )
 
 
-class ValkeyCache(_Plugin):
+class ValkeyCache(_Plugin[AsyncExchange]):
     """Gives each context its own user's cache, on a pool or client of ``redis.asyncio`` or ``valkey.asyncio``.
 
     The adapter takes the pool of a client; nothing else should use it. Close it yourself. Users are told apart by the
@@ -99,20 +111,9 @@ class ValkeyCache(_Plugin):
         anonymous_ttl: float | None = None,
         keep_users: float = KEEP_USERS,
     ) -> None:
-        pool, library = pool_of(source, "source", asynchronous=True)
-        data = administers = AsyncExchange(pool, library)
-        users, group = None, ""
-        if admin is not None:
-            administers = AsyncExchange(*pool_of(admin, "admin", asynchronous=True))
-            _ = data.own  # so that one that is missing is missed now
-            check_databases(data, administers)
-            group = group_of(namespace, data.database)
-            users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)
-        super().__init__(
-            checked_namespace(namespace), limits, anonymous_ttl, users, group, (data.pool, administers.pool)
-        )
-        self._runner = AsyncRunner(data, administers)
+        super().__init__(AsyncExchange, source, admin, namespace, limits, anonymous_ttl, keep_users)
+        self._runner = AsyncRunner(self._data, self._admin)
 
     def current(self) -> UserCache:
         """The cache of the user whom the calling code runs for, as an owned handle: it works for that user's code,
@@ -132,7 +133,7 @@ class ValkeyCache(_Plugin):
         return 0 if self._users is None else await self._runner.run(self._users.sweep())
 
 
-class SyncValkeyCache(_Plugin):
+class SyncValkeyCache(_Plugin[SyncExchange]):
     """The same on a pool or client of ``redis`` or ``valkey``, for code that blocks: see ``ValkeyCache``."""
 
     def __init__(
@@ -147,20 +148,9 @@ class SyncValkeyCache(_Plugin):
         anonymous_ttl: float | None = None,
         keep_users: float = KEEP_USERS,
     ) -> None:
-        pool, library = pool_of(source, "source", asynchronous=False)
-        data = administers = SyncExchange(pool, library)
-        users, group = None, ""
-        if admin is not None:
-            administers = SyncExchange(*pool_of(admin, "admin", asynchronous=False))
-            _ = data.own  # so that one that is missing is missed now
-            check_databases(data, administers)
-            group = group_of(namespace, data.database)
-            users = ServerUsers(group, keep_users)
         limits = Limits(default_ttl, longest_ttl, largest_value)
-        super().__init__(
-            checked_namespace(namespace), limits, anonymous_ttl, users, group, (data.pool, administers.pool)
-        )
-        self._runner = SyncRunner(data, administers)
+        super().__init__(SyncExchange, source, admin, namespace, limits, anonymous_ttl, keep_users)
+        self._runner = SyncRunner(self._data, self._admin)
 
     def current(self) -> SyncUserCache:
         """The cache of the user whom the calling code runs for; see ``ValkeyCache.current``."""
