@@ -1,0 +1,1 @@
+"""Agents of Google's ADK that run as one user: an adapter of ucm-middleware."""

@@ -1,0 +1,1 @@
+"""MCP servers whose calls run as their caller: an adapter of ucm-middleware."""

@@ -1,0 +1,1 @@
+"""OpenAI agents that run as one user: an adapter of ucm-middleware."""

@@ -1,0 +1,1 @@
+"""Pydantic AI agents that run as one user: an adapter of ucm-middleware."""
