@@ -8,6 +8,9 @@ import pytest
 
 from ucm_middleware import errors
 from ucm_middleware.errors import (
+    AgentError,
+    AgentParametersError,
+    AgentTimeoutError,
     ConfigurationError,
     ContextClosedError,
     ContextExpiredError,
@@ -27,6 +30,7 @@ from ucm_middleware.errors import (
     OriginError,
     PluginError,
     UnauthenticatedError,
+    UnknownAgentError,
     UserContextError,
 )
 
@@ -43,6 +47,10 @@ EACH = [
     CrossUserAccessError("not yours"),
     IdentityConflictError("two users"),
     InvalidEventError("event", "is empty", "name it"),
+    AgentError("planner", "returned None", "return one"),
+    UnknownAgentError("planner", "is unknown", "register it"),
+    AgentParametersError("planner", "lacks a prompt", "give one"),
+    AgentTimeoutError("planner", "did not end", "wait longer"),
     MessageLimitError("size", 1024),
     OriginError("another site"),
     UnauthenticatedError("nobody"),
@@ -99,6 +107,8 @@ def test_messages_are_sentences_with_the_fields_in_them() -> None:
     assert str(ContextLimitError("user", 10, "close one")) == (
         "the limit of 10 live contexts (user) is reached; close one"
     )
+    assert str(ContextLimitError("agent runs", 5, "wait")) == "the limit of 5 runs of agents at once is reached; wait"
+    assert str(UnknownAgentError("planner", "is unknown", "register it")) == "agent 'planner': is unknown; register it"
     closed = str(ContextClosedError("r-1", "app.py:7", "expired"))
     assert closed.startswith("context r-1 is closed (expired); it was opened by app.py:7. ")
     assert (
@@ -116,3 +126,5 @@ def test_fields_are_there_for_handlers() -> None:
     assert (closed.request_id, closed.opened_by, closed.reason) == ("r-1", "app.py:7", "expired")
     assert ContextIsolationError("they share", ["one", "two"]).findings == ("one", "two")
     assert CrossUserAccessError("not yours").findings == ()
+    agent = AgentError("planner", "returned None", "return one")
+    assert (agent.agent, agent.problem, agent.remedy) == ("planner", "returned None", "return one")

@@ -636,10 +636,10 @@ class TestAgentRun:
         manager = UserContextManager(plugins=[AgentRuns(journal)])
         async with managed_user_context(manager.create_isolated_context("alice")) as context:
             async with agent_run(context, "search", {"query": "x"}) as run:
-                assert current_context() is run
-                assert run.parent_request_id == context.request_id
-                journal.append(("agent", run.user_id))
-            assert not run.is_open
+                assert current_context() is run.context
+                assert run.context.parent_request_id == context.request_id
+                journal.append(("agent", run.context.user_id))
+            assert not run.context.is_open
             assert current_context() is context
         assert journal == [
             ("enter", "run", "alice", "search", {"query": "x"}),
@@ -747,12 +747,12 @@ class TestAgentRun:
         async with agent_run(context, "search") as run:
             pass
         with pytest.raises(ContextClosedError, match=r"test_plugin_integration\.py:\d+"):
-            run.require_usable()
+            run.context.require_usable()
 
     async def test_without_a_plugin_and_without_a_manager(self) -> None:
         context = create_isolated_execution_context("alice")
         async with agent_run(context, "search") as run:
-            assert current_context() is run
+            assert current_context() is run.context
 
     async def test_an_agent_that_fails_or_is_cancelled_is_seen_to(self, journal: Journal) -> None:
         manager = UserContextManager(plugins=[AgentRuns(journal)])

@@ -1,9 +1,21 @@
 """Every HTTP request and every WebSocket connection in its own user context, torn down whatever happens."""
 
+from ucm_middleware.agents import (
+    AgentPolicy,
+    AgentRun,
+    AgentStream,
+    Straggler,
+    ToolCall,
+    agent_run,
+    current_run,
+)
 from ucm_middleware.ambient import current_context
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.environment import Environment, IsolatedEnvironment
 from ucm_middleware.errors import (
+    AgentError,
+    AgentParametersError,
+    AgentTimeoutError,
     ConfigurationError,
     ContextClosedError,
     ContextExpiredError,
@@ -23,11 +35,11 @@ from ucm_middleware.errors import (
     OriginError,
     PluginError,
     UnauthenticatedError,
+    UnknownAgentError,
     UserContextError,
 )
 from ucm_middleware.events import Delivery, Dropped, EventPolicy
 from ucm_middleware.execution import (
-    agent_run,
     create_isolated_execution_context,
     managed_user_context,
     validate_user_context,
@@ -49,6 +61,12 @@ from ucm_middleware.transactions import IsolationLevel, StatementResult, Transac
 
 __all__ = [
     "EVERYONE",
+    "AgentError",
+    "AgentParametersError",
+    "AgentPolicy",
+    "AgentRun",
+    "AgentStream",
+    "AgentTimeoutError",
     "ConfigurationError",
     "ContextClosedError",
     "ContextExpiredError",
@@ -78,10 +96,13 @@ __all__ = [
     "Principal",
     "Shared",
     "StatementResult",
+    "Straggler",
+    "ToolCall",
     "Transaction",
     "TransactionLog",
     "UnauthenticatedError",
     "UnifiedIDManager",
+    "UnknownAgentError",
     "UserContextError",
     "UserContextFilter",
     "UserContextManager",
@@ -94,6 +115,7 @@ __all__ = [
     "bearer_token",
     "create_isolated_execution_context",
     "current_context",
+    "current_run",
     "hookimpl",
     "managed_user_context",
     "revoke_handle",

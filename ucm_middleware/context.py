@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, NoReturn, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, Protocol, Self, TypeVar
 
 from ucm_middleware.callsite import caller
 from ucm_middleware.current import Release
@@ -36,6 +36,9 @@ from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, Resource, closing_resource, name_of
 from ucm_middleware.sharing import Root, find_shared
 
+if TYPE_CHECKING:
+    from ucm_middleware.agents.run import AgentRun
+
 T = TypeVar("T")
 
 MAX_DEPTH: Final = 10
@@ -65,6 +68,7 @@ class UserExecutionContext(ResourceHolder):
         "__dict__",
         "__weakref__",
         "_agent_context",
+        "_agent_run",
         "_anonymous",
         "_audit_metadata",
         "_core",
@@ -83,6 +87,7 @@ class UserExecutionContext(ResourceHolder):
         "registry_keys",
     )
 
+    _agent_run: "AgentRun"  # there while the context is that of a run
     _core: Core
     _thread_id: str | None
     _run_id: str | None

@@ -7,11 +7,11 @@ return coroutines un-awaited, and walks its lists anew at each call.
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeGuard, TypeVarTuple, cast
 
 from ucm_middleware.errors import PluginError
 from ucm_middleware.principal import Principal
@@ -19,6 +19,7 @@ from ucm_middleware.principal import Principal
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
+    from ucm_middleware.agents.run import AgentRun
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.lifetime import CloseReason
     from ucm_middleware.transactions import IsolationLevel, Transaction
@@ -138,6 +139,36 @@ class OpenTransaction(tuple[Implementation, ...]):
         return None
 
 
+class RunAgent(tuple[Implementation, ...]):
+    """``ucm_run_agent``: the first that knows the agent runs it."""
+
+    __slots__ = ()
+
+    def __call__(self, run: "AgentRun", agent: object, parameters: Mapping[str, Any]) -> Awaitable[object] | None:
+        for implementation in self:
+            found = _called(implementation, run, agent, parameters)
+            if inspect.isawaitable(found):
+                return found
+            if found is not None:
+                raise implementation.wrong(found, "an awaitable, or None for an agent of another framework")
+        return None
+
+
+class StreamAgent(tuple[Implementation, ...]):
+    """``ucm_stream_agent``: the first that knows the agent drives it."""
+
+    __slots__ = ()
+
+    def __call__(self, run: "AgentRun", agent: object, parameters: Mapping[str, Any]) -> AsyncIterable[object] | None:
+        for implementation in self:
+            found = _called(implementation, run, agent, parameters)
+            if isinstance(found, AsyncIterable):
+                return cast("AsyncIterable[object]", found)
+            if found is not None:
+                raise implementation.wrong(found, "an asynchronous iterable, or None for another framework's agent")
+        return None
+
+
 class Around(tuple[Implementation, ...], Generic[*Ts]):
     """The hooks that wrap. Gives what to enter, the outermost first, and whose each is."""
 
@@ -188,6 +219,8 @@ class Hooks:
     identify: Identify
     derive_key: DeriveKey
     open_transaction: OpenTransaction
+    run_agent: RunAgent
+    stream_agent: StreamAgent
     around_context: "Around[UserExecutionContext]"
     around_message: "Around[UserExecutionContext, Message]"
     around_resource: "Around[UserExecutionContext, str]"
@@ -205,6 +238,8 @@ class Hooks:
             identify=Identify(found.get("ucm_identify", ())),
             derive_key=DeriveKey(found.get("ucm_derive_key", ())),
             open_transaction=OpenTransaction(found.get("ucm_open_transaction", ())),
+            run_agent=RunAgent(found.get("ucm_run_agent", ())),
+            stream_agent=StreamAgent(found.get("ucm_stream_agent", ())),
             around_context=Around(found.get("ucm_around_context", ())),
             around_message=Around(found.get("ucm_around_message", ())),
             around_resource=Around(found.get("ucm_around_resource", ())),

@@ -88,13 +88,14 @@ class HandleRevokedError(ContextClosedError):
 
 
 class ContextLimitError(UserContextError, RuntimeError):
-    """A limit on live contexts is reached.
+    """A limit on live contexts, or on a user's runs of agents, is reached.
 
-    ``scope`` is "user", "connections", "anonymous", "total", "depth" or "children".
+    ``scope`` is "user", "connections", "anonymous", "total", "depth", "children" or "agent runs".
     """
 
     def __init__(self, scope: str, limit: int, remedy: str) -> None:
-        super().__init__(f"the limit of {limit} live contexts ({scope}) is reached; {remedy}")
+        counted = "runs of agents at once" if scope == "agent runs" else f"live contexts ({scope})"
+        super().__init__(f"the limit of {limit} {counted} is reached; {remedy}")
         self.scope = scope
         self.limit = limit
         self.remedy = remedy
@@ -108,6 +109,34 @@ class InvalidEventError(UserContextError, ValueError):
         self.field = field
         self.rule = rule
         self.remedy = remedy
+
+
+class AgentError(UserContextError):
+    """An agent cannot be run: ``agent`` is its name, ``problem`` what was found, ``remedy`` what to do about it.
+
+    What an agent itself raises while it runs goes its way as it is, with a note that names the agent.
+    """
+
+    def __init__(self, agent: str, problem: str, remedy: str) -> None:
+        super().__init__(f"agent {agent!r}: {problem}; {remedy}")
+        self.agent = agent
+        self.problem = problem
+        self.remedy = remedy
+
+
+class UnknownAgentError(AgentError, KeyError):
+    """No agent of that name is registered."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # a KeyError shows its argument's repr
+
+
+class AgentParametersError(AgentError, ValueError):
+    """The parameters given for a run do not fit the agent. None of their values is in the message."""
+
+
+class AgentTimeoutError(AgentError, TimeoutError):
+    """A run did not end before its deadline, and was cut off."""
 
 
 class MessageLimitError(UserContextError):

@@ -5,9 +5,7 @@
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from contextvars import Context
 from types import TracebackType
 from typing import Any
@@ -16,7 +14,6 @@ from ucm_middleware.ambient import Ambient, ambient_grant, enter, leave
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, InvalidContextError
-from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.lifetime import CloseReason
 
@@ -63,63 +60,6 @@ def validate_user_context(context: object) -> UserExecutionContext:
     return context
 
 
-@asynccontextmanager
-async def agent_run(
-    context: UserExecutionContext, agent_name: str, parameters: Mapping[str, Any] | None = None
-) -> AsyncGenerator[UserExecutionContext]:
-    """``async with agent_run(context, "search", parameters) as run:`` is one run of an agent, for adapters to build on.
-
-    The block runs in a child context of that name, which is closed after it, and inside of what plugins wrap agent runs
-    with. ``parameters`` are for those to see. Raises what ``create_child_context`` and ``managed_user_context`` raise.
-    """
-    _require_entry(context)
-    child = context.create_child_context(agent_name)
-    child.lifetime.variables = _variables_here(context)
-    if child.host is not None and (spans := child.host.telemetry.spans) is not None:
-        spans.name_agent(child, agent_name)
-    async with managed_user_context(child):
-        host = child.host
-        if host is None:
-            yield child
-            return
-        with _recorded_run(child, host, agent_name, parameters or {}):
-            if host.hooks.around_agent_run:
-                await child._enter_around(host.hooks.around_agent_run(child, agent_name, parameters or {}))
-            yield child
-
-
-class _recorded_run:  # noqa: N801 - used like the functions of contextlib
-    """Puts the beginning of a run on record, or does not let it begin, and its end."""
-
-    __slots__ = ("_about", "_begun", "_host", "_run")
-
-    def __init__(
-        self, run: UserExecutionContext, host: ContextHost, agent_name: str, parameters: Mapping[str, Any]
-    ) -> None:
-        self._run = run
-        self._host = host  # which the context lets go of when it closes
-        self._about = {"agent": agent_name, "parameters": list(parameters)}
-
-    def __enter__(self) -> None:
-        self._host.report(self._run, "agent_run", "ok", None, None, {"phase": "started", **self._about})
-        self._begun = time.monotonic()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        seconds = time.monotonic() - self._begun
-        about: dict[str, object] = {"phase": "ended", **self._about}
-        reason: str | None = None
-        if error is not None:
-            reason = self._run.lifetime.reason or _reason(error)
-            about["error"] = type(error).__name__
-        try:
-            self._host.report(self._run, "agent_run", "ok" if error is None else "failed", reason, seconds, about)
-        except Exception:
-            # Whatever a ledger raises: the run has ended, and its error is not to be hidden by another.
-            logger.exception("the end of a run of %s could not be recorded", self._about["agent"])
-
-
 class managed_user_context:  # noqa: N801 - used like the functions of contextlib
     """``async with managed_user_context(context):`` or ``with``: runs the block in the context, and closes it after.
 
@@ -137,7 +77,7 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         self._leave_span: Callable[[], None] | None = None
 
     def __enter__(self) -> UserExecutionContext:
-        _require_entry(self._context)
+        require_entry(self._context)
         self._token = enter(self._context)
         host = self._context.host
         if host is not None and (spans := host.telemetry.spans) is not None:
@@ -148,7 +88,7 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._context.close(_reason(error), error)
+            self._context.close(reason_of(error), error)
         finally:
             self._leave()
         self._raise_failures(error)
@@ -165,7 +105,7 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         lifetime.task = None
         interrupted = lifetime.absorb_interrupt()
         try:
-            await self._context.aclose(_reason(error), error)
+            await self._context.aclose(reason_of(error), error)
         finally:
             self._leave()
         if interrupted and isinstance(error, asyncio.CancelledError):
@@ -190,7 +130,7 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         error.add_note(f"{text}: {', '.join(map(str, failures))}")
 
 
-def _variables_here(context: UserExecutionContext) -> Context | None:
+def variables_here(context: UserExecutionContext) -> Context | None:
     """The Context of the context's request, when this code runs in it: what sets a ContextVar on entering can then
     reset it on leaving.
     """
@@ -204,13 +144,15 @@ def _variables_here(context: UserExecutionContext) -> Context | None:
     return None
 
 
-def _reason(error: BaseException | None) -> CloseReason:
+def reason_of(error: BaseException | None) -> CloseReason:
+    """In a word why a block ended."""
     if error is None:
         return "finished"
     return "cancelled" if isinstance(error, asyncio.CancelledError) else "failed"
 
 
-def _require_entry(context: UserExecutionContext) -> None:
+def require_entry(context: UserExecutionContext) -> None:
+    """Raise CrossUserAccessError in another user's context."""
     ambient = ambient_context()
     host = context.host or (None if ambient is None else ambient.host)
     if host is not None:

@@ -47,6 +47,17 @@ def own(owner: "UserExecutionContext", target: T, name: str | None) -> T:
     return cast("T", _handle(Ownership(owner, name or type_name(target)), target, None))
 
 
+def lend(owner: "UserExecutionContext", target: T, name: str) -> T:
+    """What a parent gives to a child for as long as that lives: a handle, also of a handle; plain data as it is."""
+    kind = type(target)
+    if kind in _DATA or issubclass(kind, _PROCESS_WIDE):
+        return target
+    if issubclass(kind, Handle):
+        cell = _cell_of(target)
+        return cast("T", _handle(Ownership(owner, name, cell.ownership), cell.use(), None))
+    return own(owner, target, name)
+
+
 def revoke_handle(handle: object) -> None:
     """Refuse every use of a handle from now on, and of all that came out of it; a call under way is not stopped.
 

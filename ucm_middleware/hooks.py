@@ -9,7 +9,7 @@ implementation does not fit is refused before anything is served. What an implem
 asked and fails the request; only what a notification raises is logged, and nothing more.
 """
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,7 @@ import pluggy
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
+    from ucm_middleware.agents.run import AgentRun
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.identity import Identified
     from ucm_middleware.lifetime import CloseReason
@@ -65,6 +66,22 @@ def ucm_open_transaction(
     """A transaction for a context, tied to its user, which asks nothing of the database before its first statement.
 
     It is ended with the context, or before. ``isolation_level`` None stands for the database's own.
+    """
+
+
+@hookspec(firstresult=True)
+def ucm_run_agent(run: "AgentRun", agent: Any, parameters: Mapping[str, Any]) -> Awaitable[object] | None:
+    """Runs an agent that is of this plugin's framework, once; awaited in the context of the run. None for any other.
+
+    Raises AgentParametersError for parameters that do not fit.
+    """
+
+
+@hookspec(firstresult=True)
+def ucm_stream_agent(run: "AgentRun", agent: Any, parameters: Mapping[str, Any]) -> AsyncIterable[object] | None:
+    """The same as a stream, which is driven by one task in the context of the run, and closed there with ``aclose``.
+
+    What it comes to, if anything, it leaves in ``run.result``.
     """
 
 

@@ -9,6 +9,7 @@ from ucm_middleware.keys import OwnerKeys
 from ucm_middleware.lifetime import Journal
 
 if TYPE_CHECKING:
+    from ucm_middleware.agents.runs import AgentRuns
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.dispatch import Hooks
     from ucm_middleware.telemetry import Telemetry
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 class ContextHost(Protocol):
     """Told of each step in a context's life, and asked where a context cannot decide by itself."""
 
+    agents: "AgentRuns"
     ids: UnifiedIDManager
     keys: OwnerKeys
     hooks: "Hooks"

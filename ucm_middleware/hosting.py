@@ -12,6 +12,10 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Literal
 
+from ucm_middleware.agents.catalog import AgentCatalog
+from ucm_middleware.agents.launching import Launcher
+from ucm_middleware.agents.policy import AgentPolicy
+from ucm_middleware.agents.runs import AgentRuns
 from ucm_middleware.audit.ledger import DurableLedger, Ledger, NoLedger
 from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.records import UserMention, mention
@@ -63,6 +67,7 @@ class Hosting:
         plugins: Sequence[object],
         telemetry: bool,
         events: EventPolicy,
+        agents: AgentPolicy,
     ) -> None:
         self.ttl = checked_ttl(ttl)
         self.environment = environment
@@ -82,7 +87,10 @@ class Hosting:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
         self._hub = Hub(events, clock, self._sweeper.plan)
-        self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, wanted=telemetry)
+        self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, self._late, wanted=telemetry)
+        self.agents = AgentRuns(self._hub, self._trail, self.telemetry)
+        self._catalog = AgentCatalog()
+        self._launcher = Launcher(agents, self._catalog, self.agents, self._guard, self.hooks, self._trail)
         self.after_fork()
         renewed_after_fork(self)
         weakref.finalize(self, self._sweeper.stop).atexit = False
@@ -257,6 +265,8 @@ class Hosting:
             self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
+        if (run := getattr(context, "_agent_run", None)) is not None:
+            run.context_closes(context._lifetime.reason)
         if context._websocket_client_id is not None:
             self._hub.leave(context)
         if context._lifetime.reason in CUT_OFF and (context._parent is None or context._parent.is_open):
@@ -400,6 +410,9 @@ class Hosting:
 
     def _lag(self) -> int:
         return 0 if self._durable_ledger is None else self._durable_ledger.lag
+
+    def _late(self) -> int:
+        return len(self.agents.stragglers)
 
     def _next_wake(self) -> float | None:
         wakes = self._registry.next_wake(), self._trail.next_wake(), self._hub.next_wake()

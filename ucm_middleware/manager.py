@@ -10,6 +10,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, cast
 
+from ucm_middleware.agents.catalog import AgentFactory
+from ucm_middleware.agents.policy import AgentPolicy
+from ucm_middleware.agents.stragglers import Straggler
+from ucm_middleware.agents.stream import AgentStream
 from ucm_middleware.ambient import Grant
 from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import mention
@@ -66,7 +70,7 @@ class UserContextManager(Hosting):
 
     ``events`` says which events may be sent, and how many may wait. ``max_connections_per_user`` is how many of a
     user's contexts may be WebSocket connections: four fifths of them unless another number is given, so that requests
-    find room.
+    find room. ``agents`` says how many runs of agents a user may have at once, and for how long.
 
     Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
@@ -94,6 +98,7 @@ class UserContextManager(Hosting):
         telemetry: bool = True,
         events: EventPolicy | None = None,
         max_connections_per_user: int | None = None,
+        agents: AgentPolicy | None = None,
     ) -> None:
         per_user = checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
@@ -117,6 +122,7 @@ class UserContextManager(Hosting):
             plugins=plugins,
             telemetry=telemetry,
             events=EventPolicy() if events is None else events,
+            agents=AgentPolicy() if agents is None else agents,
         )
         self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
 
@@ -310,6 +316,71 @@ class UserContextManager(Hosting):
         else:
             context = self.create_isolated_context(user_id)
         return await run_in_transaction(context, self.hooks.open_transaction, statement, parameters, level)
+
+    # Agents.
+
+    def register_agent(
+        self, name: str, factory: AgentFactory, *, stateless: bool = False, timeout: float | None = None
+    ) -> None:
+        """Let an agent be run by a name. ``factory`` makes one for each run, from the run's own context, and may be
+        async.
+
+        What it returns is run by the plugin of its framework; without one it is an async function of the parameters.
+        An agent that keeps nothing of a run may be the same one each time: say so with ``stateless``. ``timeout`` is
+        the time that a run has, in seconds; that of the ``AgentPolicy`` by default.
+
+        Raises ConfigurationError for a name that is taken or bad, and for what is no factory.
+        """
+        self._catalog.register(name, factory, stateless=stateless, timeout=timeout)
+
+    async def execute_with_agent(
+        self,
+        user_id: str,
+        agent_name: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Any:
+        """Run an agent as a user, and return what it comes to.
+
+        It runs in a task and a context of its own, a child of the context that asks where that is the same user's. Its
+        connections are told as it goes, and so is the trail. ``parameters`` are copied. In a run, this is a sub-agent.
+        Whoever is cancelled here cancels the run, and waits for its end.
+
+        Raises what the agent raises, AgentError and its kinds for an agent that cannot be run, of which
+        AgentTimeoutError at the deadline; ContextLimitError, CrossUserAccessError, and what ``set_context`` raises.
+        """
+        launch = self._launcher.start(user_id, agent_name, parameters, timeout, None, self.create_isolated_context)
+        return await launch.outcome()
+
+    def stream_with_agent(
+        self,
+        user_id: str,
+        agent_name: str,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> AgentStream:
+        """The same as a stream: ``async with manager.stream_with_agent(...) as stream: async for item in stream: ...``.
+
+        The run begins with the block; see ``AgentStream``. Entering and iterating raise as ``execute_with_agent`` does.
+        """
+        launcher = self._launcher
+        return AgentStream(
+            user_id,
+            launcher.new_channel(),
+            lambda channel: launcher.start(
+                user_id, agent_name, parameters, timeout, channel, self.create_isolated_context
+            ),
+            self._guard.require,
+        )
+
+    def get_stragglers(self) -> list[Straggler]:
+        """The threads of tools, and the agents, that have outlived their run and could not be stopped, until they end.
+        From inside a context, that user's only.
+        """
+        users = self._guard.visible_users("get_stragglers")
+        return [one for one in self.agents.stragglers.listed() if users is None or one.user_id in users]
 
     # Events.
 

@@ -20,18 +20,20 @@ _NOBODY: Final = object()
 class Ownership:
     """Binds a target, and what is derived from it, to the context that owns it.
 
-    ``insider`` is the context whose own code needs no closer look while it is open.
+    ``insider`` is the context whose own code needs no closer look while it is open. ``outer`` is whose handle this one
+    was made of: that must be of use too.
     """
 
-    __slots__ = ("_cells", "_host", "_made_at", "insider", "is_revoked", "lifetime", "name", "owner")
+    __slots__ = ("_cells", "_host", "_made_at", "_outer", "insider", "is_revoked", "lifetime", "name", "owner")
 
-    def __init__(self, owner: "UserExecutionContext", name: str) -> None:
+    def __init__(self, owner: "UserExecutionContext", name: str, outer: "Ownership | None" = None) -> None:
         self.owner = owner
         self.lifetime = owner.lifetime
         # A child ends with its parents' deadlines too, which is the closer look.
-        self.insider: object = owner if owner.operation_depth == 0 else _NOBODY
+        self.insider: object = owner if owner.operation_depth == 0 and outer is None else _NOBODY
         self.name = name
         self.is_revoked = False
+        self._outer = outer
         self._cells: dict[int, Cell] = {}
         self._made_at = caller()
         self._host: ContextHost | None = None
@@ -53,6 +55,8 @@ class Ownership:
         self.require_user()
         if self.is_revoked:
             raise HandleRevokedError(self.owner.request_id, self.lifetime.where(), self.described())
+        if self._outer is not None:
+            self._outer.require()
         if not self.lifetime.permits_use and _is_release_of_child(self.owner):
             return
         try:

@@ -45,7 +45,7 @@ async def ask(context: AuthenticatedContext) -> dict[str, str]:
     """An agent plans, and a child context of its run looks something up."""
     async with agent_run(context, "planner") as run:
         await think(0.05, "chat")
-        async with managed_user_context(run.create_child_context("look up")):
+        async with managed_user_context(run.context.create_child_context("look up")):
             await think(0.02, "query")
     return {"answer": "42"}
 

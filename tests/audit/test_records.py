@@ -474,11 +474,22 @@ class TestAgentRuns:
         context = manager.create_isolated_context("alice")
         async with agent_run(context, "search", {"query": SECRET, "password": SECRET}) as run:
             started, data = only(ledger, "agent_run")
-            assert data == {"phase": "started", "agent": "search", "parameters": ["query", "password"]}
+            assert data == {
+                "phase": "agent_started",
+                "agent": "search",
+                "parameters": ["query", "password"],
+                "sequence": 1,
+                "connections": 0,
+            }
             assert (started.outcome, started.seconds) == ("ok", None)
         started, ended = ledger.select("agent_run")
-        assert within(run, started, ended)
-        assert dict(ended.data) == {**data, "phase": "ended"}
+        assert within(run.context, started, ended)
+        assert dict(ended.data) == {
+            "phase": "agent_completed",
+            "agent": "search",
+            "sequence": 2,
+            "connections": 0,
+        }
         assert (ended.outcome, ended.reason) == ("ok", None)
         assert ended.seconds is not None
         assert 0 <= ended.seconds < 60
@@ -537,14 +548,14 @@ class TestAgentRuns:
         ledger.room = 1
         async with agent_run(context, "search") as run:
             pass
-        assert not run.is_open
+        assert not run.context.is_open
         assert "could not be recorded" in caplog.text
 
     async def test_under_no_manager_it_runs_all_the_same(self) -> None:
         context = create_isolated_execution_context("alice")
         async with agent_run(context, "search") as run:
-            assert run.is_open
-        assert not run.is_open
+            assert run.context.is_open
+        assert not run.context.is_open
 
 
 class TestReports:
@@ -789,9 +800,12 @@ async def everything(ledger: RecordingLedger) -> None:
             assert not manager.validate_isolation()
         with manager.privileged(reason="support", users=["bob"]):
             pass
-        async with agent_run(context, "search"):
-            context.record("event_sent")
-            context.record("transaction")
+        async with agent_run(context, "search") as run:
+            run.thinking("of what it was asked")
+            with run.tool("look_up", "call-1"), pytest.raises(OSError, match="gone"), run.tool("read"):
+                raise OSError("gone")
+            run.context.record("event_sent")
+            run.context.record("transaction")
         context.callback(int)
         context.callback(int, "no number")
     bob.close("expired")
@@ -815,6 +829,11 @@ SEQUENCE: list[tuple[Event, str | None]] = [
     ("privileged", "alice"),
     ("privileged", "bob"),
     ("child_opened", "alice"),
+    ("agent_run", "alice"),
+    ("agent_run", "alice"),
+    ("agent_run", "alice"),
+    ("agent_run", "alice"),
+    ("agent_run", "alice"),
     ("agent_run", "alice"),
     ("event_sent", "alice"),
     ("transaction", "alice"),

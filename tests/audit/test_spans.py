@@ -216,7 +216,7 @@ class TestRecords:
         async def handler() -> None:
             async with agent_run(current_context(), "planner") as run:
                 with sdk.tracer.start_as_current_span("chat"):
-                    async with managed_user_context(run.create_child_context("look up")):
+                    async with managed_user_context(run.context.create_child_context("look up")):
                         pass
             with sdk.tracer.start_as_current_span("after"):
                 pass

@@ -238,6 +238,12 @@ class AuditTrail:
         report = checked_report(event, outcome, reason, seconds, data)
         self._about(context, *report)
 
+    def agent_run(
+        self, context: UserExecutionContext, outcome: Outcome, reason: str | None, seconds: float | None, data: Data
+    ) -> None:
+        """What happened in a run of an agent."""
+        self._about(context, "agent_run", outcome, reason, seconds, data)
+
     def event_sent(self, actor: UserExecutionContext | None, user_id: str, data: Data, *, is_full: bool) -> None:
         """An event was put in line for a user's connections. With ``is_full``, one of them loses an event by it."""
         by: str | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final, get_args
 
 from ucm_middleware.audit.records import AuditRecord
+from ucm_middleware.events.policy import AGENT_EVENTS
 from ucm_middleware.ids import core_text
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.telemetry.pseudonyms import Pseudonyms
@@ -38,6 +39,8 @@ def attributes_of(record: AuditRecord, pseudonyms: Pseudonyms) -> Attributes:
     )
     if record.event == "transaction":
         attributes.update(_transaction(dict(record.data)))
+    elif record.event == "agent_run":
+        attributes.update(_agent_run(dict(record.data)))
     return attributes
 
 
@@ -60,6 +63,20 @@ def _transaction(data: dict[str, object]) -> Attributes:
     attributes: Attributes = {"ucm.transaction.phase": phase, "ucm.transaction.database": database}
     if isinstance(statements, int):
         attributes["ucm.transaction.statements"] = statements
+    return attributes
+
+
+def _agent_run(data: dict[str, object]) -> Attributes:
+    """Of what happened in a run, in the names of OpenTelemetry's conventions for generative AI where it has them."""
+    phase, agent, tool, call_id = (data.get(name) for name in ("phase", "agent", "tool", "call_id"))
+    if phase not in AGENT_EVENTS or not isinstance(agent, str):
+        return {}  # an adapter's own report, which may be of users
+    attributes: Attributes = {"ucm.agent.phase": str(phase), "gen_ai.agent.name": agent}
+    if phase == "tool_executing":
+        attributes["gen_ai.operation.name"] = "execute_tool"
+        attributes["gen_ai.tool.name"] = str(tool)
+        if call_id is not None:
+            attributes["gen_ai.tool.call.id"] = str(call_id)
     return attributes
 
 

@@ -31,7 +31,7 @@ class Metrics:
     _open: set[Core]
     _closing: dict[Core, float]
 
-    def __init__(self, meter: Meter, live: Callable[[], int], lag: Callable[[], int]) -> None:
+    def __init__(self, meter: Meter, live: Callable[[], int], lag: Callable[[], int], late: Callable[[], int]) -> None:
         self._quiet = Quiet()
         self._opened = meter.create_counter("ucm.context.opened", "{context}", "Contexts opened")
         self._refused = meter.create_counter("ucm.context.refused", "{refusal}", "Contexts refused, by reason")
@@ -47,6 +47,9 @@ class Metrics:
         )
         meter.create_observable_gauge(
             "ucm.ledger.lag", [_observed(lag)], "{record}", "Audit records that are not durable yet"
+        )
+        meter.create_observable_up_down_counter(
+            "ucm.agent.stragglers", [_observed(late)], "{straggler}", "Threads and tasks that outlive their run"
         )
         self.after_fork()
         renewed_after_fork(self)
@@ -82,13 +85,13 @@ class Metrics:
         self._quiet.call(self._unexported.add, 1, {"ucm.event": event})
 
 
-def find_metrics(live: Callable[[], int], lag: Callable[[], int]) -> Metrics | None:
+def find_metrics(live: Callable[[], int], lag: Callable[[], int], late: Callable[[], int]) -> Metrics | None:
     """The metrics of one manager; None while no meter provider is set, or the SDK is disabled."""
     provider = get_meter_provider()
     if is_of_the_api(provider):
         return None
     meter = provider.get_meter(SCOPE)
-    return None if is_of_the_api(meter) else Metrics(meter, live, lag)
+    return None if is_of_the_api(meter) else Metrics(meter, live, lag, late)
 
 
 def _observed(number: Callable[[], int]) -> Callable[[CallbackOptions], Iterable[Observation]]:

@@ -36,10 +36,18 @@ from ucm_middleware.telemetry.quiet import Quiet
 
 
 @dataclass(slots=True)
+class TracedTool:
+    """A call of a tool that is under way."""
+
+    span: Span
+    attributes: Attributes
+
+
+@dataclass(slots=True)
 class Traced:
     """An open context. ``front`` is the span that its records and children hang below; ``attributes`` are set when its
     span begins and once more when it ends, since an SDK drops the oldest when there are too many. The span of a
-    connection that ``is_answered`` has ended.
+    connection that ``is_answered`` has ended. ``tools`` has the calls of a run by their numbers.
     """
 
     span: Span
@@ -48,6 +56,7 @@ class Traced:
     event: Event
     is_connection: bool = False
     is_answered: bool = False
+    tools: dict[object, TracedTool] | None = None
 
     @property
     def link(self) -> Link:
@@ -99,7 +108,29 @@ class Spans:
                 return self._closed(core, record)
             elif record.event == "bound" and (pseudonym := self._pseudonyms.of(record.user_id)) is not None:
                 self._open[core].attributes["enduser.pseudo.id"] = pseudonym
+            elif record.event == "agent_run" and (span := self._tool(self._open[core], record)) is not None:
+                return span
         return self._happened(record)
+
+    def _tool(self, traced: Traced, record: AuditRecord) -> Span | None:
+        """The span of a tool's call, which carries the records of its beginning and of its end."""
+        about = dict(record.data)
+        if about.get("phase") == "tool_executing":
+            attributes = attributes_of(record, self._pseudonyms)
+            where, link = self._place(traced)
+            span = self._start(f"execute_tool {about.get('tool')}", where, attributes, record, link)
+            if traced.tools is None:
+                traced.tools = {}
+            traced.tools[about.get("call")] = TracedTool(span, attributes)
+            return span
+        if about.get("phase") != "tool_completed" or not traced.tools:
+            return None
+        tool = traced.tools.pop(about.get("call"), None)
+        if tool is None:
+            return None
+        tool.attributes.update(end_attributes_of(record))
+        self._end(tool.span, tool.attributes, record.event, record.event, record=record)
+        return tool.span
 
     def _opened(self, core: Core, record: AuditRecord) -> Span:
         attributes = attributes_of(record, self._pseudonyms)
@@ -162,11 +193,17 @@ class Spans:
         """The context is one run of an agent: say so as OpenTelemetry's conventions for generative AI do."""
         traced = self._open.get(context._core)  # pyright: ignore[reportPrivateUsage]
         if traced is not None:
-            del traced.attributes["ucm.operation"]
+            traced.attributes.pop("ucm.operation", None)
             traced.attributes["gen_ai.operation.name"] = "invoke_agent"
             traced.attributes["gen_ai.agent.name"] = agent_name
             traced.attributes["gen_ai.conversation.id"] = context.thread_id
             self._quiet.call(traced.span.update_name, f"invoke_agent {agent_name}")
+
+    def enter_tool(self, context: UserExecutionContext, number: int) -> Callable[[], None]:
+        """Make the span of a tool's call the current one here. Returns what undoes it."""
+        traced = self._open.get(context._core)  # pyright: ignore[reportPrivateUsage]
+        tool = None if traced is None or traced.tools is None else traced.tools.get(number)
+        return leave_nothing if tool is None else make_current(tool.span)
 
     # WebSocket connections; see the module messages.
 

@@ -23,11 +23,11 @@ _SET_BY_NAME: Final = ("OTEL_PYTHON_TRACER_PROVIDER", "OTEL_PYTHON_METER_PROVIDE
 class Telemetry:
     """OpenTelemetry for one manager. ``spans`` and ``metrics`` are None until a provider of each is found.
 
-    ``live`` answers how many contexts there are, ``lag`` how many records are not durable yet: methods of the manager,
-    which they do not keep alive.
+    ``live`` answers how many contexts there are, ``lag`` how many records are not durable yet, ``late`` how many
+    threads and tasks outlive their run: methods of the manager, which they do not keep alive.
     """
 
-    __slots__ = ("_lag", "_live", "_secrets", "_trail", "_wanted", "metrics", "spans")
+    __slots__ = ("_lag", "_late", "_live", "_secrets", "_trail", "_wanted", "metrics", "spans")
 
     spans: "Spans | None"
     metrics: "Metrics | None"
@@ -38,6 +38,7 @@ class Telemetry:
         secrets: SecretRing,
         live: Callable[[], int],
         lag: Callable[[], int],
+        late: Callable[[], int],
         *,
         wanted: bool,
     ) -> None:
@@ -45,6 +46,7 @@ class Telemetry:
         self._secrets = secrets
         self._live = _weakly(live)
         self._lag = _weakly(lag)
+        self._late = _weakly(late)
         self._wanted = wanted
         self.spans = None
         self.metrics = None
@@ -59,7 +61,7 @@ class Telemetry:
         from ucm_middleware.telemetry.spans import find_spans
 
         if self.metrics is None:
-            self.metrics = find_metrics(self._live, self._lag)
+            self.metrics = find_metrics(self._live, self._lag, self._late)
         if self.spans is None:
             self.spans = find_spans(self._secrets)
         if self.spans is not None and self.metrics is not None:

@@ -141,7 +141,7 @@ async def work(context: AuthenticatedContext) -> dict[str, Any]:
 
     session = context.bind_session(await context.enter_async_context(database(), name="db"))
     async with agent_run(context, "search", {"query": "x"}) as run:
-        in_the_run = {"user": current_context().user_id, "wrapped_in": wrapped_in.get(), "is_run": run.is_open}
+        in_the_run = {"user": current_context().user_id, "wrapped_in": wrapped_in.get(), "is_run": run.context.is_open}
     return {
         "session": session.user,
         "run": in_the_run,
