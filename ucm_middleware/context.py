@@ -16,7 +16,7 @@ from ucm_middleware.errors import (
     IdentityConflictError,
     InvalidContextError,
 )
-from ucm_middleware.handles import own
+from ucm_middleware.handles import lend, own
 from ucm_middleware.holder import ResourceHolder
 from ucm_middleware.host import ContextHost
 from ucm_middleware.ids import (
@@ -742,6 +742,12 @@ class UserExecutionContext(ResourceHolder):
     def _hold(self, name: str, target: object, release: Callable[[BaseException | None], object]) -> None:
         """Release a thing with the error that the context ends in; its release may be asynchronous."""
         self._push(Resource(name, target, release, DEFAULT_RELEASE_TIMEOUT, False))
+
+    def _lend_session(self) -> None:
+        """Put a handle of this context's in the place of the session that it has from its parent."""
+        if self._db_session is not None:
+            self._handles = {} if self._handles is None else self._handles
+            self._db_session = lend(self, self._db_session, "db_session")
 
     def _take_session(self, session: Any) -> None:
         self._db_session = session

@@ -46,14 +46,15 @@ logger = logging.getLogger(__name__)
 class Launch:
     """One run that was started, as whoever started it sees it."""
 
-    __slots__ = ("_agent", "_is_overdue", "_runs", "_seconds", "run", "task")
+    __slots__ = ("_agent", "_is_overdue", "_root", "_runs", "_seconds", "run", "task")
 
     task: "asyncio.Task[Any]"
 
-    def __init__(self, agent: str, seconds: float, runs: AgentRuns) -> None:
+    def __init__(self, agent: str, seconds: float, runs: AgentRuns, root: UserExecutionContext | None) -> None:
         self._agent = agent
         self._seconds = seconds
         self._runs = runs
+        self._root = root  # the context that was opened for it, if one was
         self._is_overdue = False
         self.run: AgentRun | None = None
 
@@ -120,6 +121,8 @@ class Launch:
             self._runs.stragglers.begin(running)
             task.add_done_callback(lambda _: self._runs.stragglers.end(running), context=Context())
             run.end(asyncio.CancelledError())
+        if self._root is not None:
+            self._root.close("expired" if self._is_overdue else "cancelled")
         task.add_done_callback(_retrieve, context=Context())
 
 
@@ -169,12 +172,13 @@ class Launcher:
         agent = self._catalog.find(agent_name)
         given = _copied(agent.name, parameters, user_id)
         seconds = next(s for s in (timeout, agent.timeout, self._policy.timeout) if s is not None)
-        launch = Launch(agent.name, checked_timeout(seconds), self._runs)
+        seconds = checked_timeout(seconds)
         acting = self._guard.acting()
         if acting is not None and acting.user_id == user_id:
             counted = run_around(acting) is None
             if counted:
                 self._count(user_id, agent.name)
+            launch = Launch(agent.name, seconds, self._runs, None)
             work = self._run(launch, acting, agent, given, channel)
             self._begin(launch, work, copy_context(), user_id if counted else None, None)
             return launch
@@ -184,6 +188,7 @@ class Launcher:
         except BaseException:
             self._uncount(user_id)
             raise
+        launch = Launch(agent.name, seconds, self._runs, root)
         # Of another user's Context nothing is taken along.
         variables = copy_context() if acting is None else Context()
         variables.run(enter, root)

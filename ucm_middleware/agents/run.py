@@ -19,7 +19,6 @@ from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import ContextLimitError, ContextNotFoundError
 from ucm_middleware.events.envelope import Origin
 from ucm_middleware.execution import managed_user_context, reason_of, require_entry, variables_here
-from ucm_middleware.handles import lend
 from ucm_middleware.lifetime import INTERRUPTING
 
 
@@ -107,8 +106,7 @@ class AgentRun:
         """Tell of the beginning. Raises what the ledger raises, and then the run must not begin."""
         context = self.context
         context._agent_run = self
-        if context._db_session is not None:
-            context._db_session = lend(context, context._db_session, "db_session")
+        context._lend_session()
         self._begun = time.monotonic()
         if self._runs is not None:
             shown = {"depth": context.operation_depth, "parent_request_id": context.parent_request_id}
