@@ -210,8 +210,8 @@ class TestItsEnd:
 
         stateless(manager, agent=agent)
         items = []
-        with pytest.raises(OSError, match="broken"):
-            async with manager.stream_with_agent("alice", "agent") as stream:
+        async with manager.stream_with_agent("alice", "agent") as stream:
+            with pytest.raises(OSError, match="broken"):
                 async for item in stream:
                     items.append(item)
         assert items == [1]
