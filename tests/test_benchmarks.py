@@ -290,7 +290,7 @@ from ucm_middleware.events.envelope import TO_ALL, Draft, Origin
 
 data = Counted()
 for _ in range(2):
-    Draft("message", [data], "alice", Origin(), TO_ALL, EventPolicy())
+    Draft("message", [data], Origin("alice"), TO_ALL, EventPolicy())
 print(data.times)
 """
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sized
 from contextlib import suppress
 from contextvars import Context
 from functools import partial
-from typing import Final
 
 from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.trail import AuditTrail
@@ -18,8 +17,6 @@ from ucm_middleware.events.hub import Hub, Sent
 from ucm_middleware.guard import Guard
 from ucm_middleware.ids import checked_user_id
 from ucm_middleware.waiting import running_loop
-
-NOWHERE: Final = Origin()
 
 
 class Messenger:
@@ -65,10 +62,11 @@ class Messenger:
             user_id = checked_user_id(user_id)
         self._guard.require(user_id, "send_event")
         actor = self._guard.acting()
-        origin = NOWHERE
         if actor is not None and actor.user_id == user_id:
-            origin = Origin(actor.thread_id, actor.run_id, actor.request_id)
-        draft = Draft(event, data, user_id, origin, narrowing, hub.policy)
+            origin = Origin(user_id, actor.thread_id, actor.run_id, actor.request_id)
+        else:
+            origin = Origin(user_id)
+        draft = Draft(event, data, origin, narrowing, hub.policy)
         self._trail.require_room()
         sent = hub.send(user_id, draft)
         is_full = any(lost.why != "gone" for lost in sent.dropped)

@@ -29,7 +29,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
 def draft(data: object = None, event: object = "message", policy: EventPolicy | None = None) -> Draft:
-    return Draft(event, data, "alice", Origin(), TO_ALL, policy or EventPolicy())
+    return Draft(event, data, Origin("alice"), TO_ALL, policy or EventPolicy())
 
 
 def nested(depth: int) -> list[Any]:
@@ -154,8 +154,8 @@ def test_only_declared_types_may_be_sent() -> None:
 
 @given(texts, texts, texts)
 def test_no_text_breaks_out_of_its_field(user_id: str, request_id: str, data: str) -> None:
-    origin = Origin("thread", None, request_id)
-    event = Draft("message", data, user_id, origin, Narrowing("thread"), EventPolicy()).numbered("0" * 16, 3, 0.0)
+    origin = Origin(user_id, "thread", None, request_id)
+    event = Draft("message", data, origin, Narrowing("thread"), EventPolicy()).numbered("0" * 16, 3, 0.0)
     envelope = json.loads(event.text)
     assert (envelope["user_id"], envelope["request_id"], envelope["data"]) == (user_id, request_id, data)
     assert len(envelope) == 9

@@ -20,5 +20,5 @@ def test_a_sweep_is_planned_without_the_hubs_lock() -> None:
     policy = EventPolicy(keep_seconds=60)
     clock = FakeClock()
     hub = Hub(policy, clock, plan)
-    hub.send("alice", Draft("message", None, "alice", Origin(), TO_ALL, policy))
+    hub.send("alice", Draft("message", None, Origin("alice"), TO_ALL, policy))
     assert wakes == [clock() + 60]

@@ -260,7 +260,7 @@ def test_no_more_bytes_are_kept_than_may(
     )
     hub = Hub(policy, lambda: 0.0, lambda _: None)
     for user, size in sent:
-        is_kept = hub.send(user, Draft("message", "x" * size, user, Origin(), TO_ALL, policy)).kept
+        is_kept = hub.send(user, Draft("message", "x" * size, Origin(user), TO_ALL, policy)).kept
         sizes = {name: [event.size for event in channel.kept] for name, channel in hub._channels.items()}
         channel_now = hub._channels.get(user)  # nobody has a connection
         is_there = channel_now is not None and channel_now.kept[-1].sequence == channel_now.sequence
@@ -295,9 +295,9 @@ def test_the_events_of_many_users_are_forgotten_a_few_at_a_time(monkeypatch: pyt
     now, policy = 0.0, EventPolicy(keep_seconds=60)
     hub = Hub(policy, lambda: now, lambda _: None)
     for number in range(2 * SLICE + 1):
-        hub.send(f"user-{number}", Draft("message", None, f"user-{number}", Origin(), TO_ALL, policy))
+        hub.send(f"user-{number}", Draft("message", None, Origin(f"user-{number}"), TO_ALL, policy))
     now = 30.0
-    hub.send("late", Draft("message", None, "late", Origin(), TO_ALL, policy))
+    hub.send("late", Draft("message", None, Origin("late"), TO_ALL, policy))
     lock = CountedLock()
     monkeypatch.setattr(hub, "_lock", lock)
     now = 61.0
@@ -322,7 +322,7 @@ async def test_of_all_users_those_lose_first_who_were_quiet_longest(make_manager
 
 
 def test_an_event_says_its_epoch() -> None:
-    event = Draft("message", None, "alice", Origin(), Narrowing(), EventPolicy()).numbered("feed" * 4, 7, 0.0)
+    event = Draft("message", None, Origin("alice"), Narrowing(), EventPolicy()).numbered("feed" * 4, 7, 0.0)
     assert json.loads(event.text)["epoch"] == "feed" * 4
 
 

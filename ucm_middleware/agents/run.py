@@ -50,7 +50,7 @@ class AgentRun:
         self.has_ended = False
         self.result: Any = None
         """What a stream comes to: set by whoever drives it, for ``AgentStream.result``."""
-        self.origin = Origin(context.thread_id, context.run_id, context.request_id)
+        self.origin = Origin(context.user_id, context.thread_id, context.run_id, context.request_id)
         self.calls: dict[int, ToolCall] = {}
         self._runs = runs
         self._next_call = count(1).__next__

@@ -109,7 +109,7 @@ class AgentRuns:
         hub = self._hub
         user_id = run.context.user_id
         try:
-            draft = Draft(event, data, user_id, run.origin, TO_ALL, hub.policy)
+            draft = Draft(event, data, run.origin, TO_ALL, hub.policy)
         except InvalidEventError as error:
             rule = f"{error.rule} (in an event of agent {run.agent_name!r})"
             raise InvalidEventError(error.field, rule, error.remedy) from None

@@ -202,7 +202,7 @@ class Hub:
         events = channel.since(after)
         if events is None:
             about = {"epoch": after.epoch, "sequence": after.sequence}
-            draft = Draft(EVENTS_MISSED, about, user_id, Origin(), TO_ALL, self.policy)
+            draft = Draft(EVENTS_MISSED, about, Origin(user_id), TO_ALL, self.policy)
             # With the newest number there is: what comes after it is live.
             events = [draft.numbered(channel.epoch, channel.sequence, self._clock())]
         for event in events:
