@@ -946,6 +946,19 @@ class TestNotify:
             manager.clear_context("bob")
         assert journal == [("denied", None, "clear_context")]
 
+    def test_a_revocation_is_told_also_of_who_is_not_there(self, journal: Journal) -> None:
+        class Ends:
+            @hookimpl
+            def ucm_user_revoked(self, user_id: str, reason: str) -> None:
+                journal.append(("revoked", user_id, reason, len(manager.get_active_contexts())))
+                raise OSError("down")
+
+        manager = UserContextManager(plugins=[Ends()])
+        manager.create_isolated_context("alice")
+        assert manager.revoke("alice", "left") == 1
+        assert manager.revoke("bob", "fired") == 0
+        assert journal == [("revoked", "alice", "left", 0), ("revoked", "bob", "fired", 0)]
+
     def test_a_plugin_that_fails_breaks_nothing(self, journal: Journal, caplog: pytest.LogCaptureFixture) -> None:
         class Fails:
             @hookimpl

@@ -229,6 +229,7 @@ class Hooks:
     context_opened: "Notify[UserExecutionContext]"
     context_bound: "Notify[UserExecutionContext, str]"
     context_closed: "Notify[UserExecutionContext, CloseReason]"
+    user_revoked: "Notify[str, str]"
     access_denied: "Notify[str | None, str]"
 
     @classmethod
@@ -248,6 +249,7 @@ class Hooks:
             context_opened=Notify(found.get("ucm_context_opened", ())),
             context_bound=Notify(found.get("ucm_context_bound", ())),
             context_closed=Notify(found.get("ucm_context_closed", ())),
+            user_revoked=Notify(found.get("ucm_user_revoked", ())),
             access_denied=Notify(found.get("ucm_access_denied", ())),
         )
 

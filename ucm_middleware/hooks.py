@@ -142,5 +142,10 @@ def ucm_context_closed(context: "UserExecutionContext", reason: "CloseReason") -
 
 
 @hookspec
+def ucm_user_revoked(user_id: str, reason: str) -> None:
+    """A user was signed out, and every context of theirs closed: end what outlives a context, such as a session."""
+
+
+@hookspec
 def ucm_access_denied(user_id: str | None, action: str) -> None:
     """Code that runs for this user, or for none, asked for what is not theirs. What it asked for is not said."""

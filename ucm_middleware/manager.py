@@ -463,6 +463,7 @@ class UserContextManager(Hosting):
             except Exception:  # no more threads, say: the others must not stay signed in for that
                 logger.exception("%r is revoked, and its closing failed", context)
         self._hub.purge(user_id)  # and what was sent while they closed
+        self.hooks.user_revoked(user_id, reason)
         return len(contexts)
 
     # What is there.
