@@ -1,0 +1,400 @@
+"""The parts by themselves, servers of one user, and what is refused at the start."""
+
+import asyncio
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import mcp_types as types
+import pytest
+from event_store import MemoryEventStore
+from key_value.aio.stores.memory import MemoryStore
+from mcp import Client, MCPError, StdioServerParameters
+from mcp.server import Server
+from mcp.server.auth.provider import AccessToken
+from mcp.server.auth.settings import AuthSettings
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.request_state import RequestStateBoundary
+from mcp.server.streamable_http import EventMessage
+from mcp.shared.subscriptions import ResourceUpdated, ToolsListChanged
+from pydantic import AnyHttpUrl
+from starlette.applications import Starlette
+
+from raw_mcp import ACCEPT, INITIALIZE, RawMCP, call, text_of
+from ucm_mcp import MCP, UserEventStore, UserSubscriptionBus
+from ucm_mcp import library as library_module
+from ucm_mcp.fast import UserStateStore
+from ucm_mcp.outbound import OwnedChannel
+from ucm_mcp.plugin import _principal  # pyright: ignore[reportPrivateUsage]
+from ucm_mcp.sessions import Session, Sessions, serving
+from ucm_middleware import (
+    ConfigurationError,
+    ContextNotFoundError,
+    CrossUserAccessError,
+    UserContextManager,
+    UserContextMiddleware,
+    current_context,
+    managed_user_context,
+)
+
+SECRET = "q0Zk3-Vb8hTt5yLx_7RrNn2cWwPp9sJd"
+
+
+@pytest.fixture
+def manager() -> UserContextManager:
+    return UserContextManager(secret=SECRET)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("sdk", "legacy"), ("lowlevel", "auto"), ("fastmcp", "auto")])
+async def test_one_user_on_standard_input(kind: str, mode: Any) -> None:
+    apps = Path(__file__).parent / "apps"
+    env = {"NOTES_FRAMEWORK": kind, "UCM_MCP_USER": "alice", "UCM_ENVIRONMENT": "testing", "PYTHONWARNINGS": "ignore"}
+    parameters = StdioServerParameters(command=sys.executable, args=[str(apps / "mcp_stdio.py")], env=env)
+    async with Client(parameters, mode=mode) as client:
+        for tool in ("whoami", "whoami_sync"):
+            found: Any = await client.call_tool(tool, {})
+            assert json.loads(found.content[0].text) == {"user": "alice", "depth": 1}
+
+
+async def test_standard_input_without_a_user(manager: UserContextManager) -> None:
+    with pytest.raises(ConfigurationError, match="UCM_MCP_USER"):
+        await MCP().run_stdio(MCPServer("notes"), manager)
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_client_in_the_same_process(manager: UserContextManager, mode: Any) -> None:
+    """It runs as whoever calls, and without a user not at all."""
+    server = MCPServer("notes")
+
+    @server.tool()
+    async def whoami() -> str:
+        return current_context().user_id
+
+    MCP().app(server)
+    async with managed_user_context(manager.create_isolated_context("alice")), Client(server, mode=mode) as client:
+        found: Any = await client.call_tool("whoami", {})
+        assert found.content[0].text == "alice"
+    with pytest.raises((MCPError, ExceptionGroup)):
+        async with Client(server, mode=mode) as client:
+            await client.call_tool("whoami", {})
+
+
+async def test_a_connection_s_way_to_its_client_is_its_user_s(manager: UserContextManager) -> None:
+    """Code of another user's that was handed her session can neither ask nor tell her anything."""
+    server = MCPServer("notes")
+    kept: list[Any] = []
+
+    @server.tool()
+    async def keep(ctx: Context) -> str:
+        kept.append(ctx.session)
+        return "kept"
+
+    MCP().app(server)
+    heard: list[Any] = []
+
+    async def hear(message: Any) -> None:
+        heard.append(message)
+
+    async with (
+        managed_user_context(manager.create_isolated_context("alice")),
+        Client(server, mode="legacy", message_handler=hear) as client,
+    ):
+        await client.call_tool("keep", {})
+
+        async def as_bob() -> None:
+            with manager.privileged(reason="test", users=["bob"]):
+                bob = manager.create_isolated_context("bob")
+                with managed_user_context(bob):
+                    for send in (kept[0].send_resource_updated("note://bob"), kept[0].send_ping()):
+                        with pytest.raises(CrossUserAccessError):
+                            await send
+
+        await asyncio.create_task(as_bob())
+        await kept[0].send_resource_updated("note://alice")
+        await client.call_tool("keep", {})
+    assert [message.params.uri for message in heard] == ["note://alice"]
+
+
+async def test_the_channel_that_is_guarded_is_what_it_was(manager: UserContextManager) -> None:
+    class Channel:
+        name = "channel"
+
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        async def notify(self, *given: Any) -> None:
+            self.seen.append(given)
+
+        async def send_raw_request(self, *given: Any) -> dict[str, Any]:
+            self.seen.append(given)
+            return {"answer": 1}
+
+        async def progress(self, *given: Any) -> None:
+            self.seen.append(given)
+
+    channel = Channel()
+    alice = manager.create_isolated_context("alice")
+    guarded = OwnedChannel(channel, alice.host, "alice")  # type: ignore[arg-type]
+    assert guarded.name == "channel"
+    with managed_user_context(alice):
+        await guarded.notify("n", None)
+        assert await guarded.send_raw_request("r", None) == {"answer": 1}
+        await guarded.progress(1)
+    assert [each[0] for each in channel.seen] == ["n", "r", 1]
+    with managed_user_context(manager.create_isolated_context("bob")):
+        for refused in (guarded.notify("n", None), guarded.send_raw_request("r", None), guarded.progress(1)):
+            with pytest.raises(CrossUserAccessError):
+                await refused
+    assert len(channel.seen) == 3
+
+
+async def test_subscribers_hear_their_own(manager: UserContextManager) -> None:
+    bus = UserSubscriptionBus()
+    heard: dict[str, list[Any]] = {"alice": [], "bob": []}
+    ends = []
+    for user, events in heard.items():
+        with managed_user_context(manager.create_isolated_context(user)):
+            ends.append(bus.subscribe(events.append))
+
+            def fails(_: Any) -> None:
+                raise OSError("down")
+
+            bus.subscribe(fails)
+    with managed_user_context(manager.create_isolated_context("alice")):
+        await bus.publish(ResourceUpdated(uri="note://alice"))
+    await bus.publish_to_everyone(ToolsListChanged())
+    assert heard["alice"] == [ResourceUpdated(uri="note://alice"), ToolsListChanged()]
+    assert heard["bob"] == [ToolsListChanged()]
+    with pytest.raises(ContextNotFoundError):
+        await bus.publish(ToolsListChanged())
+    with pytest.raises(ContextNotFoundError):
+        bus.subscribe(heard["bob"].append)
+    ends[0]()
+    ends[0]()
+    await bus.publish_to_everyone(ToolsListChanged())
+    assert len(heard["alice"]) == 2
+
+
+async def test_events_are_their_session_s(manager: UserContextManager) -> None:
+    """By its own name, and also where somebody writes the own name before another session's number."""
+    inner = MemoryEventStore()
+    store = UserEventStore(inner)
+    message = types.JSONRPCNotification(jsonrpc="2.0", method="notifications/secret")
+    hers, his = session("alice"), session("bob")
+    ids = {}
+    for each in (hers, his):
+        serving.set(each)
+        ids[each.owner] = [await store.store_event("1", message) for _ in range(2)]
+    found: list[EventMessage] = []
+
+    async def keep(event: EventMessage) -> None:
+        found.append(event)
+
+    forged = f"{his.name}.{ids['alice'][0].partition('.')[2]}"
+    with managed_user_context(manager.create_isolated_context("bob")):
+        for foreign in (ids["alice"][0], forged, "1", "odd", f"{his.name}.99"):
+            assert await store.replay_events_after(foreign, keep) is None
+            assert found == []
+        assert await store.replay_events_after(ids["bob"][0], keep) == "1"
+    assert [event.event_id for event in found] == [ids["bob"][1]]
+    serving.set(None)
+    with pytest.raises(ConfigurationError, match="MCP"):
+        await store.store_event("1", message)
+
+
+async def test_state_is_its_user_s(manager: UserContextManager) -> None:
+    inner = MemoryStore()
+    store = UserStateStore(inner)
+    with managed_user_context(manager.create_isolated_context("alice")):
+        await store.put("session:key", {"v": 1}, collection="c", ttl=60)
+        await store.put_many(["a", "b"], [{"v": 2}, {"v": 3}])
+        assert await store.get("session:key", collection="c") == {"v": 1}
+        assert await store.get("session:key") is None
+        assert (await store.ttl("session:key", collection="c"))[1] is not None
+        assert await store.get_many(["a", "b", "c"]) == [{"v": 2}, {"v": 3}, None]
+    with managed_user_context(manager.create_isolated_context("bob")):
+        assert await store.get("session:key", collection="c") is None
+        assert await store.ttl_many(["a"]) == [(None, None)]
+        assert await store.delete("a") is False
+        assert await store.delete_many(["a", "b"]) == 0
+    with managed_user_context(manager.create_isolated_context("alice")):
+        assert await store.delete("a") is True
+        assert await store.delete_many(["a", "b"]) == 1
+    with pytest.raises(ContextNotFoundError):
+        await store.get("a")
+
+
+async def test_state_outlives_a_rotation_of_the_secret() -> None:
+    inner = MemoryStore()
+    store = UserStateStore(inner)
+    before = UserContextManager(secret=SECRET)
+    with managed_user_context(before.create_isolated_context("alice")):
+        await store.put("a", {"v": 1})
+    after = UserContextManager(secret=SECRET[::-1], previous_secrets=[SECRET])
+    with managed_user_context(after.create_isolated_context("alice")):
+        assert await store.get("a") == {"v": 1}
+        assert await store.delete("a") is True
+        assert await store.get("a") is None
+
+
+async def test_sessions_end_from_any_thread() -> None:
+    ended: list[str | None] = []
+    done = asyncio.Event()
+
+    async def end(one: Session) -> None:
+        ended.append(one.session_id)
+        if one.session_id == "2":
+            raise OSError("down")
+        if len(ended) == 2:
+            done.set()
+
+    sessions = Sessions()
+    for number, user in enumerate(("alice", "alice", "alice", "bob"), 1):
+        sessions.add(Session(user, end), str(number))
+    sessions.forget("1")
+    thread = threading.Thread(target=sessions.end_all_of, args=("alice",))
+    thread.start()
+    thread.join()
+    assert [sessions.get(name) is None for name in "1234"] == [True, True, True, False]
+    await done.wait()
+    assert sorted(map(str, ended)) == ["2", "3"]
+    assert len(sessions) == 1
+
+
+async def test_the_state_of_a_call_in_rounds_is_its_user_s(manager: UserContextManager) -> None:
+    server = MCPServer("notes")
+    MCP().app(server)
+    boundary = next(each for each in server.middleware if isinstance(each, RequestStateBoundary))
+    assert boundary._security.bind_principal is _principal  # pyright: ignore[reportPrivateUsage]
+    said, nothing = [], cast("Any", None)
+    for user in ("alice", "bob", "alice"):
+        with managed_user_context(manager.create_isolated_context(user)):
+            said.append(_principal(nothing))
+    assert said[0] == said[2] != said[1]
+
+
+def test_servers_that_are_none() -> None:
+    for odd in (object(), "notes", None):
+        with pytest.raises(ConfigurationError, match="no MCP server"):
+            MCP().app(odd)
+    with pytest.raises(ConfigurationError, match="SSE"):
+        MCP().app(Server("notes"), transport="sse")
+    with pytest.raises(ConfigurationError, match="'http' or 'sse'"):
+        MCP().app(Server("notes"), transport="ws")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    for odd in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ConfigurationError, match="timeout"):
+            MCP(timeout=odd)
+
+
+class Told:
+    """A verifier that believes what tokens say: the user, and from when on they are over."""
+
+    async def verify_token(self, token: str) -> AccessToken | None:
+        user, _, expires_at = token.partition(":")
+        expires = int(expires_at) if expires_at else None
+        return AccessToken(token=token, client_id="app", scopes=[], subject=user, expires_at=expires)
+
+
+async def by_token(mcp: MCP, token: str, manager: UserContextManager | None, user: str | None = None) -> int | str:
+    """A request to a server that authenticates by tokens, in this process: its status, or how it is set up wrongly."""
+    auth = AuthSettings(issuer_url=AnyHttpUrl("http://127.0.0.1/"), resource_server_url=None)
+    app: Any = mcp.app(MCPServer("notes", auth=auth, token_verifier=Told()))
+    served = app if manager is None else UserContextMiddleware(app, manager=manager, identify=lambda _: user)
+    headers = {"authorization": f"Bearer {token}", "accept": ACCEPT, "host": "127.0.0.1:80"}
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=httpx.ASGITransport(served)) as client:
+        try:
+            return (await client.post("http://127.0.0.1:80/mcp", json=INITIALIZE, headers=headers)).status_code
+        except ConfigurationError as error:
+            return str(error)
+
+
+async def test_whom_a_token_stands_for() -> None:
+    async def known(token: AccessToken) -> str | None:
+        return None if token.subject == "nobody" else token.subject
+
+    mcp = MCP(resolve=known)
+    manager = UserContextManager(plugins=[mcp])
+    assert await by_token(mcp, "alice", manager) == 200
+    assert await by_token(mcp, "alice", manager, "alice") == 200
+    assert await by_token(mcp, "alice", manager, "bob") == 409
+    assert await by_token(mcp, "nobody", manager) == 401
+    assert await by_token(mcp, "alice:1", manager) == 401  # by the SDK: the token is over
+    assert await by_token(mcp, "anonymous_1", manager) == 400
+
+
+async def test_what_is_missing_is_named() -> None:
+    mcp = MCP()
+    manager = UserContextManager(plugins=[mcp])
+    assert "resolve" in str(await by_token(mcp, "alice", manager))
+    assert await by_token(mcp, "alice", manager, "bob") == 200  # who it is, the application in front has said
+    assert "plugins=[mcp]" in str(await by_token(mcp, "alice", UserContextManager()))
+    assert "UserContextMiddleware" in str(await by_token(mcp, "alice", None))
+
+
+async def test_a_connection_that_no_gate_guards() -> None:
+    """Where an application serves the server by other means, messages of the connection's first user alone are run."""
+    server, mcp = MCPServer("notes"), MCP()
+
+    @server.tool()
+    async def whoami() -> str:
+        return current_context().user_id
+
+    mcp.app(server)
+    app: Any = server.streamable_http_app(json_response=True)
+    manager = UserContextManager(plugins=[mcp])
+    served = UserContextMiddleware(app, manager=manager, identify=lambda connection: connection.headers.get("user"))
+    transport = httpx.ASGITransport(served)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1:80", headers={"host": "127.0.0.1:80"}
+        ) as client,
+    ):
+        alice, bob, nobody = (RawMCP(client, {"user": user} if user else {}) for user in ("alice", "bob", ""))
+        session = await alice.open()
+        assert text_of(await alice.result(call("whoami"))) == "alice"
+        assert await bob.result(call("whoami"), session) == {"code": -32600, "message": "Session not found"}
+        assert await nobody.result(call("whoami"), session) == {"code": -32600, "message": "Session not found"}
+        opened = await client.post("/mcp", json=INITIALIZE, headers={"accept": ACCEPT})
+        assert opened.json()["error"]["message"] == "an MCP session belongs to a user"
+    with manager.privileged(reason="test", users=["bob"]):
+        trail = manager.get_audit_trail("bob")
+    assert trail is not None
+    assert [event["action"] for event in trail["events"] if event["event"] == "denied"] == ["mcp_session"]
+
+
+def test_an_application_without_its_routes_is_not_served() -> None:
+    class Changed(MCPServer):
+        def streamable_http_app(self, **_: Any) -> Starlette:
+            return Starlette()
+
+    with pytest.raises(ConfigurationError, match="no route /mcp"):
+        MCP().app(Changed("notes"))
+
+
+def test_a_server_has_one_adapter() -> None:
+    server, mcp = MCPServer("notes"), MCP()
+    mcp.app(server)
+    mcp.app(server, transport="sse")
+    assert len([each for each in server.middleware if type(each).__name__ == "UserCalls"]) == 1
+    with pytest.raises(ConfigurationError, match="another MCP"):
+        MCP().app(server)
+
+
+def test_versions_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_module, "version", lambda _: "2.2.9")
+    with pytest.raises(ConfigurationError, match=r"mcp 2\.2\.9 is installed.*2\.3.*pip install 'mcp>=2\.3'"):
+        library_module.require("mcp", library_module.MCP_FLOOR)
+    for fine in ("2.3.0", "2.3rc1", "3.0", "2.10"):
+        monkeypatch.setattr(library_module, "version", lambda _, found=fine: found)
+        library_module.require("mcp", library_module.MCP_FLOOR)
+
+
+def session(owner: str) -> Session:
+    async def end(_: Session) -> None:
+        return None
+
+    return Session(owner, end)
