@@ -118,6 +118,42 @@ async def test_a_connection_s_way_to_its_client_is_its_user_s(manager: UserConte
     assert [message.params.uri for message in heard] == ["note://alice"]
 
 
+async def test_a_call_s_way_to_its_client_is_its_user_s(manager: UserContextManager) -> None:
+    server = MCPServer("notes")
+    lent: asyncio.Queue[Any] = asyncio.Queue()
+    back = asyncio.Event()
+
+    @server.tool()
+    async def lend(ctx: Context) -> str:
+        lent.put_nowait(ctx)
+        await back.wait()
+        await ctx.report_progress(2)
+        return "back"
+
+    MCP().app(server)
+    told: list[float] = []
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        told.append(progress)
+
+    async def as_bob() -> None:
+        ctx = await lent.get()
+        with manager.privileged(reason="test", users=["bob"]):
+            bob = manager.create_isolated_context("bob")
+            with managed_user_context(bob), pytest.raises(CrossUserAccessError):
+                await ctx.report_progress(1)
+        back.set()
+
+    other = asyncio.create_task(as_bob())
+    async with (
+        managed_user_context(manager.create_isolated_context("alice")),
+        Client(server, mode="legacy") as client,
+    ):
+        await client.call_tool("lend", {}, progress_callback=note)
+    await other
+    assert told == [2]
+
+
 async def test_the_channel_that_is_guarded_is_what_it_was(manager: UserContextManager) -> None:
     class Channel:
         name = "channel"

@@ -106,10 +106,11 @@ class SessionGate(Gate):
                 return None, scope
             if context.is_anonymous:
                 raise UnauthenticatedError(_NO_USER)
-            opening = scope
+            goodbye = _goodbye(scope)
 
             async def end(session: Session) -> None:
-                await self._say_goodbye(opening, session)
+                name = (SESSION_HEADER, (session.session_id or "").encode("latin-1"))
+                await self.app({**goodbye, "headers": [*goodbye["headers"], name]}, _no_body, _unheard)
 
             return Session(context.user_id, end), scope
         # Of several headers the SDK would take one: they name nothing.
@@ -130,18 +131,6 @@ class SessionGate(Gate):
                         self.sessions.add(session, value.decode("latin-1"))
 
         return look
-
-    async def _say_goodbye(self, opening: Scope, session: Session) -> None:
-        """End a session as its client would, with the scope of the request that opened it."""
-        scope = {name: opening[name] for name in _KEPT if name in opening}
-        user = scope.get("user")
-        if isinstance(user, AuthenticatedUser):  # who it is, without what proves it
-            scope["user"] = AuthenticatedUser(user.access_token.model_copy(update={"token": ""}))
-        scope["method"] = "DELETE"
-        host = [header for header in opening["headers"] if header[0] == b"host"]
-        scope["headers"] = [*host, (SESSION_HEADER, (session.session_id or "").encode("latin-1"))]
-        scope["state"] = {}
-        await self.app(scope, _no_body, _unheard)
 
 
 class SseGate(Gate):
@@ -185,6 +174,18 @@ _KEPT: Final = (
     *("type", "asgi", "http_version", "scheme", "path", "raw_path", "root_path", "app_root_path", "query_string"),
     *("server", "client", "app", "user", "auth"),
 )
+
+
+def _goodbye(opening: Scope) -> Scope:
+    """With what a session is ended as its client would end it: of the request that opened it, and nothing that is
+    secret there or that would live as long as the session.
+    """
+    scope: Scope = {name: opening[name] for name in _KEPT if name in opening}
+    user = scope.get("user")
+    if isinstance(user, AuthenticatedUser):  # who it is, without what proves it
+        scope["user"] = AuthenticatedUser(user.access_token.model_copy(update={"token": ""}))
+    headers = [header for header in opening["headers"] if header[0] == b"host"]
+    return {**scope, "method": "DELETE", "state": {}, "headers": headers}
 
 
 class _Watch:
