@@ -216,8 +216,14 @@ async def test_subscribers_hear_their_own(manager: UserContextManager) -> None:
 
 async def test_events_are_their_session_s(manager: UserContextManager) -> None:
     """By its own name, and also where somebody writes the own name before another session's number."""
-    inner = MemoryEventStore()
-    store = UserEventStore(inner)
+    asked: list[str] = []
+
+    class Inner(MemoryEventStore):
+        async def replay_events_after(self, last_event_id: str, send_callback: Any) -> str | None:
+            asked.append(last_event_id)
+            return await super().replay_events_after(last_event_id, send_callback)
+
+    store = UserEventStore(Inner())
     message = types.JSONRPCNotification(jsonrpc="2.0", method="notifications/secret")
     hers, his = session("alice"), session("bob")
     ids = {}
@@ -236,6 +242,7 @@ async def test_events_are_their_session_s(manager: UserContextManager) -> None:
             assert found == []
         assert await store.replay_events_after(ids["bob"][0], keep) == "1"
     assert [event.event_id for event in found] == [ids["bob"][1]]
+    assert asked == ["1", "99", "3"]  # and not for what the name tells already
     serving.set(None)
     with pytest.raises(ConfigurationError, match="MCP"):
         await store.store_event("1", message)
