@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from event_store import MemoryEventStore
 from key_value.aio.stores.memory import MemoryStore
 from mcp import Client, MCPError, StdioServerParameters
 from mcp.server import Server
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
@@ -22,11 +24,13 @@ from mcp.server.streamable_http import EventMessage
 from mcp.shared.subscriptions import ResourceUpdated, ToolsListChanged
 from pydantic import AnyHttpUrl
 from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
 
 from raw_mcp import ACCEPT, INITIALIZE, RawMCP, call, text_of
 from ucm_mcp import MCP, UserEventStore, UserSubscriptionBus
 from ucm_mcp import library as library_module
 from ucm_mcp.fast import UserStateStore
+from ucm_mcp.identity import Identity
 from ucm_mcp.outbound import OwnedChannel
 from ucm_mcp.plugin import _principal  # pyright: ignore[reportPrivateUsage]
 from ucm_mcp.sessions import Session, Sessions, serving
@@ -366,6 +370,23 @@ async def test_whom_a_token_stands_for() -> None:
     assert await by_token(mcp, "nobody", manager) == 401
     assert await by_token(mcp, "alice:1", manager) == 401  # by the SDK: the token is over
     assert await by_token(mcp, "anonymous_1", manager) == 400
+
+
+@pytest.mark.parametrize("lasts", [True, False])
+async def test_a_context_ends_with_its_token(lasts: bool) -> None:
+    expires_at = None if lasts else int(time.time()) + 100
+    token = AccessToken(token="t", client_id="app", scopes=[], subject="alice", expires_at=expires_at)
+    identity = Identity(lambda found: found.subject, lambda _: True)
+    seen: list[tuple[str, bool]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        context = await identity.context_of({**scope, "user": AuthenticatedUser(token)})
+        seen.append((context.user_id, context.lifetime.deadline is None))
+        await PlainTextResponse("")(scope, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(UserContextMiddleware(app))) as client:
+        await client.get("http://127.0.0.1/")
+    assert seen == [("alice", lasts)]
 
 
 async def test_what_is_missing_is_named() -> None:
