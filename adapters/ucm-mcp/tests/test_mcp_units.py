@@ -439,6 +439,12 @@ def test_an_application_without_its_routes_is_not_served() -> None:
         MCP().app(Changed("notes"))
 
 
+@pytest.mark.parametrize("name", ["a\nb", "x" * 129])
+def test_names_that_no_record_can_have(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="name"):
+        MCP().app(MCPServer(name))
+
+
 def test_a_server_has_one_adapter() -> None:
     server, mcp = MCPServer("notes"), MCP()
     mcp.app(server)

@@ -3,7 +3,7 @@
 # FastMCP has no public way to the SDK's server inside of it, nor the SDK to what the state of a call is bound to.
 # pyright: reportPrivateUsage=false
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from mcp.server import Server
 from mcp.server.mcpserver import MCPServer
@@ -31,6 +31,9 @@ require("mcp", MCP_FLOOR)
 
 USER_VARIABLE = "UCM_MCP_USER"
 """The setting that names the one user of a server on standard input and output."""
+
+
+_LONGEST_NAME: Final = 128
 
 
 class MCP:
@@ -111,6 +114,10 @@ class MCP:
             raise ConfigurationError(f"the MCP server {inner.name!r} is served by another MCP() already")
         if there:
             return
+        if not inner.name.isprintable() or len(inner.name) > _LONGEST_NAME:
+            raise ConfigurationError(
+                f"the MCP server's name goes into records: let it be printable, and at most {_LONGEST_NAME} characters"
+            )
         inner.middleware.insert(0, UserCalls(f"mcp:{inner.name}", self._sessions, self._timeout))
         for each in inner.middleware:
             if isinstance(each, RequestStateBoundary) and each._security.bind_principal is authenticated_principal:
