@@ -234,7 +234,7 @@ async def test_what_a_store_mixes_up_is_not_given_on(manager: UserContextManager
             await conversations.read_entry(entry.id)
     trail = manager.get_audit_trail("bob")
     assert trail is not None
-    assert [event["outcome"] for event in trail["events"] if event["event"] == "access_denied"]
+    assert [event["event"] for event in trail["events"]].count("denied") >= 2  # a flood of them is counted
 
 
 async def test_after_a_rotation_conversations_move_to_the_new_secret(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from pydantic import TypeAdapter
 from pydantic_ai.conversation_store import (
@@ -199,9 +199,9 @@ def _in_transaction(work: Callable[[sqlite3.Connection], _T]) -> Callable[[sqlit
     return run
 
 
-def _one(connection: sqlite3.Connection, query: str, value: str) -> tuple[object, ...] | None:
+def _one(connection: sqlite3.Connection, query: str, value: str) -> tuple[Any, ...] | None:
     with closing(connection.execute(query, [value])) as rows:
-        return rows.fetchone()
+        return cast("tuple[Any, ...] | None", rows.fetchone())
 
 
 def _expect(connection: sqlite3.Connection, conversation_id: str, revision: str | None) -> None:
@@ -221,7 +221,7 @@ def _prune(connection: sqlite3.Connection, entry_id: str | None) -> None:
         ):
             return
         connection.execute("delete from entries where id = ?", [entry_id])
-        entry_id = None if row[0] is None else str(row[0])
+        entry_id = row[0]
 
 
 def _dumped(entry: ConversationEntry) -> bytes:
