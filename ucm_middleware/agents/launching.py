@@ -6,6 +6,7 @@
 import asyncio
 import inspect
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 class Launch:
     """One run that was started, as whoever started it sees it."""
 
-    __slots__ = ("_agent", "_is_overdue", "_root", "_runs", "_seconds", "run", "task")
+    __slots__ = ("_agent", "_ends", "_root", "_runs", "_seconds", "run", "task")
 
     task: "asyncio.Task[Any]"
 
@@ -55,21 +56,23 @@ class Launch:
         self._seconds = seconds
         self._runs = runs
         self._root = root  # the context that was opened for it, if one was
-        self._is_overdue = False
+        self._ends = math.inf
         self.run: AgentRun | None = None
 
     def begins(self, run: AgentRun) -> asyncio.TimerHandle:
         """The run has its context: its time begins. Returns what to cancel at its end."""
         self.run = run
+        self._ends = time.monotonic() + self._seconds
         context = run.context
         if context.host is not None:
             context.host.end_within(context, self._seconds)
         # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
-        return asyncio.get_running_loop().call_later(self._seconds, self._overdue, context, context=Context())
+        return asyncio.get_running_loop().call_later(self._seconds, context.close, "expired", context=Context())
 
-    def _overdue(self, context: UserExecutionContext) -> None:
-        self._is_overdue = True
-        context.close("expired")
+    @property
+    def _is_overdue(self) -> bool:
+        # By the clock, and not by who noticed: the timer, the sweeper, or whoever used the context first.
+        return time.monotonic() >= self._ends
 
     async def outcome(self) -> Any:
         """What the run comes to. When whoever waits is cancelled, so is the run, and is waited for.
