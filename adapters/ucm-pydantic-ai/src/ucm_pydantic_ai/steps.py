@@ -1,5 +1,6 @@
 """What happens in a run of Pydantic AI's, step by step: told, and done as the user whose run it is."""
 
+import asyncio
 from collections.abc import Generator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tools import ToolDefinition
 
-from ucm_middleware import AgentRun, UserExecutionContext, agent_run, current_context
+from ucm_middleware import AgentRun, ContextClosedError, UserExecutionContext, agent_run, current_context
 from ucm_pydantic_ai.threads import ToolThreads, watching
 
 _NAME: Final = "agent"
@@ -68,8 +69,15 @@ class UserRuns(AbstractCapability[Any]):
         if self.run is not None:
             return await handler()
         name = None if ctx.agent is None else ctx.agent.name
-        async with agent_run(_whose(ctx.deps), name or _NAME) as self.run:
-            return await handler()
+        try:
+            async with agent_run(_whose(ctx.deps), name or _NAME) as self.run:
+                return await handler()
+        except ContextClosedError as error:
+            # The framework waits here, and runs the agent in another task, which is refused by whatever it asks for
+            # next. A cancellation is what it expects of a task that is cut off.
+            if isinstance(error.__cause__, asyncio.CancelledError):
+                raise error.__cause__ from None
+            raise
 
     async def before_model_request(
         self, ctx: RunContext[Any], request_context: ModelRequestContext
