@@ -10,7 +10,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.conversation import Conversation, ConversationTypeAdapter
-from pydantic_ai.conversation_store import ConversationStore, InMemoryConversationStore
+from pydantic_ai.conversation_store import ConversationStore
 from pydantic_ai.messages import (
     ModelMessage,
     ModelMessagesTypeAdapter,
@@ -131,14 +131,6 @@ def streaming(seen: Seen, tools: Sequence[str]) -> Any:
     return answer
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest) -> ConversationStore:
-    if request.param == "memory":
-        return InMemoryConversationStore()
-    kept: ConversationStore = request.getfixturevalue("sqlite_store")
-    return kept
-
-
 @pytest.fixture
 def sdk() -> Iterator[Sdk]:
     with installed(Sdk()) as made:
@@ -184,10 +176,10 @@ async def give_up(manager: UserContextManager, user_id: str, how: int) -> None:
                 await manager.execute_with_agent(user_id, "agent", asked, timeout=0.000001)
 
 
-async def test_nobody_sees_another_s_secret(store: ConversationStore, seen: Seen, sdk: Sdk) -> None:
+async def test_nobody_sees_another_s_secret(sqlite_store: SQLiteConversationStore, seen: Seen, sdk: Sdk) -> None:
     ledger = RecordingLedger()
     manager = UserContextManager(
-        plugins=[PydanticAI(conversations=store)],
+        plugins=[PydanticAI(conversations=sqlite_store)],
         secret="a-secret-of-the-test-0123456789-abcdef",
         ledger=ledger,
         agents=AgentPolicy(max_runs_per_user=2),
@@ -217,11 +209,11 @@ async def test_nobody_sees_another_s_secret(store: ConversationStore, seen: Seen
         context.close()
     assert not [record for record in ledger.records if owners(record)]
     assert not [span for span in sdk.spans if owners(written(span))]
-    await in_the_store(UserConversations(store), store, manager)
+    await in_the_store(sqlite_store, manager)
 
 
 def written(span: ReadableSpan) -> str:
-    return span.to_json()
+    return str(span.to_json())
 
 
 async def in_the_store(conversations: UserConversations, store: ConversationStore, manager: UserContextManager) -> None:
@@ -245,13 +237,13 @@ def asks(message: ModelMessage) -> bool:
     return any(part.part_kind == "user-prompt" for part in message.parts)
 
 
-async def test_bare_the_conversation_of_all_is_one(store: ConversationStore, seen: Seen) -> None:
+async def test_bare_the_conversation_of_all_is_one(sqlite_store: SQLiteConversationStore, seen: Seen) -> None:
     """The same turns without the adapter: who names the conversation is asked no more."""
     agent = agents_of(seen)
     manager = UserContextManager()
     for user_id in USERS[:3]:
         async with managed_user_context(manager.create_isolated_context(user_id)) as context:
-            conversation = await store.load("main") or Conversation(conversation_id="main")
+            conversation = await sqlite_store.load("main") or Conversation(conversation_id="main")
             result = await agent.run(secret_of(user_id), deps=context, conversation=conversation)
-            await store.save(result)
+            await sqlite_store.save(result)
     assert seen.inputs[USERS[2]] == set(USERS[:3])

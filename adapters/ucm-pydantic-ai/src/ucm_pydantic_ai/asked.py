@@ -46,7 +46,7 @@ class Prepared:
         """Raises AgentError where the agent wants other deps than a context, and there are none."""
         if self.deps is not _UNSET:
             return self.deps
-        wanted: object = self.agent.deps_type  # which may be written as any type can
+        wanted = cast("object", self.agent.deps_type)  # which may be written as any type can
         if not isinstance(wanted, type) or wanted is type(None) or isinstance(run.context, wanted):
             return run.context
         raise AgentError(
