@@ -33,7 +33,7 @@ from ucm_middleware import (
     managed_user_context,
 )
 from ucm_middleware.testing import RecordingLedger
-from ucm_pydantic_ai import PydanticAI, UserConversations, UserRuns
+from ucm_pydantic_ai import PydanticAI, SQLiteConversationStore, UserConversations, UserRuns
 
 USERS = [f"user-{number:02}" for number in range(50)]
 
@@ -216,7 +216,8 @@ def written(span: ReadableSpan) -> str:
     return str(span.to_json())
 
 
-async def in_the_store(conversations: UserConversations, store: ConversationStore, manager: UserContextManager) -> None:
+async def in_the_store(store: ConversationStore, manager: UserContextManager) -> None:
+    conversations = UserConversations(store)
     assert len(await store.list_conversations()) == len(USERS)
     for user_id in USERS:
         async with managed_user_context(manager.create_isolated_context(user_id)):
