@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic_ai import Agent, DeferredToolRequests, RunContext
 from pydantic_ai.conversation_store import InMemoryConversationStore
+from pydantic_ai.exceptions import CallDeferred, ModelRetry, UnexpectedModelBehavior
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -151,6 +152,26 @@ async def test_a_run_that_waits_for_an_approval_goes_on_for_its_user_alone(
     result = await manager.execute_with_agent("alice", "cleans", yes)
     assert result.output == "done"
     assert deleted == [("alice", "all")]
+
+
+async def test_a_tool_that_puts_its_call_off_has_not_failed(
+    manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    def later() -> str:
+        raise CallDeferred
+
+    def fails() -> str:
+        raise ModelRetry("again")
+
+    agent: Agent[Any, Any] = Agent(TestModel(), tools=[later], output_type=[str, DeferredToolRequests])
+    manager.register_agent("later", lambda context: agent)
+    manager.register_agent("fails", lambda context: Agent(TestModel(), tools=[fails], retries=0))
+    result = await manager.execute_with_agent("alice", "later", {"prompt": "hello"})
+    assert [call.tool_name for call in result.output.calls] == ["later"]
+    with pytest.raises(UnexpectedModelBehavior):
+        await manager.execute_with_agent("alice", "fails", {"prompt": "hello"})
+    ends = [record for record in ledger.select("agent_run") if dict(record.data)["phase"] == "tool_completed"]
+    assert [(dict(end.data)["tool"], end.outcome) for end in ends] == [("later", "ok"), ("fails", "failed")]
 
 
 async def test_a_bad_conversation_id_is_refused(manager: UserContextManager) -> None:

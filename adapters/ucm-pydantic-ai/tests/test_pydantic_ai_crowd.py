@@ -176,7 +176,9 @@ async def give_up(manager: UserContextManager, user_id: str, how: int) -> None:
                 await manager.execute_with_agent(user_id, "agent", asked, timeout=0.000001)
 
 
-async def test_nobody_sees_another_s_secret(sqlite_store: SQLiteConversationStore, seen: Seen, sdk: Sdk) -> None:
+async def test_nobody_sees_another_s_secret(
+    sqlite_store: SQLiteConversationStore, seen: Seen, sdk: Sdk, caplog: pytest.LogCaptureFixture
+) -> None:
     ledger = RecordingLedger()
     manager = UserContextManager(
         plugins=[PydanticAI(conversations=sqlite_store)],
@@ -210,6 +212,7 @@ async def test_nobody_sees_another_s_secret(sqlite_store: SQLiteConversationStor
     assert not [record for record in ledger.records if owners(record)]
     assert not [span for span in sdk.spans if owners(written(span))]
     await in_the_store(sqlite_store, manager)
+    assert not [record.message for record in caplog.records if record.name == "asyncio"]  # such as tasks left alone
 
 
 def written(span: ReadableSpan) -> str:

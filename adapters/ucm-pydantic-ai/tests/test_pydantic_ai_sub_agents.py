@@ -1,6 +1,7 @@
 """Agents in the tools of agents: sub-runs of the same user, as a tree that the trail shows."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -150,6 +151,28 @@ async def test_an_agent_that_brings_the_capability_is_one_run_when_run_by_name(
     assert "by name at 1 for alice" in result.output
     assert [agent for phase, agent in phases(ledger) if phase == "agent_started"] == ["by name"]
     assert [agent for phase, agent in phases(ledger) if phase == "tool_executing"] == ["by name"]
+
+
+async def test_a_sub_agent_s_thread_is_its_own(manager: UserContextManager) -> None:
+    began, let_go = threading.Event(), threading.Event()
+
+    def wait() -> str:
+        began.set()
+        let_go.wait(30)
+        return "done"
+
+    slow = Agent(TestModel(), name="slow", tools=[wait], capabilities=[UserRuns()])
+
+    async def ask() -> str:
+        return (await slow.run("wait")).output
+
+    manager.register_agent("outer", lambda context: Agent(TestModel(), tools=[ask]))
+    run = asyncio.create_task(manager.execute_with_agent("alice", "outer", {"prompt": "go"}))
+    await asyncio.to_thread(began.wait, 30)
+    run.cancel()
+    await asyncio.wait([run])
+    assert [(one.agent, one.tool) for one in manager.get_stragglers()] == [("slow", "wait")]
+    let_go.set()
 
 
 async def test_deps_of_another_user_are_refused_before_anything_is_asked(manager: UserContextManager) -> None:
