@@ -127,6 +127,18 @@ def test_what_cannot_be_prepared_is_refused() -> None:
         Prepared(Agent(TestModel()), user_prompt="hello", conversation=None)
 
 
+class Heard(WrapperModel):
+    """A model of which a test sees with which settings it was asked."""
+
+    def __init__(self, wrapped: TestModel) -> None:
+        super().__init__(wrapped)
+        self.asked: list[Any] = []
+
+    async def request(self, messages: Any, model_settings: Any, model_request_parameters: Any) -> Any:
+        self.asked.append(model_settings)
+        return await super().request(messages, model_settings, model_request_parameters)
+
+
 async def test_agents_in_another_s_overrides_and_wrapped_ones_go_the_public_way(
     manager: UserContextManager, ledger: RecordingLedger
 ) -> None:
@@ -145,8 +157,9 @@ async def test_agents_in_another_s_overrides_and_wrapped_ones_go_the_public_way(
     manager.register_agent("plain", lambda context: agent, stateless=True)
     with agent.override(model=WrapperModel(TestModel())):
         await manager.execute_with_agent("alice", "plain", {"prompt": "hello"})
-    with agent.override(spec={"capabilities": ["Thinking"]}):
+    with agent.override(spec={"capabilities": ["Thinking"]}), agent.override(model=(model := Heard(TestModel()))):
         await manager.execute_with_agent("alice", "plain", {"prompt": "hello"})
+    assert {"thinking": True} in model.asked  # the override is in force
     assert called == ["tool"] * 3
     told = [dict(record.data)["phase"] for record in ledger.select("agent_run")]
     assert told.count("tool_executing") == 3

@@ -237,6 +237,24 @@ async def test_what_a_store_mixes_up_is_not_given_on(manager: UserContextManager
     assert [event["event"] for event in trail["events"]].count("denied") >= 2  # a flood of them is counted
 
 
+async def test_what_a_store_mixes_up_is_not_given_on_where_there_are_no_messages_yet(
+    manager: UserContextManager,
+) -> None:
+    store = Confused()
+    conversations = UserConversations(store)
+    async with managed_user_context(manager.create_isolated_context("alice")):
+        await conversations.save(Conversation(conversation_id="c1"))
+        store.confused = True
+        with pytest.raises(CrossUserAccessError):
+            await conversations.load("c2")  # her own, and another one
+        assert await conversations.load("c1") is not None
+    async with managed_user_context(manager.create_isolated_context("bob")):
+        with pytest.raises(CrossUserAccessError):
+            await conversations.load("c1")
+        with pytest.raises(CrossUserAccessError):
+            await conversations.list_conversations()
+
+
 async def test_after_a_rotation_conversations_move_to_the_new_secret(
     inner: ConversationStore,
 ) -> None:

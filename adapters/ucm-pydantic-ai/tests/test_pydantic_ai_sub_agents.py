@@ -175,6 +175,27 @@ async def test_a_sub_agent_s_thread_is_its_own(manager: UserContextManager) -> N
     let_go.set()
 
 
+@pytest.mark.parametrize("way", ["by name", "with the capability"])
+async def test_an_agent_that_runs_itself_is_told_once(
+    manager: UserContextManager, ledger: RecordingLedger, way: str
+) -> None:
+    async def again(ctx: RunContext[UserExecutionContext]) -> str:
+        if current_run().context.operation_depth > 1:
+            return where()
+        if way == "by name":
+            return str((await manager.execute_with_agent("alice", "itself", {"prompt": "on"})).output)
+        return (await itself.run("on", deps=ctx.deps, capabilities=[UserRuns()])).output
+
+    itself = Agent(TestModel(), name="itself", deps_type=UserExecutionContext, tools=[again])
+    manager.register_agent("itself", lambda context: itself, stateless=True)
+    result = await manager.execute_with_agent("alice", "itself", {"prompt": "go"})
+    assert "itself at 2 for alice" in result.output
+    told = [phase for phase, _ in phases(ledger)]
+    assert [told.count(phase) for phase in ("agent_started", "agent_thinking", "tool_executing")] == [2, 4, 2]
+    called = [one.request_id for one in ledger.select("agent_run") if dict(one.data)["phase"] == "tool_executing"]
+    assert len(set(called)) == 2
+
+
 async def test_deps_of_another_user_are_refused_before_anything_is_asked(manager: UserContextManager) -> None:
     model = TestModel()
     agent = Agent(model, deps_type=UserExecutionContext, capabilities=[UserRuns()])

@@ -6,6 +6,7 @@ can be made to look like another. The tag is the record's scope as well, by whic
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
@@ -48,13 +49,13 @@ class UserConversations(ConversationStore):
 
     async def read_record(self, conversation_id: str) -> ConversationRecord | None:
         owners = _owners(current_context())
-        for owner, name in zip(owners, owners[0].names(conversation_id), strict=True):
-            record = await self.store.read_record(name)
-            if record is None:
-                continue
-            opened = owner.open_record(record, conversation_id)
-            return opened if owner is owners[0] else await self._move(opened, owner, name)
-        return None
+        names = owners[0].names(conversation_id)
+        record = await self._look_up(owners[0], names[0], conversation_id)
+        for owner, name in zip(owners[1:], names[1:], strict=False):
+            if record is None and (earlier := await self._look_up(owner, name, conversation_id)) is not None:
+                await self._move(earlier, owner, name)
+                record = await self._look_up(owners[0], names[0], conversation_id)
+        return record
 
     async def read_records(self, *, scope: str | None = None, limit: int | None = None) -> Sequence[ConversationRecord]:
         _refuse_scope(scope)
@@ -104,6 +105,10 @@ class UserConversations(ConversationStore):
         owner = _owners(current_context())[0]
         return await self._history(owner, head_id, limit)
 
+    async def _look_up(self, owner: "_Owner", name: str, conversation_id: str) -> ConversationRecord | None:
+        record = await self.store.read_record(name)
+        return None if record is None else owner.open_record(record, conversation_id)
+
     async def _history(self, owner: "_Owner", head_id: str, limit: int | None = None) -> list[ConversationEntry]:
         try:
             history = await self.store.read_history(owner.close_id(head_id), limit=limit)
@@ -111,18 +116,15 @@ class UserConversations(ConversationStore):
         except LookupError:
             raise KeyError(head_id) from None
 
-    async def _move(self, record: ConversationRecord, owner: "_Owner", name: str) -> ConversationRecord | None:
+    async def _move(self, record: ConversationRecord, owner: "_Owner", name: str) -> None:
         """Store under the current secret what stands under an earlier one, its messages too, and delete it there."""
         entries: dict[str, ConversationEntry] = {}
         for tip in (*record.branches, record.head_id):
             if tip is not None:
                 entries.update((entry.id, entry) for entry in await self._history(owner, tip))
-        try:
+        with suppress(ConversationConflict):  # another process did it at the same time, and what it left is what counts
             await self.write_record(record, new_entries=list(entries.values()), expected_revision=None)
             await self.store.delete_record(name, expected_revision=record.revision)
-        except ConversationConflict:
-            pass  # another process moved it at the same time: what stands there now is what counts
-        return await self.read_record(record.conversation_id)
 
 
 @dataclass(frozen=True, slots=True)

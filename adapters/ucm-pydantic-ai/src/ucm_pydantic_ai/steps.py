@@ -66,6 +66,7 @@ class UserRuns(AbstractCapability[Any]):
         return self if self.run is not None else copy(self)
 
     async def wrap_run(self, ctx: RunContext[Any], *, handler: WrapRunHandler) -> AgentRunResult[Any]:
+        _running.set(None)  # the hooks below are for the run around this one, and these for this one
         if self.run is not None:
             return await handler()
         name = None if ctx.agent is None else ctx.agent.name
@@ -123,14 +124,16 @@ class _Steps(WrapperCapability[Any]):
     async def before_model_request(
         self, ctx: RunContext[Any], request_context: ModelRequestContext
     ) -> ModelRequestContext:
-        _running.get().thinking()
+        if (run := _running.get()) is not None:
+            run.thinking()
         return await self.wrapped.before_model_request(ctx, request_context)
 
     async def after_model_request(
         self, ctx: RunContext[Any], *, request_context: ModelRequestContext, response: ModelResponse
     ) -> ModelResponse:
         response = await self.wrapped.after_model_request(ctx, request_context=request_context, response=response)
-        _tell_thoughts(_running.get(), response)
+        if (run := _running.get()) is not None:
+            _tell_thoughts(run, response)
         return response
 
     async def wrap_tool_execute(
@@ -142,10 +145,12 @@ class _Steps(WrapperCapability[Any]):
         args: ValidatedToolArgs,
         handler: WrapToolExecuteHandler,
     ) -> Any:
-        return await _call(_running.get(), self.executor, call, args, handler)
+        run = _running.get()
+        return await (handler(args) if run is None else _call(run, self.executor, call, args, handler))
 
 
-_running: ContextVar[AgentRun] = ContextVar("ucm_pydantic_ai_running")
+_running: ContextVar[AgentRun | None] = ContextVar("ucm_pydantic_ai_running")
+"""The run whose steps ``_Steps`` tells; None where UserRuns does, so that nothing is told twice."""
 
 _CARRIER: Final = "PendingMessageDrainCapability"
 """What every agent has, outermost, and nobody looks for."""
@@ -156,7 +161,7 @@ def hooked(agent: AbstractAgent[Any, Any], run: AgentRun, executor: Executor) ->
     """In the block, a run of ``agent`` is this run. Gives the capabilities that are to be given to it."""
     root = _root_of(agent, executor)
     override: ContextVar[Any] | None = getattr(agent, "_override_root_capability", None)
-    if root is None or override is None or override.get() is not None:
+    if root is None or override is None or not _is_free(override, root):
         yield [UserRuns(executor, run=run)]  # the public way
         return
     running = _running.set(run)
@@ -166,6 +171,13 @@ def hooked(agent: AbstractAgent[Any, Any], run: AgentRun, executor: Executor) ->
     finally:
         override.reset(token)
         _running.reset(running)
+
+
+def _is_free(override: ContextVar[Any], root: CombinedCapability[Any]) -> bool:
+    """Whether the application has not put other capabilities in the place of the agent's; ours are those of a run of
+    the same agent around this one."""
+    current = override.get()
+    return current is None or current.value is root
 
 
 def _root_of(agent: AbstractAgent[Any, Any], executor: Executor) -> CombinedCapability[Any] | None:
