@@ -32,9 +32,18 @@ async def recount(messages: list[ModelMessage], info: AgentInfo) -> ModelRespons
     return ModelResponse(parts=[TextPart(" ".join(map(str, prompts(messages))))])
 
 
+class Unhurried(InMemoryConversationStore):
+    """Takes as many turns of the loop to write as a disk does."""
+
+    async def write_record(self, *given: Any, **named: Any) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+        await super().write_record(*given, **named)
+
+
 @pytest.fixture
 def plugin() -> PydanticAI:
-    return PydanticAI(conversations=InMemoryConversationStore())
+    return PydanticAI(conversations=Unhurried())
 
 
 @pytest.fixture

@@ -140,6 +140,18 @@ async def test_what_is_deleted_leaves_no_message_that_nobody_shares(
     assert rows(path, "entries") == rows(path, "tips") == rows(path, "conversations") == 0
 
 
+async def test_what_another_conversation_goes_on_from_stays(sqlite_store: SQLiteConversationStore, path: Path) -> None:
+    await sqlite_store.save(Conversation(conversation_id="c1", messages=said("one", "two")))
+    fork = await sqlite_store.fork("c1", at=1, new_conversation_id="c2")
+    fork.messages.extend(said("other"))
+    await sqlite_store.save(fork)
+    await sqlite_store.delete("c1")
+    loaded = await sqlite_store.load("c2")
+    assert loaded is not None
+    said_again(loaded.messages, "one", "other")
+    assert rows(path, "entries") == 2
+
+
 async def test_a_fork_of_what_was_deleted_meanwhile_is_refused(sqlite_store: SQLiteConversationStore) -> None:
     await sqlite_store.save(Conversation(conversation_id="c1", messages=said("one")))
     record = await sqlite_store.read_record("c1")
