@@ -25,6 +25,9 @@ HOST: Final = "127.0.0.1"
 
 ServerKind = Literal["uvicorn", "hypercorn", "granian"]
 
+_STARTING: Final = 3 * PATIENCE
+"""Seconds until a server that neither ends nor listens is given up: an agent framework takes five to import, alone."""
+
 
 def _uvicorn(port: int) -> list[str]:
     return ["uvicorn", "--host", HOST, "--port", str(port), "--no-access-log"]
@@ -138,7 +141,7 @@ class Server:
             with socket.socket() as probe:
                 return probe.connect_ex((HOST, self.port)) == 0
 
-        wait_until(accepts, f"{self!r} accepts connections")
+        wait_until(accepts, f"{self!r} accepts connections", timeout=_STARTING)
 
     def end(self) -> None:
         """Stop it unless the test did. Raises AssertionError with its output if it had ended by itself."""
