@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import MethodType
 from typing import Any, Final
 
@@ -50,12 +51,12 @@ class RegisteredAgent:
 
     def done(self, agent: object) -> None:
         """The run that this was made for has ended."""
-        if self._made.get(id(agent)) is agent:
-            del self._made[id(agent)]
+        what = _what_runs_share(agent)
+        if self._made.get(id(what)) is what:
+            del self._made[id(what)]
 
     def _require_fresh(self, agent: object) -> None:
-        # A method is made anew each time that it is asked for; what it is a method of is what runs would share.
-        what = agent.__self__ if isinstance(agent, MethodType) else agent
+        what = _what_runs_share(agent)
         known = self._made.get(id(what))
         if known is not None and (known is what or (isinstance(known, weakref.ref) and known() is what)):
             raise AgentError(
@@ -109,6 +110,14 @@ class AgentCatalog:
             remedy = f"register it with manager.register_agent(); known: {known}"
             raise UnknownAgentError(shown, "none is registered under this name", remedy)
         return found
+
+
+def _what_runs_share(agent: Any) -> object:
+    """A method is made anew each time that it is asked for, as is a partial of it; what it is a method of is not."""
+    function = agent
+    while isinstance(function, partial):
+        function = function.func
+    return function.__self__ if isinstance(function, MethodType) else agent
 
 
 def _check_name(name: object) -> None:

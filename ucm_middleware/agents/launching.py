@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from contextvars import Context, copy_context
 from typing import Any, cast
 
@@ -272,8 +273,17 @@ class Launcher:
         work = self._hooks.run_agent(run, agent, given) if self._hooks.run_agent else None
         if work is None:
             work = _called(run, agent, given)
-        if inspect.isawaitable(work):
-            return await work
+        # Some are both: a stream that may be awaited, and is a stream still.
+        if inspect.isawaitable(work) and not hasattr(work, "__aiter__"):
+            result = await work
+            if not hasattr(result, "__aiter__"):
+                return result
+            async with _closing(result):
+                raise AgentError(
+                    run.agent_name,
+                    f"came to a {type_name(result)}, which would run where it is read",
+                    "return a result, or let it be an async generator for manager.stream_with_agent()",
+                )
         _close(work)
         if hasattr(work, "__aiter__"):
             raise AgentError(run.agent_name, "gives a stream", "run it with manager.stream_with_agent()")
@@ -289,12 +299,16 @@ class Launcher:
             if inspect.isawaitable(stream):
                 raise AgentError(run.agent_name, "gives no stream", "run it with manager.execute_with_agent()")
             raise _not_asynchronous(run, stream)
-        try:
+        async with _closing(stream):
             async for item in cast("AsyncIterable[Any]", stream):
                 await channel.put(item)
-        finally:
-            if (aclose := getattr(stream, "aclose", None)) is not None:
-                await aclose()  # here, and not wherever a collector finds what was broken off
+
+
+def _closing(stream: Any) -> AbstractAsyncContextManager[Any]:
+    """What ends a stream that was broken off here, and not wherever a collector finds it."""
+    if hasattr(stream, "aclose"):
+        return aclosing(stream)
+    return cast("AbstractAsyncContextManager[Any]", stream) if hasattr(stream, "__aexit__") else nullcontext()
 
 
 def _called(run: AgentRun, agent: Any, given: dict[str, Any]) -> Any:

@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -69,14 +70,20 @@ class Stragglers:
 
         @wraps(function)
         def in_thread(*args: P.args, **kwargs: P.kwargs) -> T:
-            running = Running(run, tool, threading.current_thread().name, time.monotonic())
-            self.begin(running)
-            try:
+            with self.watching(run, tool):
                 return function(*args, **kwargs)
-            finally:
-                self.end(running)
 
         return in_thread
+
+    @contextmanager
+    def watching(self, run: "AgentRun", tool: str) -> Generator[None]:
+        """While the block runs, it is known to be running."""
+        running = Running(run, tool, threading.current_thread().name, time.monotonic())
+        self.begin(running)
+        try:
+            yield
+        finally:
+            self.end(running)
 
     def begin(self, running: Running) -> None:
         """Work began that nothing can stop."""

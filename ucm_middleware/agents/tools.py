@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from functools import wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
@@ -61,6 +62,10 @@ class ToolCall:
         """
         return function if self._runs is None else self._runs.stragglers.watched(self._run, self.name, function)
 
+    def listed(self) -> AbstractContextManager[None]:
+        """The same of a block, as of a coroutine that a framework runs on a loop of its own, in a thread."""
+        return nullcontext() if self._runs is None else self._runs.stragglers.watching(self._run, self.name)
+
     def __enter__(self) -> Self:
         if self._runs is not None:
             self._leave_span = self._runs.enter_tool(self._run, self.number)
@@ -97,13 +102,29 @@ def wrapped(call: Callable[[str], ToolCall], function: Wrapped, name: str | None
     shown = str(name or getattr(function, "__name__", type(function).__name__))
 
     @wraps(function)
-    async def on_the_loop(*args: Any, **kwargs: Any) -> Any:
-        with call(shown):
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        with call(shown) as made, made.listed():
             return await function(*args, **kwargs)
 
     @wraps(function)
-    def in_a_thread(*args: Any, **kwargs: Any) -> Any:
-        with call(shown) as made:
-            return made.in_thread(function)(*args, **kwargs)
+    async def iterated(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
+        made = call(shown)  # its span is not the current one: between two items, others run
+        failure: BaseException | None = None
+        try:
+            async with aclosing(function(*args, **kwargs)) as items:
+                async for item in items:
+                    yield item
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            made.end(failure)
 
-    return cast("Wrapped", on_the_loop if inspect.iscoroutinefunction(function) else in_a_thread)
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with call(shown) as made, made.listed():
+            return function(*args, **kwargs)
+
+    if inspect.iscoroutinefunction(function):
+        return cast("Wrapped", awaited)
+    return cast("Wrapped", iterated if inspect.isasyncgenfunction(function) else called)
