@@ -97,12 +97,18 @@ class RefusedError(Exception):
         self.steps: list[str] = []
 
 
-def copy_data(data: Mapping[str, object] | None, field: str, user_id: str | None = None) -> dict[str, object]:
+def copy_data(
+    data: Mapping[str, object] | None,
+    field: str,
+    user_id: str | None = None,
+    reserved: frozenset[str] = RESERVED_KEYS,
+) -> dict[str, object]:
     """A copy of ``data`` that shares nothing mutable with it, except what is wrapped in ``Shared``.
 
     Objects that occur twice, and cycles, are kept: the copy has the shape of the original. Containers are copied here,
     all other objects by ``copy.deepcopy``, so by the rules of their class. ``field`` names the data in messages.
-    Owned handles pass as they are into the data of ``user_id``, when that is their owner.
+    Owned handles pass as they are into the data of ``user_id``, when that is their owner. ``reserved`` are the keys that
+    there may not be.
 
     Raises ``InvalidContextError``, whose ``field`` is the path of the value, for what is no mapping with ``str`` keys,
     for a reserved key, for nesting beyond the recursion limit, and for a value that cannot be copied: a lock, a
@@ -117,8 +123,8 @@ def copy_data(data: Mapping[str, object] | None, field: str, user_id: str | None
         if type(key) is not str:
             data = _plain_dict(data, field)
             break
-    if not RESERVED_KEYS.isdisjoint(data):
-        key = min(RESERVED_KEYS.intersection(data))
+    if not reserved.isdisjoint(data):
+        key = min(reserved.intersection(data))
         raise InvalidContextError(f"{field}[{key!r}]", "is reserved, it names a field of the context", "rename the key")
     try:
         return cast("dict[str, object]", _copy(data, {COPIED_FOR: user_id}))

@@ -351,7 +351,8 @@ def _copied(agent_name: str, parameters: object, user_id: str) -> dict[str, Any]
             agent_name, f"its parameters are a {type_name(parameters)}", "give a mapping of names to values"
         )
     try:
-        return copy_data(cast("Mapping[str, Any]", parameters), "parameters", user_id)
+        # An agent may well take a thread_id.
+        return copy_data(cast("Mapping[str, Any]", parameters), "parameters", user_id, reserved=frozenset())
     except InvalidContextError as error:
         raise AgentParametersError(agent_name, f"{error.field} {error.rule}", error.remedy) from None
 
