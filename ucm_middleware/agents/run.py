@@ -4,11 +4,11 @@
 # pyright: reportPrivateUsage=false
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from itertools import count
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from ucm_middleware.agents.runs import NOTHING, AgentRuns, Phase
 from ucm_middleware.agents.tools import ToolCall, Wrapped, wrapped
@@ -20,6 +20,9 @@ from ucm_middleware.errors import ContextLimitError, ContextNotFoundError
 from ucm_middleware.events.envelope import Origin
 from ucm_middleware.execution import managed_user_context, reason_of, require_entry, variables_here
 from ucm_middleware.lifetime import INTERRUPTING
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class AgentRun:
@@ -83,6 +86,12 @@ class AgentRun:
         ``name`` is the function's own where none is given.
         """
         return wrapped(self.tool, function, name)
+
+    def in_thread(self, function: Callable[P, T], name: str) -> Callable[P, T]:
+        """The same function, to be run in a thread, as ``ToolCall.in_thread`` has it, for what is no tool: a step of a
+        workflow that blocks. ``name`` is what it is listed under.
+        """
+        return function if self._runs is None else self._runs.stragglers.watched(self, name, function)
 
     def emit(self, event: str, data: object = None) -> None:
         """Send an event to the user's connections that comes from this run. Raises InvalidEventError as ``send_event``

@@ -8,6 +8,7 @@ import pytest
 from langgraph_stores import SAVERS, STORES, AnySaver, AnyStore, empty, open_saver, open_store, set_up
 from support.databases import postgres_server
 from support.postgres import Database, PostgresServer
+from ucm_middleware.testing import RecordingLedger
 
 __all__ = ["postgres_server"]
 
@@ -45,3 +46,9 @@ def _emptied(request: pytest.FixtureRequest) -> Database:
     shared: Database = request.getfixturevalue("shared_database")
     empty(shared)
     return shared
+
+
+@pytest.fixture
+def ledger() -> RecordingLedger:
+    """What is put on record."""
+    return RecordingLedger()

@@ -1,0 +1,98 @@
+"""LangGraph: the plugin, which runs compiled graphs, and agents of LangChain, which are compiled graphs too."""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping
+from typing import Any, ClassVar
+
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.cache.base import BaseCache
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.pregel import Pregel
+from langgraph.store.base import BaseStore
+
+from ucm_langgraph.cache import OwnedCache
+from ucm_langgraph.checkpoints import OwnedCheckpointer
+from ucm_langgraph.handlers import RunHandler, StreamHandler
+from ucm_langgraph.parameters import Given, checked
+from ucm_langgraph.steps import PreparedGraphs
+from ucm_langgraph.store import OwnedStore
+from ucm_middleware import AgentError, AgentRun, hookimpl
+
+Graph = Pregel[Any, Any, Any, Any]
+
+
+class LangGraph:
+    """Runs compiled graphs, and agents that LangChain's ``create_agent`` makes, as one user each.
+
+    ``UserContextManager(plugins=[LangGraph()])``, ``manager.register_agent("trips", lambda context: graph,
+    stateless=True)``, and ``await manager.execute_with_agent(user_id, "trips", {"input": {...}, "thread_id": "rome"})``.
+    A compiled graph keeps nothing of a run, so that one may serve all of them.
+
+    A graph whose checkpointer, store or cache is not owned is refused with AgentError, unless it is one of ``shared``:
+    what all users are to read and write, such as a store that the application fills with what everybody may know.
+    """
+
+    UCM_HOOK_API: ClassVar[int] = 1
+
+    def __init__(self, *, shared: Collection[object] = ()) -> None:
+        self._shared = tuple(shared)
+        self._graphs = PreparedGraphs()
+
+    @hookimpl
+    def ucm_run_agent(self, run: AgentRun, agent: object, parameters: Mapping[str, Any]) -> Awaitable[object] | None:
+        if not isinstance(agent, Pregel):
+            return None
+        graph, given = self._prepared(run, agent, parameters, streams=False)
+        _add_handler(given, RunHandler(run))
+        return _invoke(graph, given)
+
+    @hookimpl
+    def ucm_stream_agent(self, run: AgentRun, agent: object, parameters: Mapping[str, Any]) -> AsyncIterator[object] | None:
+        if not isinstance(agent, Pregel):
+            return None
+        graph, given = self._prepared(run, agent, parameters, streams=True)
+        _add_handler(given, StreamHandler(run))
+        return _stream(graph, given)
+
+    def _prepared(
+        self, run: AgentRun, agent: Graph, parameters: Mapping[str, Any], *, streams: bool
+    ) -> tuple[Graph, Given]:
+        self._require_owned(run, agent)
+        return self._graphs.of(agent), checked(run, agent, parameters, streams=streams)
+
+    def _require_owned(self, run: AgentRun, agent: Graph) -> None:
+        for what, kept, bare, owned in (
+            ("checkpointer", agent.checkpointer, BaseCheckpointSaver, OwnedCheckpointer),
+            ("store", agent.store, BaseStore, OwnedStore),
+            ("cache", agent.cache, BaseCache, OwnedCache),
+        ):
+            if not isinstance(kept, bare) or isinstance(kept, owned):
+                continue
+            if not any(kept is each for each in self._shared):
+                raise AgentError(
+                    run.agent_name,
+                    f"its {what} is all users' together: a {type(kept).__name__}",
+                    f"compile it with {what}={owned.__name__}(...) around that",
+                )
+
+
+def _add_handler(given: Given, handler: RunHandler) -> None:
+    given.config["callbacks"] = [handler]
+
+
+async def _invoke(graph: Graph, given: Given) -> object:
+    var_child_runnable_config.set(None)  # of a run around this one; the task is this run's own
+    return await graph.ainvoke(given.input, given.config, **given.options)
+
+
+async def _stream(graph: Graph, given: Given) -> AsyncGenerator[object]:
+    var_child_runnable_config.set(None)
+    stream = (
+        graph.astream_events(given.input, given.config, version="v2", **given.options)
+        if given.events
+        else graph.astream(given.input, given.config, **given.options)
+    )
+    try:
+        async for item in stream:
+            yield item
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]

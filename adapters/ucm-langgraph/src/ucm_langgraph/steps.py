@@ -1,0 +1,130 @@
+"""A graph as a run uses it: the same, but that its threads are known to be running, and its subgraphs are sub-runs.
+
+LangGraph runs steps and tools that block in threads, which nothing can stop. The graph's own nodes stay as they are.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda, run_in_executor
+from langchain_core.tools import BaseTool, StructuredTool, Tool
+from langgraph.errors import GraphBubbleUp
+from langgraph.prebuilt import ToolNode
+from langgraph.pregel import Pregel
+
+from ucm_middleware import ContextNotFoundError, agent_run, current_context, current_run
+
+Nodes = dict[str, Any]
+
+_IN_EXECUTOR: Final = run_in_executor
+
+
+class PreparedGraphs:
+    """Graphs for runs. What is made of a graph's nodes is made once, and kept as long as the graph."""
+
+    __slots__ = ("_nodes",)
+
+    def __init__(self) -> None:
+        self._nodes: WeakKeyDictionary[Pregel[Any, Any, Any, Any], tuple[object, Nodes]] = WeakKeyDictionary()
+
+    def of(self, graph: Pregel[Any, Any, Any, Any]) -> Pregel[Any, Any, Any, Any]:
+        """The graph for a run: whatever else the application sets on its own, such as a checkpointer, is on this too."""
+        known = self._nodes.get(graph)
+        if known is None or known[0] is not graph.nodes:
+            nodes = {name: self._node(name, node) for name, node in graph.nodes.items()}
+            known = self._nodes[graph] = graph.nodes, nodes
+        prepared = copy.copy(graph)
+        prepared.nodes = known[1]
+        return prepared
+
+    def _node(self, name: str, node: Any) -> Any:
+        bound = self._runnable(name, node.bound)
+        return node if bound is node.bound else node.copy({"bound": bound})
+
+    def _runnable(self, name: str, runnable: Any) -> Any:
+        if isinstance(runnable, Pregel):
+            return SubRun(name, self, runnable)
+        if isinstance(runnable, ToolNode):
+            return _tool_node(runnable)
+        if isinstance(runnable, RunnableLambda):
+            return _lambda(name, runnable)
+        function = getattr(runnable, "func", None)
+        in_executor = getattr(runnable, "afunc", None)
+        if isinstance(in_executor, partial) and in_executor.func is _IN_EXECUTOR and callable(function):
+            prepared = copy.copy(runnable)
+            prepared.afunc = partial(_IN_EXECUTOR, None, watched(function, name))
+            return prepared
+        return runnable
+
+
+class SubRun(Runnable[Any, Any]):
+    """A graph that is a step of another one: run as a run inside of that one's, in a context of its own."""
+
+    def __init__(self, name: str, graphs: PreparedGraphs, graph: Pregel[Any, Any, Any, Any]) -> None:
+        self.name = name
+        self._graphs = graphs
+        self._graph = graph
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # noqa: A002 - the interface
+        """Not of a run, since those do not block: as the graph does it."""
+        return self._graph.invoke(input, config, **kwargs)
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:  # noqa: A002 - the interface
+        """Run it in a context of its own."""
+        try:
+            context = current_context()
+        except ContextNotFoundError:
+            return await self._graph.ainvoke(input, config, **kwargs)
+        async with agent_run(context, str(self.name)):
+            try:
+                return await self._graphs.of(self._graph).ainvoke(input, config, **kwargs)
+            except GraphBubbleUp as signal:  # it hands over, or asks a person: nothing failed
+                bubbling = signal
+        raise bubbling
+
+
+def watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The same function, which its run knows to be running in a thread while it does."""
+
+    @wraps(function)
+    def in_thread(*args: Any, **kwargs: Any) -> Any:
+        try:
+            run = current_run()
+        except ContextNotFoundError:
+            return function(*args, **kwargs)
+        return run.in_thread(function, name)(*args, **kwargs)
+
+    return in_thread
+
+
+def _lambda(name: str, runnable: Any) -> Any:
+    function = getattr(runnable, "func", None)
+    if function is None or hasattr(runnable, "afunc"):
+        return runnable
+    prepared = copy.copy(runnable)
+    prepared.func = watched(function, name)
+    return prepared
+
+
+def _tool_node(node: ToolNode) -> ToolNode:
+    tools: Mapping[str, BaseTool] = {name: _tool(tool) for name, tool in node.tools_by_name.items()}
+    prepared = copy.copy(node)
+    prepared._tools_by_name = dict(tools)
+    prepared.func, prepared.afunc = prepared._func, prepared._afunc  # which were the other node's methods
+    return prepared
+
+
+def _tool(tool: BaseTool) -> BaseTool:
+    """The same tool, if it blocks with its thread watched."""
+    if isinstance(tool, (StructuredTool, Tool)):
+        if tool.coroutine is not None or tool.func is None:
+            return tool
+        return tool.model_copy(update={"func": watched(tool.func, tool.name)})
+    if type(tool)._arun is not BaseTool._arun:
+        return tool
+    prepared = tool.model_copy()
+    object.__setattr__(prepared, "_run", watched(tool._run, tool.name))
+    return prepared
