@@ -1,0 +1,71 @@
+"""An application on a real server, fifty users at once, whose threads are all called the same."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from langgraph_agents import USERS, others_in, secret_of
+from ucm_middleware.testing import Server, start_server
+
+SECRET = "a secret for the tests of LangGraph: 0123456789"
+
+
+@pytest.fixture(scope="module", params=["owned", "bare"])
+def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    database = tmp_path_factory.mktemp("chat") / "checkpoints.db"
+    env = {"CHAT_DATABASE": str(database), "CHAT_ADAPTER": request.param, "UCM_SECRET": SECRET}
+    with start_server("langgraph_app:app", app_dir=Path(__file__).parent / "apps", env=env) as server:
+        server.kind = request.param
+        yield server
+
+
+@pytest.fixture
+async def client(chat: Server) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=20)
+    async with httpx.AsyncClient(base_url=chat.url, limits=limits, timeout=60) as made:
+        yield made
+
+
+async def test_fifty_users_in_threads_of_one_name(chat: Server, client: httpx.AsyncClient) -> None:
+    async def post(user_id: str, path: str, text: str) -> str:
+        answer = await client.post(path, content=text, headers={"user": user_id})
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
+    if chat.kind == "bare":  # as LangGraph has it: the second user reads what the first one said
+        await post("user-0", "/direct/trip-1", secret_of("user-0"))
+        assert secret_of("user-0") in await post("user-1", "/direct/trip-1", "what was said?")
+        answer = await client.post("/run/trip-1", content="hello", headers={"user": "user-1"})
+        assert answer.status_code == 500  # which a run of the plugin's refuses
+        return
+
+    async def talk(user_id: str) -> None:
+        for path in random.sample(["/run/trip-1", "/direct/trip-1", "/stream/trip-1"], 3):
+            answer = await post(user_id, path, f"use look: {secret_of(user_id)}")
+            assert f"{secret_of(user_id)} in a thread" in answer
+            assert not others_in(answer, user_id)
+        state = await client.get("/state/trip-1", headers={"user": user_id})
+        assert state.text.count(f"it said: {secret_of(user_id)}") == 3
+        assert not others_in(state.text, user_id)
+
+    async def give_up(user_id: str, patience: float) -> None:
+        try:
+            async with asyncio.timeout(patience):
+                await client.post("/stream/trip-2", content=f"use look: {secret_of(user_id)}", headers={"user": user_id})
+        except TimeoutError:
+            return
+
+    hurried = [give_up(user_id, number / 200) for number, user_id in enumerate(USERS[:20])]
+    await asyncio.gather(*hurried, *map(talk, USERS))
+    asked = (await client.get("/asked", headers={"user": "user-0"})).json()
+    assert set(asked) == set(USERS)
+    assert not any(asked.values())
+
+
+async def test_who_has_no_user_has_no_thread(chat: Server, client: httpx.AsyncClient) -> None:
+    if chat.kind == "owned":
+        assert (await client.post("/run/trip-1", content="hello")).status_code in (401, 403)

@@ -1,0 +1,224 @@
+"""Graphs and agents that an application calls itself: what holds them to their user."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage
+from langchain_core.retrievers import BaseRetriever
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+
+from langgraph_actors import Actor
+from langgraph_agents import USERS, ToolModel, agent, ask, look, others_in, said, secret_of
+from langgraph_stores import AnySaver, run_graph
+from ucm_langgraph import OwnedCheckpointer, OwnerGuard
+from ucm_langgraph.middleware import OwnerMiddleware
+from ucm_middleware import ContextNotFoundError, CrossUserAccessError, UserContextManager
+from ucm_middleware.testing import RecordingLedger, Users
+
+CONFIG: Any = {"configurable": {"thread_id": "trip-1"}}
+
+
+@pytest.fixture
+def users(ledger: RecordingLedger) -> Users:
+    return Users(UserContextManager(ledger=ledger))
+
+
+async def drain(stream: Any) -> list[Any]:
+    return [each async for each in stream]
+
+
+async def test_agents_in_requests_on_every_saver(saver: AnySaver, users: Users) -> None:
+    made = agent(ToolModel(), checkpointer=OwnedCheckpointer(saver.bare))
+
+    async def talk(user_id: str) -> None:
+        with users.running(user_id):
+            for turn in range(2):
+                result = await run_graph(saver, made, ask(f"use look: {secret_of(user_id)}"), CONFIG)
+                assert len(result["messages"]) == 4 * (turn + 1)
+                assert not others_in(said(result), user_id)
+
+    await asyncio.gather(*map(talk, USERS[:10]))
+
+
+class TestGuard:
+    """A handler, for every kind of graph."""
+
+    async def test_each_run_is_its_users(self, users: Users) -> None:
+        made = agent(ToolModel(), checkpointer=OwnedCheckpointer(InMemorySaver()))
+        guarded = made.with_config(callbacks=[OwnerGuard()])
+
+        async def talk(user_id: str) -> None:
+            with users.running(user_id):
+                assert secret_of(user_id) in said(await guarded.ainvoke(ask("use look: x"), CONFIG))
+
+        await asyncio.gather(*map(talk, USERS[:10]))
+        with users.running("alice"):
+            assert await asyncio.to_thread(guarded.invoke, ask("use look: x"), CONFIG)
+
+    @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "bare"])
+    async def test_a_stream_that_is_passed_on(self, users: Users, ledger: RecordingLedger, guarded: bool) -> None:
+        model = ToolModel()
+        made = agent(model)
+        if guarded:
+            made = made.with_config(callbacks=[OwnerGuard()])
+        with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
+            stream = made.astream(ask("use alook: alice's secret"), stream_mode="updates")
+            await alice.do(anext(stream))
+            assert list(model.asked) == ["alice"]
+            if not guarded:  # the leak: the tool and the model work as bob with what was alice's
+                assert secret_of("bob") in str(await bob.do(drain(stream)))
+                assert "alice's secret" in str(model.asked["bob"])
+                return
+            with pytest.raises(CrossUserAccessError):
+                await bob.do(drain(stream))
+        assert list(model.asked) == ["alice"]
+        assert ledger.select("access_denied", user="bob")
+
+    async def test_a_stream_is_held_to_a_user_before_it_begins(self, users: Users) -> None:
+        model = ToolModel()
+        made = agent(model)
+        with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
+            for reader in (bob, alice):
+                config: Any = {"callbacks": [OwnerGuard(alice.context)]}
+                stream = made.astream(ask("alice's secret"), config)
+                if reader is alice:
+                    assert await alice.do(drain(stream))
+                else:
+                    with pytest.raises(CrossUserAccessError):
+                        await bob.do(drain(stream))
+        assert list(model.asked) == ["alice"]
+
+    async def test_outside_of_a_context_nothing_begins(self) -> None:
+        model = ToolModel()
+        guarded = agent(model).with_config(callbacks=[OwnerGuard()])
+        with pytest.raises(ContextNotFoundError):
+            await guarded.ainvoke(ask("hello"))
+        assert not model.asked
+
+    @pytest.mark.parametrize("kind", ["model", "tool", "retriever"])
+    async def test_what_a_step_does_as_another_user_is_refused(self, users: Users, kind: str) -> None:
+        model = ToolModel()
+        asked: list[str] = []
+
+        class Library(BaseRetriever):
+            def _get_relevant_documents(self, query: str, *, run_manager: Any) -> Any:
+                asked.append(query)
+                return []
+
+        with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
+
+            async def step(state: MessagesState) -> Any:
+                from langchain_core.runnables import ensure_config
+
+                config = ensure_config()
+                match kind:
+                    case "model":
+                        await bob.do(model.ainvoke("alice's secret", config))
+                    case "tool":
+                        asked.append(await bob.do(look.ainvoke({"text": "alice's secret"}, config)))
+                    case _:
+                        await bob.do(Library().ainvoke("alice's secret", config))
+                return {"messages": [AIMessage("done")]}
+
+            made = StateGraph(MessagesState).add_node("step", step).add_edge(START, "step").compile()
+            await alice.do(made.ainvoke(ask("x")))
+            assert asked or model.asked
+            asked.clear()
+            model.asked.clear()
+            with pytest.raises(CrossUserAccessError):
+                await alice.do(made.with_config(callbacks=[OwnerGuard()]).ainvoke(ask("x")))
+            assert not asked
+            assert not model.asked
+
+    async def test_it_keeps_nothing_of_runs_that_have_ended(self, users: Users) -> None:
+        guard = OwnerGuard()
+
+        async def broken(state: MessagesState) -> Any:
+            raise OSError
+
+        graph = StateGraph(MessagesState).add_node("broken", broken).add_edge(START, "broken").compile()
+        with users.running("alice"):
+            with pytest.raises(OSError):
+                await graph.with_config(callbacks=[guard]).ainvoke(ask("x"))
+            stream = agent(ToolModel()).with_config(callbacks=[guard]).astream(ask("use look: x"))
+            await anext(stream)
+            await stream.aclose()
+            await agent(ToolModel()).with_config(callbacks=[guard]).ainvoke(ask("use look: x"))
+        assert not guard._owners
+
+
+class TestMiddleware:
+    """For agents of LangChain's, on whatever saver."""
+
+    def agent(self, model: ToolModel, **options: Any) -> Any:
+        return agent(model, middleware=[OwnerMiddleware()], **options)
+
+    @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "async"])
+    async def test_a_conversation_is_who_began_its(self, users: Users, blocks: bool) -> None:
+        model = ToolModel()
+        made = self.agent(model, checkpointer=InMemorySaver())
+
+        async def talk(text: str) -> Any:
+            return made.invoke(ask(text), CONFIG) if blocks else await made.ainvoke(ask(text), CONFIG)
+
+        with users.running("alice"):
+            for _ in range(2):
+                result = await talk("use look: alice's secret")
+                assert "ucm_owner" not in result
+        with users.running("bob"), pytest.raises(CrossUserAccessError):
+            await talk("what did I say?")
+        assert list(model.asked) == ["alice"]
+
+    async def test_a_tool_that_waits_for_a_person_is_not_called_by_another(self, users: Users) -> None:
+        model = ToolModel()
+        made = self.agent(model, checkpointer=InMemorySaver(), interrupt_before=["tools"])
+        with users.running("alice"):
+            await made.ainvoke(ask("use look: alice's secret"), CONFIG)
+        with users.running("bob"), pytest.raises(CrossUserAccessError):
+            await made.ainvoke(None, CONFIG)
+        with users.running("alice"):
+            assert secret_of("alice") in said(await made.ainvoke(None, CONFIG))
+
+    async def test_a_stream_that_is_passed_on(self, users: Users) -> None:
+        model = ToolModel()
+        made = self.agent(model)
+        with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
+            stream = made.astream(ask("use alook: alice's secret"), stream_mode="updates")
+            while "model" not in await alice.do(anext(stream)):
+                continue
+            with pytest.raises(CrossUserAccessError):
+                await bob.do(drain(stream))
+        assert list(model.asked) == ["alice"]
+
+    async def test_nobody_gives_an_owner(self, users: Users) -> None:
+        made = self.agent(ToolModel(), checkpointer=InMemorySaver())
+        with users.running("alice"):
+            await made.ainvoke({**ask("hello"), "ucm_owner": "somebody"}, CONFIG)
+            assert "hello" in said(await made.ainvoke({**ask("more"), "ucm_owner": "somebody"}, CONFIG))
+
+    async def test_a_rotated_secret_keeps_the_conversation(self) -> None:
+        old, new = "the first secret of this test: 0123456789", "the second secret of this test: 0123456789"
+        made = self.agent(ToolModel(), checkpointer=InMemorySaver())
+        for secrets in ((old,), (new, old), (new,)):
+            users = Users(UserContextManager(secret=secrets[0], previous_secrets=secrets[1:]))
+            with users.running("alice"):
+                result = await made.ainvoke(ask("use look: x"), CONFIG)
+        assert len(result["messages"]) == 12
+
+    async def test_outside_of_a_context_nothing_begins(self) -> None:
+        model = ToolModel()
+        with pytest.raises(ContextNotFoundError):
+            await self.agent(model).ainvoke(ask("hello"))
+        assert not model.asked
+
+    async def test_within_a_run(self) -> None:
+        from ucm_langgraph import LangGraph
+
+        manager = UserContextManager(plugins=[LangGraph()])
+        made = self.agent(ToolModel(), checkpointer=OwnedCheckpointer(InMemorySaver()))
+        manager.register_agent("talk", lambda _: made, stateless=True)
+        for user_id in ("alice", "bob", "alice"):
+            given = {"input": ask("use look: x"), "thread_id": "t-1"}
+            assert secret_of(user_id) in said(await manager.execute_with_agent(user_id, "talk", given))
