@@ -107,7 +107,7 @@ def copy_data(
 
     Objects that occur twice, and cycles, are kept: the copy has the shape of the original. Containers are copied here,
     all other objects by ``copy.deepcopy``, so by the rules of their class. ``field`` names the data in messages.
-    Owned handles pass as they are into the data of ``user_id``, when that is their owner. ``reserved`` are the keys that
+    Owned handles pass as they are into the data of ``user_id``, when that is their owner. ``reserved`` are keys that
     there may not be.
 
     Raises ``InvalidContextError``, whose ``field`` is the path of the value, for what is no mapping with ``str`` keys,

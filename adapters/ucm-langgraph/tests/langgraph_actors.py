@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Actor:
-    """``with Actor(users, "alice") as alice: await alice.do(coroutine)``: what is done is done in this user's context."""
+    """``with Actor(users, "alice") as alice: await alice.do(coroutine)`` does that in this user's context."""
 
     def __init__(self, users: Users, user_id: str) -> None:
         self.context: UserExecutionContext = users.context(user_id)

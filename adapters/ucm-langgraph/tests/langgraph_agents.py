@@ -25,10 +25,9 @@ def secret_of(user_id: str) -> str:
 
 
 class ToolModel(BaseChatModel):
-    """Told "use NAME: TEXT", it calls the tool NAME; told what a tool said, it repeats that. Keeps what it was asked."""
+    """Told "use NAME: TEXT", it calls that tool; told what a tool said, it repeats that. Keeps what it was asked."""
 
-    _asked: dict[str, list[str]] = PrivateAttr(default_factory=lambda: defaultdict(list))
-    _entered: asyncio.Event | None = PrivateAttr(default=None)
+    _asked: dict[str, list[str]] = PrivateAttr(default_factory=lambda: defaultdict[str, list[str]](list))
 
     @property
     def _llm_type(self) -> str:
@@ -112,7 +111,7 @@ class Gate:
         try:
             assert self.go_on.wait(30)
             self.outcome = self.then()
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - the test looks at it
             self.outcome = error
         finally:
             self.left.set()

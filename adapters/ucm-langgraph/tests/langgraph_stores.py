@@ -13,6 +13,7 @@ from langgraph.checkpoint.postgres import PostgresSaver
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+from langgraph.graph import StateGraph
 from langgraph.store.base import BaseStore
 from langgraph.store.memory import InMemoryStore
 from langgraph.store.postgres import AsyncPostgresStore, PostgresStore
@@ -52,6 +53,11 @@ class AnyStore:
         return await getattr(store, "a" + method)(*args, **kwargs)
 
 
+def new_graph(state: type) -> Any:
+    """A ``StateGraph``, whose types say more than a test has to."""
+    return StateGraph(state)
+
+
 async def run_graph(saver: AnySaver, graph: Any, given: Any, config: Mapping[str, Any]) -> Any:
     """Run a graph on a saver as the saver can."""
     if saver.blocks:
@@ -87,11 +93,13 @@ async def open_store(kind: str, folder: Path, database: Callable[[], Database]) 
             case "memory":
                 made = InMemoryStore()
             case "sqlite":
-                made = stack.enter_context(SqliteStore.from_conn_string(str(folder / "store.db")))
-                made.setup()
+                blocking = stack.enter_context(SqliteStore.from_conn_string(str(folder / "store.db")))
+                blocking.setup()
+                made = blocking
             case "async sqlite":
-                made = await stack.enter_async_context(AsyncSqliteStore.from_conn_string(str(folder / "store.db")))
-                await made.setup()
+                sqlite = await stack.enter_async_context(AsyncSqliteStore.from_conn_string(str(folder / "store.db")))
+                await sqlite.setup()
+                made = sqlite
             case "postgres":
                 made = stack.enter_context(PostgresStore.from_conn_string(database().owner.dsn))
             case _:

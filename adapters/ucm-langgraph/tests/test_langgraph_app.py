@@ -14,12 +14,10 @@ from ucm_middleware.testing import Server, start_server
 SECRET = "a secret for the tests of LangGraph: 0123456789"
 
 
-@pytest.fixture(scope="module", params=["owned", "bare"])
-def chat(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    database = tmp_path_factory.mktemp("chat") / "checkpoints.db"
-    env = {"CHAT_DATABASE": str(database), "CHAT_ADAPTER": request.param, "UCM_SECRET": SECRET}
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    env = {"CHAT_FOLDER": str(tmp_path_factory.mktemp("chat")), "UCM_SECRET": SECRET}
     with start_server("langgraph_app:app", app_dir=Path(__file__).parent / "apps", env=env) as server:
-        server.kind = request.param
         yield server
 
 
@@ -30,22 +28,21 @@ async def client(chat: Server) -> AsyncIterator[httpx.AsyncClient]:
         yield made
 
 
-async def test_fifty_users_in_threads_of_one_name(chat: Server, client: httpx.AsyncClient) -> None:
-    async def post(user_id: str, path: str, text: str) -> str:
-        answer = await client.post(path, content=text, headers={"user": user_id})
-        assert answer.status_code == 200, answer.text
-        return answer.text
+async def post(client: httpx.AsyncClient, user_id: str, path: str, text: str) -> str:
+    answer = await client.post(path, content=text, headers={"user": user_id})
+    assert answer.status_code == 200, answer.text
+    return answer.text
 
-    if chat.kind == "bare":  # as LangGraph has it: the second user reads what the first one said
-        await post("user-0", "/direct/trip-1", secret_of("user-0"))
-        assert secret_of("user-0") in await post("user-1", "/direct/trip-1", "what was said?")
-        answer = await client.post("/run/trip-1", content="hello", headers={"user": "user-1"})
-        assert answer.status_code == 500  # which a run of the plugin's refuses
-        return
 
+async def test_without_the_adapter_the_second_user_reads_the_first(client: httpx.AsyncClient) -> None:
+    await post(client, "user-0", "/bare/trip-1", secret_of("user-0"))
+    assert secret_of("user-0") in await post(client, "user-1", "/bare/trip-1", "what was said?")
+
+
+async def test_fifty_users_in_threads_of_one_name(client: httpx.AsyncClient) -> None:
     async def talk(user_id: str) -> None:
         for path in random.sample(["/run/trip-1", "/direct/trip-1", "/stream/trip-1"], 3):
-            answer = await post(user_id, path, f"use look: {secret_of(user_id)}")
+            answer = await post(client, user_id, path, f"use look: {secret_of(user_id)}")
             assert f"{secret_of(user_id)} in a thread" in answer
             assert not others_in(answer, user_id)
         state = await client.get("/state/trip-1", headers={"user": user_id})
@@ -53,9 +50,10 @@ async def test_fifty_users_in_threads_of_one_name(chat: Server, client: httpx.As
         assert not others_in(state.text, user_id)
 
     async def give_up(user_id: str, patience: float) -> None:
+        text = f"use look: {secret_of(user_id)}"
         try:
             async with asyncio.timeout(patience):
-                await client.post("/stream/trip-2", content=f"use look: {secret_of(user_id)}", headers={"user": user_id})
+                await client.post("/stream/trip-2", content=text, headers={"user": user_id})
         except TimeoutError:
             return
 
@@ -66,6 +64,8 @@ async def test_fifty_users_in_threads_of_one_name(chat: Server, client: httpx.As
     assert not any(asked.values())
 
 
-async def test_who_has_no_user_has_no_thread(chat: Server, client: httpx.AsyncClient) -> None:
-    if chat.kind == "owned":
-        assert (await client.post("/run/trip-1", content="hello")).status_code in (401, 403)
+async def test_each_request_without_a_user_is_somebody_else(client: httpx.AsyncClient) -> None:
+    for path in ("/run/trip-1", "/direct/trip-1"):
+        for _ in range(2):
+            answer = await client.post(path, content="hello")
+            assert answer.json() == "hello | you said: hello"

@@ -6,11 +6,11 @@ from typing import Annotated, Any, TypedDict
 import pytest
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import END, START
 from langgraph.types import Command, interrupt
 
 from langgraph_actors import Actor
-from langgraph_stores import AnySaver, run_graph
+from langgraph_stores import AnySaver, new_graph, run_graph
 from ucm_langgraph import OwnedCheckpointer
 from ucm_middleware import (
     ContextClosedError,
@@ -38,8 +38,8 @@ def talk(saver: BaseCheckpointSaver[Any]) -> Any:
     def ask(state: Talk) -> Any:
         return {"said": [f"{interrupt(state['said'][0])}!"]}
 
-    small = StateGraph(Talk).add_node("inner", inner).add_edge(START, "inner").compile()
-    graph = StateGraph(Talk).add_node("small", small).add_node("ask", ask)
+    small = new_graph(Talk).add_node("inner", inner).add_edge(START, "inner").compile()
+    graph = new_graph(Talk).add_node("small", small).add_node("ask", ask)
     return graph.add_edge(START, "small").add_edge("small", "ask").add_edge("ask", END).compile(checkpointer=saver)
 
 
@@ -102,7 +102,8 @@ async def test_the_clients_id_comes_back_everywhere(saver: AnySaver, users: User
         )
         assert {each.config["configurable"]["thread_id"] for each in history} == {"trip-1"}
         seen += [state, history]
-        again = {"configurable": {**THREAD["configurable"], "checkpoint_id": history[-1].config["configurable"]["checkpoint_id"]}}
+        first = history[-1].config["configurable"]["checkpoint_id"]
+        again = {"configurable": {**THREAD["configurable"], "checkpoint_id": first}}
         seen.append(await state_of(saver, graph, again))
         assert seen[-1].metadata["source"] == "input"
         modes = ["values", "updates", "debug", "checkpoints", "tasks"]
@@ -376,10 +377,8 @@ class TestOnMemory:
 
         saver = Mistaken()
         with users.running("alice") as context:
-            alices = {"configurable": {"thread_id": context.derive_key("langgraph_thread", "trip-1")}}
+            alices: Any = {"configurable": {"thread_id": context.derive_key("langgraph_thread", "trip-1")}}
             graph = talk(OwnedCheckpointer(saver))
             await graph.ainvoke({"said": ["alice's secret"]}, THREAD)
         with users.running("bob"), pytest.raises(CrossUserAccessError):
             await graph.aget_state(THREAD)
-
-

@@ -1,11 +1,11 @@
-"""Memories on every store, and cached results: each user's are their own, and without the adapter they are everybody's."""
+"""Memories on every store, and cached results: each user's own, and without the adapter everybody's."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import pytest
 from langgraph.cache.memory import InMemoryCache
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import END, START
 from langgraph.runtime import Runtime
 from langgraph.store.base import (
     BaseStore,
@@ -20,7 +20,7 @@ from langgraph.store.base import (
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import CachePolicy
 
-from langgraph_stores import AnyStore
+from langgraph_stores import AnyStore, new_graph
 from ucm_langgraph import OwnedCache, OwnedStore
 from ucm_middleware import (
     ContextClosedError,
@@ -242,7 +242,7 @@ class TestOnMemory:
             runtime.store.put(HOME, current_context().user_id, {"x": 1})
             return {"found": [each.key for each in runtime.store.search(())]}
 
-        graph = StateGraph(Nothing).add_node("remember", remember).add_edge(START, "remember").add_edge("remember", END)
+        graph = new_graph(Nothing).add_node("remember", remember).add_edge(START, "remember").add_edge("remember", END)
         compiled = graph.compile(store=OwnedStore(InMemoryStore()))
         for user_id in ("alice", "bob"):
             with users.running(user_id):
@@ -261,7 +261,7 @@ class TestCache:
         def answer(state: TestCache.Asked) -> Any:
             return {"answer": f"{state['question']}: {current_context().user_id}"}
 
-        graph = StateGraph(self.Asked).add_node("answer", answer, cache_policy=CachePolicy())
+        graph = new_graph(self.Asked).add_node("answer", answer, cache_policy=CachePolicy())
         return graph.add_edge(START, "answer").add_edge("answer", END).compile(cache=cache)
 
     async def test_without_the_adapter_a_result_is_everybodys(self, users: Users) -> None:

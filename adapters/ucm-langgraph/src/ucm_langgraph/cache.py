@@ -15,12 +15,13 @@ class OwnedCache(BaseCache[Any]):
     """Wraps a cache so that a node that is given the same as another user's node computes its own result.
 
     LangGraph finds results by what the node was given, and a node may know more than that: who runs it. Outside of a
-    context it keeps nothing, and what is asked raises ContextNotFoundError. What was kept under a previous secret is computed anew.
+    context it keeps nothing, and what is asked raises ContextNotFoundError. What was kept under a previous secret is
+    computed anew.
     """
 
     def __init__(self, cache: BaseCache[Any]) -> None:
         """Wrap ``cache``. Raises TypeError for what is none, and for one that is wrapped already."""
-        if not isinstance(cache, BaseCache) or isinstance(cache, OwnedCache):
+        if not isinstance(cache, BaseCache) or isinstance(cache, OwnedCache):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a LangGraph cache is needed, not {type(cache).__name__}")
         super().__init__(serde=cache.serde)
         self._cache = cache

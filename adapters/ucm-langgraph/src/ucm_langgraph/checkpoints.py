@@ -1,8 +1,8 @@
 """OwnedCheckpointer: checkpoints that belong to the user whose code asks, on any of LangGraph's savers.
 
 The client's thread id comes in and goes out; the saver sees the key that is derived of it and of the user. Each
-checkpoint carries two more entries of metadata, which no caller sees: whose it is, so that one user's can be listed, and
-what the client calls the thread, so that a listing can be checked and told.
+checkpoint carries two more entries of metadata, which no caller sees: whose it is, so that one user's can be listed,
+and what the client calls the thread, so that a listing can be checked and told.
 """
 
 import builtins
@@ -47,7 +47,7 @@ class OwnedCheckpointer(BaseCheckpointSaver[Any]):
 
     def __init__(self, saver: BaseCheckpointSaver[Any]) -> None:
         """Wrap ``saver``. Raises TypeError for what is none, and for one that is wrapped already."""
-        if not isinstance(saver, BaseCheckpointSaver) or isinstance(saver, OwnedCheckpointer):
+        if not isinstance(saver, BaseCheckpointSaver) or isinstance(saver, OwnedCheckpointer):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a LangGraph checkpoint saver is needed, not {type(saver).__name__}")
         self._saver = saver
         super().__init__(serde=saver.serde)
@@ -55,7 +55,7 @@ class OwnedCheckpointer(BaseCheckpointSaver[Any]):
     @property
     def config_specs(self) -> builtins.list[Any]:
         """The wrapped saver's."""
-        return self._saver.config_specs
+        return self._saver.config_specs  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
     def get_next_version(self, current: Any, channel: None) -> Any:
         """The wrapped saver's."""
@@ -284,7 +284,7 @@ def _thread_of(config: RunnableConfig) -> Thread:
     A run is stamped with its thread when it loads its state. So no other user's code can go on with it; and what a
     graph that blocks stores from the callbacks of its threads, where it has lost the context, is still the run's.
     """
-    configurable = config.get("configurable") or {}
+    configurable = _configurable(config)
     name = thread_name(configurable.get("thread_id"))
     stamp = configurable.get(_STAMP)
     try:
@@ -304,23 +304,25 @@ def _thread_of(config: RunnableConfig) -> Thread:
     return stamp if stamp.name == name else Thread(context, name)
 
 
+def _configurable(config: RunnableConfig) -> dict[str, Any]:
+    return config.get("configurable") or {}
+
+
 def _to_saver(config: RunnableConfig, thread: Thread) -> RunnableConfig:
-    configurable = {**config["configurable"], "thread_id": thread.key}
+    configurable = {**_configurable(config), "thread_id": thread.key}
     configurable.pop(_STAMP, None)
     return cast("RunnableConfig", {**config, "configurable": configurable})
 
 
 def _renamed(config: RunnableConfig, thread: Thread) -> RunnableConfig:
-    return cast(
-        "RunnableConfig", {**config, "configurable": {**config["configurable"], "thread_id": thread.name}}
-    )
+    return cast("RunnableConfig", {**config, "configurable": {**_configurable(config), "thread_id": thread.name}})
 
 
 def _bare(before: RunnableConfig | None) -> RunnableConfig | None:
     """``before`` names a checkpoint; the thread in it is the client's, and no saver asks for it."""
     if before is None:
         return None
-    return {"configurable": {"checkpoint_id": before["configurable"].get("checkpoint_id")}}
+    return {"configurable": {"checkpoint_id": _configurable(before).get("checkpoint_id")}}
 
 
 def _checked(thread: Thread, found: CheckpointTuple | None) -> CheckpointTuple | None:
@@ -329,7 +331,7 @@ def _checked(thread: Thread, found: CheckpointTuple | None) -> CheckpointTuple |
 
 def _shown(thread: Thread, found: CheckpointTuple) -> CheckpointTuple:
     """What was loaded, checked, as the client may see it."""
-    thread.check(found.config["configurable"].get("thread_id"))
+    thread.check(_configurable(found.config).get("thread_id"))
     parent = found.parent_config
     return found._replace(
         config=_renamed(found.config, thread),
@@ -360,8 +362,8 @@ def _age(found: CheckpointTuple) -> str:
 
 def _again(found: CheckpointTuple, target: Thread) -> tuple[RunnableConfig, CheckpointMetadata, ChannelVersions]:
     """What to put so that a checkpoint stands in another thread too, with its parent."""
-    configurable = found.config["configurable"]
-    parent = None if found.parent_config is None else found.parent_config["configurable"].get("checkpoint_id")
+    configurable = _configurable(found.config)
+    parent = None if found.parent_config is None else _configurable(found.parent_config).get("checkpoint_id")
     config: RunnableConfig = {
         "configurable": {
             "thread_id": target.key,

@@ -4,7 +4,10 @@ LangChain calls them inline, in the very task or thread that calls the model or 
 from being called.
 """
 
-from typing import Any
+# What is asked of a handler, once, is a property there and an attribute here.
+# pyright: reportIncompatibleMethodOverride=false, reportAssignmentType=false
+
+from typing import Any, cast
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -26,10 +29,10 @@ class RunHandler(BaseCallbackHandler):
     run_inline = True
 
     # What is nothing to tell of is not asked for either: there are many more of these calls.
-    ignore_chain = True
-    ignore_retriever = True
-    ignore_retry = True
-    ignore_custom_event = True
+    ignore_chain: Any = True
+    ignore_retriever: Any = True
+    ignore_retry: Any = True
+    ignore_custom_event: Any = True
 
     def __init__(self, run: AgentRun) -> None:
         self._run = run
@@ -52,7 +55,7 @@ class RunHandler(BaseCallbackHandler):
 
     def on_tool_start(self, serialized: Any, input_str: str, *, run_id: UUID, **given: Any) -> None:
         """A tool is about to be called."""
-        name = given.get("name") or (serialized or {}).get("name") or "tool"
+        name = given.get("name") or (serialized["name"] if serialized else "tool")
         call_id = given.get("tool_call_id")
         call = self._here().tool(str(name), None if call_id is None else str(call_id))
         self._calls[run_id] = call
@@ -85,7 +88,7 @@ class RunHandler(BaseCallbackHandler):
 class StreamHandler(RunHandler):
     """The same, which also keeps what the graph comes to."""
 
-    ignore_chain = False
+    ignore_chain: Any = False
 
     def on_chain_end(self, outputs: Any, *, parent_run_id: UUID | None = None, **_: Any) -> None:
         """The outermost one is the graph."""
@@ -105,8 +108,8 @@ class OwnerGuard(BaseCallbackHandler):
 
     raise_error = True
     run_inline = True
-    ignore_retry = True
-    ignore_custom_event = True
+    ignore_retry: Any = True
+    ignore_custom_event: Any = True
 
     def __init__(self, context: UserExecutionContext | None = None) -> None:
         self._context = context
@@ -159,7 +162,7 @@ def _reasoning(message: Any) -> list[str]:
     content = getattr(message, "content", None)
     texts: list[Any] = []
     if isinstance(content, list):
-        blocks = [block for block in content if isinstance(block, dict)]
+        blocks = [cast("dict[str, Any]", block) for block in cast("list[object]", content) if isinstance(block, dict)]
         texts = [block.get("reasoning") or block.get("thinking") for block in blocks]
     if extra := getattr(message, "additional_kwargs", None):
         texts.append(extra.get("reasoning_content"))

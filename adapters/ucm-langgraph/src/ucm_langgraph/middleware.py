@@ -4,7 +4,7 @@ Needs LangChain: ``pip install 'ucm-langgraph[langchain]'``.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NotRequired
 
 from ucm_langgraph.framework import require
 
@@ -17,7 +17,6 @@ from langchain.agents.middleware.types import PrivateStateAttr  # noqa: E402
 from langchain_core.messages import ToolMessage  # noqa: E402
 from langgraph.runtime import Runtime  # noqa: E402
 from langgraph.types import Command  # noqa: E402
-from typing_extensions import NotRequired  # noqa: E402
 
 from ucm_langgraph.owner import Owner  # noqa: E402
 from ucm_middleware import current_context  # noqa: E402
@@ -34,9 +33,9 @@ class OwnedState(AgentState[Any]):
 class OwnerMiddleware(AgentMiddleware[OwnedState, Any, Any]):
     """For agents that an application calls itself: ``create_agent(model, tools, middleware=[OwnerMiddleware()])``.
 
-    The user in whose context a conversation begins is kept with its state, as a derived key. In any other user's context
-    it does not go on, and no model is asked and no tool called: CrossUserAccessError, recorded. Outside of a context:
-    ContextNotFoundError. Give it before other middleware.
+    The user in whose context a conversation begins is kept with its state, as a derived key. In any other user's
+    context it does not go on, and no model is asked and no tool called: CrossUserAccessError, recorded. Outside of a
+    context: ContextNotFoundError. Give it before other middleware.
     """
 
     state_schema = OwnedState

@@ -1,4 +1,4 @@
-"""Whose a thread, a memory or a cached result is: the keys that they are stored under, and the check on what is loaded."""
+"""Whose a thread, a memory or a cached result is: the keys that they are stored under, and the check on loading."""
 
 from typing import Final
 
@@ -39,7 +39,7 @@ class Owner:
 
 
 class Thread:
-    """A thread: what the client calls it, the keys that it may be stored under, and what its records say of the owner."""
+    """A thread: what the client calls it, the keys that it may be stored under, and what says whose it is."""
 
     __slots__ = ("context", "keys", "name", "owner")
 

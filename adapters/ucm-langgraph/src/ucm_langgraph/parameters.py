@@ -1,12 +1,14 @@
 """What a run is given, checked, as LangGraph takes it."""
 
+# LangGraph tells the types of its graphs to nobody.
+# pyright: reportMissingTypeStubs=false
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.pregel import Pregel
 from langgraph.types import Command
 from typing_extensions import is_typeddict
 
@@ -29,9 +31,7 @@ class Given:
     events: bool
 
 
-def checked(
-    run: AgentRun, graph: Pregel[Any, Any, Any, Any], parameters: Mapping[str, Any], *, streams: bool = False
-) -> Given:
+def checked(run: AgentRun, graph: Any, parameters: Mapping[str, Any], *, streams: bool = False) -> Given:
     """Raises AgentParametersError for what does not fit."""
     known = (*_KNOWN, *_OF_STREAMS) if streams else _KNOWN
     if unknown := [name for name in parameters if name not in known]:
@@ -53,7 +53,7 @@ def checked(
     return Given(given, RunnableConfig(**config), options, events)  # type: ignore[typeddict-item]
 
 
-def _input(run: AgentRun, graph: Pregel[Any, Any, Any, Any], parameters: Mapping[str, Any]) -> Any:
+def _input(run: AgentRun, graph: Any, parameters: Mapping[str, Any]) -> Any:
     if ("input" in parameters) == ("resume" in parameters):
         raise AgentParametersError(
             run.agent_name,
@@ -62,32 +62,32 @@ def _input(run: AgentRun, graph: Pregel[Any, Any, Any, Any], parameters: Mapping
         )
     if "resume" in parameters:
         return Command(resume=parameters["resume"])
-    given = parameters["input"]
-    if isinstance(graph, CompiledStateGraph) and isinstance(given, (str, bytes, int, float, list, tuple)):
-        schema = graph.builder.input_schema
+    given: Any = parameters["input"]
+    kind = cast("type[object]", type(given))
+    is_of_states = isinstance(graph, CompiledStateGraph)
+    if is_of_states and issubclass(kind, (str, bytes, int, float, list, tuple)):
+        schema = cast("Any", graph).builder.input_schema
         if is_typeddict(schema):
             raise AgentParametersError(
                 run.agent_name,
-                f"its input is a {type(given).__name__}",
+                f"its input is a {kind.__name__}",
                 f"give a mapping with {', '.join(map(repr, schema.__annotations__))}",
             )
     return given
 
 
-def _configurable(run: AgentRun, graph: Pregel[Any, Any, Any, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _configurable(run: AgentRun, graph: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
     configurable = parameters.get("configurable")
-    if configurable is None:
-        configurable = {}
-    if not isinstance(configurable, Mapping):
+    if configurable is not None and not isinstance(configurable, Mapping):
         raise AgentParametersError(run.agent_name, "configurable is no mapping", "give a mapping of names to values")
-    for name in configurable:
+    addressed: dict[Any, Any] = {**(configurable or {})}
+    for name in addressed:
         if not isinstance(name, str) or name in _ADDRESSES or name.startswith("__"):
             raise AgentParametersError(
                 run.agent_name,
                 f"configurable has {name!r}, which is LangGraph's",
                 "name the thread and the checkpoint with the parameters thread_id and checkpoint_id",
             )
-    addressed = {**configurable}
     thread_id = parameters.get("thread_id")
     if thread_id is not None:
         addressed["thread_id"] = thread_id

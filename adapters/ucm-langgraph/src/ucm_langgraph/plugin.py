@@ -1,7 +1,10 @@
 """LangGraph: the plugin, which runs compiled graphs, and agents of LangChain, which are compiled graphs too."""
 
+# LangGraph tells the types of its graphs to nobody.
+# pyright: reportMissingTypeStubs=false
+
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.cache.base import BaseCache
@@ -17,14 +20,20 @@ from ucm_langgraph.steps import PreparedGraphs
 from ucm_langgraph.store import OwnedStore
 from ucm_middleware import AgentError, AgentRun, hookimpl
 
-Graph = Pregel[Any, Any, Any, Any]
+Graph = Any
+
+_KEPT: Final[tuple[tuple[str, type, type], ...]] = (
+    ("checkpointer", BaseCheckpointSaver, OwnedCheckpointer),
+    ("store", BaseStore, OwnedStore),
+    ("cache", BaseCache, OwnedCache),
+)
 
 
 class LangGraph:
     """Runs compiled graphs, and agents that LangChain's ``create_agent`` makes, as one user each.
 
     ``UserContextManager(plugins=[LangGraph()])``, ``manager.register_agent("trips", lambda context: graph,
-    stateless=True)``, and ``await manager.execute_with_agent(user_id, "trips", {"input": {...}, "thread_id": "rome"})``.
+    stateless=True)``, ``await manager.execute_with_agent(user_id, "trips", {"input": {...}, "thread_id": "rome"})``.
     A compiled graph keeps nothing of a run, so that one may serve all of them.
 
     A graph whose checkpointer, store or cache is not owned is refused with AgentError, unless it is one of ``shared``:
@@ -46,7 +55,9 @@ class LangGraph:
         return _invoke(graph, given)
 
     @hookimpl
-    def ucm_stream_agent(self, run: AgentRun, agent: object, parameters: Mapping[str, Any]) -> AsyncIterator[object] | None:
+    def ucm_stream_agent(
+        self, run: AgentRun, agent: object, parameters: Mapping[str, Any]
+    ) -> AsyncIterator[object] | None:
         if not isinstance(agent, Pregel):
             return None
         graph, given = self._prepared(run, agent, parameters, streams=True)
@@ -60,14 +71,9 @@ class LangGraph:
         return self._graphs.of(agent), checked(run, agent, parameters, streams=streams)
 
     def _require_owned(self, run: AgentRun, agent: Graph) -> None:
-        for what, kept, bare, owned in (
-            ("checkpointer", agent.checkpointer, BaseCheckpointSaver, OwnedCheckpointer),
-            ("store", agent.store, BaseStore, OwnedStore),
-            ("cache", agent.cache, BaseCache, OwnedCache),
-        ):
-            if not isinstance(kept, bare) or isinstance(kept, owned):
-                continue
-            if not any(kept is each for each in self._shared):
+        for what, bare, owned in _KEPT:
+            kept: object = getattr(agent, what)
+            if isinstance(kept, bare) and not isinstance(kept, owned) and not any(kept is one for one in self._shared):
                 raise AgentError(
                     run.agent_name,
                     f"its {what} is all users' together: a {type(kept).__name__}",
@@ -86,7 +92,7 @@ async def _invoke(graph: Graph, given: Given) -> object:
 
 async def _stream(graph: Graph, given: Given) -> AsyncGenerator[object]:
     var_child_runnable_config.set(None)
-    stream = (
+    stream: Any = (
         graph.astream_events(given.input, given.config, version="v2", **given.options)
         if given.events
         else graph.astream(given.input, given.config, **given.options)
@@ -95,4 +101,4 @@ async def _stream(graph: Graph, given: Given) -> AsyncGenerator[object]:
         async for item in stream:
             yield item
     finally:
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()

@@ -3,6 +3,9 @@
 LangGraph runs steps and tools that block in threads, which nothing can stop. The graph's own nodes stay as they are.
 """
 
+# LangGraph tells the types of its graphs to nobody, and has no other way to its tools.
+# pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
+
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
@@ -17,6 +20,7 @@ from langgraph.pregel import Pregel
 
 from ucm_middleware import ContextNotFoundError, agent_run, current_context, current_run
 
+Graph = Any
 Nodes = dict[str, Any]
 
 _IN_EXECUTOR: Final = run_in_executor
@@ -28,10 +32,10 @@ class PreparedGraphs:
     __slots__ = ("_nodes",)
 
     def __init__(self) -> None:
-        self._nodes: WeakKeyDictionary[Pregel[Any, Any, Any, Any], tuple[object, Nodes]] = WeakKeyDictionary()
+        self._nodes: WeakKeyDictionary[Graph, tuple[object, Nodes]] = WeakKeyDictionary()
 
-    def of(self, graph: Pregel[Any, Any, Any, Any]) -> Pregel[Any, Any, Any, Any]:
-        """The graph for a run: whatever else the application sets on its own, such as a checkpointer, is on this too."""
+    def of(self, graph: Graph) -> Graph:
+        """The graph for a run. What the application sets on its own, such as a checkpointer, is on this one too."""
         known = self._nodes.get(graph)
         if known is None or known[0] is not graph.nodes:
             nodes = {name: self._node(name, node) for name, node in graph.nodes.items()}
@@ -63,7 +67,7 @@ class PreparedGraphs:
 class SubRun(Runnable[Any, Any]):
     """A graph that is a step of another one: run as a run inside of that one's, in a context of its own."""
 
-    def __init__(self, name: str, graphs: PreparedGraphs, graph: Pregel[Any, Any, Any, Any]) -> None:
+    def __init__(self, name: str, graphs: PreparedGraphs, graph: Graph) -> None:
         self.name = name
         self._graphs = graphs
         self._graph = graph

@@ -5,7 +5,7 @@ names and taken off what comes back, and what comes back without it is refused.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from langgraph.store.base import (
     BaseStore,
@@ -28,15 +28,15 @@ from ucm_middleware import current_context
 _KIND: Final = "langgraph_store"
 _PAGE: Final = 100
 
-I = TypeVar("I", bound=Item)
+Kept = TypeVar("Kept", bound=Item)
 
 
 class OwnedStore(BaseStore):
     """Wraps a store so that each user has namespaces of their own, whatever they are called.
 
     It works for the code of a context's user, in runs and in requests. Elsewhere it raises ContextNotFoundError, and in
-    code that outlived its context ContextClosedError. What is stored under a previous secret is moved to the current one
-    when it is first used; it begins to live anew then, with the store's own default of ``ttl`` and ``index``.
+    code that outlived its context ContextClosedError. What is stored under a previous secret is moved to the current
+    one when it is first used; it begins to live anew then, with the store's own default of ``ttl`` and ``index``.
     ``setup()`` and the like are the wrapped store's.
     """
 
@@ -44,7 +44,7 @@ class OwnedStore(BaseStore):
 
     def __init__(self, store: BaseStore) -> None:
         """Wrap ``store``. Raises TypeError for what is none, and for one that is wrapped already."""
-        if not isinstance(store, BaseStore) or isinstance(store, OwnedStore):
+        if not isinstance(store, BaseStore) or isinstance(store, OwnedStore):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a LangGraph store is needed, not {type(store).__name__}")
         self._store = store
 
@@ -108,16 +108,16 @@ def _moved(owner: Owner, found: Sequence[Item]) -> list[Op]:
 
 def _inside(owner: Owner, op: Op) -> Op:
     """The operation as the wrapped store gets it. Raises InvalidNamespaceError for bad labels, TypeError for no op."""
+    if not isinstance(op, (GetOp, PutOp, SearchOp, ListNamespacesOp)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"not an operation of a LangGraph store: {type(op).__name__}")
     validate_op_namespace(op)
     if isinstance(op, (GetOp, PutOp)):
         return op._replace(namespace=(owner.key, *op.namespace))
     if isinstance(op, SearchOp):
         return op._replace(namespace_prefix=(owner.key, *op.namespace_prefix))
-    if not isinstance(op, ListNamespacesOp):
-        raise TypeError(f"not an operation of a LangGraph store: {type(op).__name__}")
-    given = op.match_conditions or ()
     conditions = [
-        each if each.match_type == "suffix" else MatchCondition("prefix", (owner.key, *each.path)) for each in given
+        each if each.match_type == "suffix" else MatchCondition("prefix", (owner.key, *each.path))
+        for each in op.match_conditions or ()
     ]
     return op._replace(
         match_conditions=(MatchCondition("prefix", (owner.key,)), *conditions),
@@ -136,7 +136,7 @@ def _outside(owner: Owner, op: Op, result: Result) -> Result:
     return result
 
 
-def _shown(owner: Owner, item: I, make: Callable[[I, tuple[str, ...]], I]) -> I:
+def _shown(owner: Owner, item: Kept, make: Callable[[Kept, tuple[str, ...]], Kept]) -> Kept:
     return make(item, _stripped(owner, item.namespace))
 
 

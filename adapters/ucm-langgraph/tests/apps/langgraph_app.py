@@ -13,20 +13,26 @@ from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from langgraph_agents import ToolModel, agent, ask, others_in, said  # noqa: E402 - found by the line above
-from ucm_langgraph import LangGraph, OwnedCheckpointer, OwnerGuard  # noqa: E402
-from ucm_middleware import AgentPolicy, UserContextManager, UserContextMiddleware, current_context  # noqa: E402
+from langgraph_agents import ToolModel, agent, ask, others_in, said
+from ucm_langgraph import LangGraph, OwnedCheckpointer, OwnerGuard
+from ucm_middleware import AgentPolicy, UserContextManager, UserContextMiddleware, current_context
 
 model = ToolModel()
 graph = agent(model)
+bare = agent(ToolModel())
 manager = UserContextManager(plugins=[LangGraph()], agents=AgentPolicy(max_runs_per_user=10))
 manager.register_agent("talk", lambda _: graph, stateless=True)
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    async with AsyncSqliteSaver.from_conn_string(environ["CHAT_DATABASE"]) as saver:
-        graph.checkpointer = saver if environ["CHAT_ADAPTER"] == "bare" else OwnedCheckpointer(saver)
+    folder = Path(environ["CHAT_FOLDER"])
+    async with (
+        AsyncSqliteSaver.from_conn_string(str(folder / "owned.db")) as saver,
+        AsyncSqliteSaver.from_conn_string(str(folder / "bare.db")) as bare_saver,
+    ):
+        graph.checkpointer = OwnedCheckpointer(saver)
+        bare.checkpointer = bare_saver
         yield
 
 
@@ -53,6 +59,12 @@ async def direct(thread_id: str, request: Request) -> str:
     text = (await request.body()).decode()
     config: Any = {"configurable": {"thread_id": thread_id}, "callbacks": [OwnerGuard(current_context())]}
     return said(await graph.ainvoke(ask(text), config))
+
+
+@app.post("/bare/{thread_id}")
+async def as_langgraph_has_it(thread_id: str, request: Request) -> str:
+    text = (await request.body()).decode()
+    return said(await bare.ainvoke(ask(text), {"configurable": {"thread_id": thread_id}}))
 
 
 @app.post("/stream/{thread_id}")
