@@ -124,6 +124,7 @@ async def test_anothers_key_in_a_namespace_is_only_a_name(store: AnyStore, users
         for prefix in ((label,), (label, "notes"), ("%",), ("_" * len(label),), ("*",)):
             assert await store.call(owned, "search", prefix) == []
             assert await store.call(owned, "list_namespaces", prefix=prefix) == []
+        for prefix in ((label,), ("%",), ("*",)):
             assert await store.call(owned, "get", (*prefix, "notes", "home"), "a") is None
         with pytest.raises(InvalidNamespaceError):
             await store.call(owned, "batch", [GetOp((f"..{label}", "notes", "home"), "a")])
