@@ -144,6 +144,24 @@ class TestEvents:
         assert told["tool_completed"]["error"] == "OSError"
         assert told["agent_failed"]["error"] == "OSError"
 
+    async def test_of_a_tool_that_asks_a_person(self) -> None:
+        async def book(text: str) -> str:
+            """Asks first."""
+            return f"{text}: {interrupt('sure?')}"
+
+        made = agent(ToolModel(), book, checkpointer=OwnedCheckpointer(InMemorySaver()))
+        manager = managed()
+        manager.register_agent("talk", lambda _: made, stateless=True)
+        _, client, _ = connect(manager, "alice")
+        paused = await manager.execute_with_agent("alice", "talk", given("use book: rome"))
+        assert paused["__interrupt__"][0].value == "sure?"
+        done = await manager.execute_with_agent("alice", "talk", {"resume": "yes", "thread_id": "trip-1"})
+        assert "it said: rome: yes" in said(done)
+        await settled()
+        told = [(each["type"], each["data"].get("error")) for each in client.envelopes]
+        assert told.count(("tool_completed", None)) == 2
+        assert told.count(("agent_completed", None)) == 2
+
     async def test_of_what_a_model_thinks(self, ledger: RecordingLedger) -> None:
         class Thinker(ToolModel):
             def answer(self, messages: Any) -> AIMessage:

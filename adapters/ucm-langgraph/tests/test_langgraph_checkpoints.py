@@ -1,9 +1,11 @@
 """Threads on every saver: whoever names an id gets a thread of their own, and without the adapter the other's."""
 
 import operator
+from collections.abc import Sequence
 from typing import Annotated, Any, TypedDict
 
 import pytest
+from langgraph.channels.delta import DeltaChannel
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START
@@ -265,6 +267,33 @@ async def test_a_rotated_secret_keeps_the_threads(saver: AnySaver, first: str) -
     with managed(new).running("alice"):  # the previous secret is needed no more
         assert (await state_of(saver, graph, THREAD)).values["said"] == done["said"]
         assert len(await listed(saver, owned, None)) > count
+
+
+async def test_channels_of_differences_are_the_users_own(saver: AnySaver) -> None:
+    """What LangGraph puts together from a thread's writes, by another method of the saver's."""
+
+    def joined(state: list[str], writes: Sequence[list[str]]) -> list[str]:
+        return [*state, *(each for write in writes for each in write)]
+
+    class Differences(TypedDict):
+        said: Annotated[list[str], DeltaChannel(joined, list)]
+
+    def say(state: Differences) -> Any:
+        return {"said": [f"{len(state['said'])} of {current_context().user_id}"]}
+
+    graph = new_graph(Differences)
+    for name in ("say", "also"):
+        graph = graph.add_node(name, say).add_edge(START, name)
+    graph = graph.compile(checkpointer=OwnedCheckpointer(saver.bare))
+    old, new = "the first secret of this test: 0123456789", "the second secret of this test: 0123456789"
+    for user_id in ("alice", "bob"):
+        with managed(old).running(user_id):
+            for turn in range(3):
+                done = await run_graph(saver, graph, {"said": [f"{turn} {user_id}"]}, THREAD)
+            assert len(done["said"]) == 9
+            assert all(user_id in each for each in done["said"])
+    with managed(new, old).running("bob"):
+        assert (await state_of(saver, graph, THREAD)).values == done
 
 
 async def test_deleting_during_a_rotation_leaves_nothing(saver: AnySaver) -> None:

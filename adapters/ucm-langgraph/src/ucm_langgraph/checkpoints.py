@@ -258,8 +258,8 @@ class OwnedCheckpointer(BaseCheckpointSaver[Any]):
         for each in sorted(stored, key=_age):
             config, metadata, versions = _again(each, target)
             stored_as = self._saver.put(config, each.checkpoint, metadata, versions)
-            for task_id, writes in _writes_of(each):
-                self._saver.put_writes(stored_as, writes, task_id)
+            for task_id, writes, path in _writes_of(each):
+                self._saver.put_writes(stored_as, writes, task_id, path)
         return bool(stored)
 
     async def _acopy(self, source: str, target: Thread) -> bool:
@@ -267,8 +267,8 @@ class OwnedCheckpointer(BaseCheckpointSaver[Any]):
         for each in sorted(stored, key=_age):
             config, metadata, versions = _again(each, target)
             stored_as = await self._saver.aput(config, each.checkpoint, metadata, versions)
-            for task_id, writes in _writes_of(each):
-                await self._saver.aput_writes(stored_as, writes, task_id)
+            for task_id, writes, path in _writes_of(each):
+                await self._saver.aput_writes(stored_as, writes, task_id, path)
         return bool(stored)
 
 
@@ -374,8 +374,10 @@ def _again(found: CheckpointTuple, target: Thread) -> tuple[RunnableConfig, Chec
     return config, _marked(target, found.metadata), found.checkpoint["channel_versions"]
 
 
-def _writes_of(found: CheckpointTuple) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+def _writes_of(found: CheckpointTuple) -> Iterator[tuple[str, list[tuple[str, Any]], str]]:
+    """What to put again, task by task, each with a path that sorts as these are sorted: what it was, no saver tells."""
     writes: dict[str, list[tuple[str, Any]]] = {}
     for task_id, channel, value in found.pending_writes or ():
         writes.setdefault(task_id, []).append((channel, value))
-    return iter(writes.items())
+    for place, (task_id, written) in enumerate(writes.items()):
+        yield task_id, written, f"{place:08d}"

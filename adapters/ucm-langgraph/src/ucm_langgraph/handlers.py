@@ -11,6 +11,7 @@ from typing import Any, cast
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
+from langgraph.errors import GraphBubbleUp
 
 from ucm_middleware import (
     AgentRun,
@@ -67,9 +68,10 @@ class RunHandler(BaseCallbackHandler):
             call.__exit__(None, None, None)
 
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
-        """A tool has failed, was cancelled, or asks a person first."""
+        """A tool has failed, or was cancelled; or it asks a person, or hands over, and nothing failed."""
+        failed = None if isinstance(error, GraphBubbleUp) else error
         if (call := self._calls.pop(run_id, None)) is not None:
-            call.__exit__(type(error), error, None)
+            call.__exit__(type(failed), failed, None)
 
     def _here(self) -> AgentRun:
         """The run that the calling code belongs to: this one, or one inside of it.
