@@ -352,6 +352,29 @@ class TestStragglers:
         await task
         assert manager.get_stragglers() == []
 
+    async def test_a_step_that_is_no_tool_is_listed_and_not_told_of(
+        self, manager: UserContextManager, ledger: RecordingLedger
+    ) -> None:
+        step = Blocking()
+
+        async def agent() -> None:
+            await asyncio.to_thread(current_run().in_thread(step, "step"), lambda: current_run().thinking())
+
+        stateless(manager, agent=agent)
+        task = asyncio.ensure_future(manager.execute_with_agent("alice", "agent"))
+        await asyncio.to_thread(step.started.wait)
+        assert manager.get_stragglers() == []
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        [straggler] = manager.get_stragglers()
+        assert (straggler.user_id, straggler.tool) == ("alice", "step")
+        step.go_on.set()
+        await asyncio.to_thread(step.ended.wait)
+        assert isinstance(step.outcome, ContextClosedError)
+        await asyncio.to_thread(wait_until, lambda: manager.get_stragglers() == [], "the straggler to end")
+        assert phases(ledger) == [("agent_started", "agent"), ("agent_failed", "agent", "cancelled")]
+
     async def test_an_agent_that_ignores_its_cancellation_is_left_behind_and_listed(
         self, manager: UserContextManager, ledger: RecordingLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:

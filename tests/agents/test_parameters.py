@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from support.agents import stateless
 from ucm_middleware import UserContextManager
 
 
-async def test_names_of_a_contexts_fields_may_be_parameters() -> None:
+async def test_names_of_a_contexts_fields_may_be_parameters(manager: UserContextManager) -> None:
     async def agent(**parameters: Any) -> Any:
         return parameters
 
-    manager = UserContextManager()
-    manager.register_agent("talk", lambda _: agent, stateless=True)
+    stateless(manager, talk=agent)
     given = {"thread_id": "trip-1", "run_id": 1, "user_id": "somebody", "db_session": None}
     assert await manager.execute_with_agent("alice", "talk", given) == given
