@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypedDict
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import RunnableConfig
 from langgraph.cache.memory import InMemoryCache
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState
@@ -263,6 +264,25 @@ class TestTrees:
 
         await asyncio.gather(*map(talk, SOME))
         assert set(seen) == {"outer"}
+
+    async def test_it_takes_nothing_of_the_others_configuration(self) -> None:
+        class Seen(TypedDict):
+            seen: Any
+
+        async def outer(_: Seen, config: RunnableConfig) -> Any:
+            assert config["configurable"]["flavour"] == "sweet"
+            result = await manager.execute_with_agent(current_context().user_id, "inner", {"input": {"seen": 0}})
+            return {"seen": result["seen"]}
+
+        async def inner(_: Seen, config: RunnableConfig) -> Any:
+            return {"seen": config["configurable"].get("flavour", "nothing")}
+
+        manager = managed()
+        for name, step in (("outer", outer), ("inner", inner)):
+            made = new_graph(Seen).add_node("step", step).add_edge(START, "step").compile()
+            manager.register_agent(name, lambda _, made=made: made, stateless=True)  # type: ignore[misc]
+        given = {"input": {"seen": 0}, "configurable": {"flavour": "sweet"}}
+        assert await manager.execute_with_agent("alice", "outer", given) == {"seen": "nothing"}
 
     async def test_a_hand_off_is_no_failure(self, ledger: RecordingLedger) -> None:
         def leave(_: MessagesState) -> Any:
