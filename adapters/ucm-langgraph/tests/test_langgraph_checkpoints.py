@@ -1,5 +1,6 @@
 """Threads on every saver: whoever names an id gets a thread of their own, and without the adapter the other's."""
 
+import asyncio
 import operator
 from collections.abc import Sequence
 from typing import Annotated, Any, TypedDict
@@ -21,6 +22,7 @@ from ucm_middleware import (
     InvalidContextError,
     UserContextManager,
     current_context,
+    managed_user_context,
 )
 from ucm_middleware.testing import Users
 
@@ -159,7 +161,7 @@ async def test_a_listing_shows_the_users_own(saver: AnySaver, users: Users) -> N
             "input"
         }
         stolen = await listed(saver, owned, None, filter={"ucm_owner": "whatever", "source": "input"})
-        assert len(stolen) == 2  # as if it had not been named
+        assert len(stolen) == 4  # as if it had not been named: two threads, and the one in each
         one = await listed(saver, owned, THREAD)
         assert 0 < len(one) < len(everything)
         before = await listed(saver, owned, THREAD, before=one[0].config)
@@ -351,6 +353,23 @@ class TestOnMemory:
             stream = graph.astream({"said": ["alice's secret"]}, THREAD, stream_mode="updates")
             await alice.do(anext(stream))
             assert "alice's secret" in str(await bob.do(drain(stream)))
+
+    async def test_what_threads_store_that_have_lost_the_context_is_the_runs(self, owned: OwnedCheckpointer) -> None:
+        """Under a middleware code in no context may do nothing; LangGraph stores from callbacks of its threads."""
+        manager = UserContextManager()
+        context = manager.create_isolated_context("alice")
+        graph = new_graph(Talk)
+        for name in ("one", "two", "three"):
+            graph = graph.add_node(name, lambda _: {"said": [current_context().user_id]}).add_edge(START, name)
+        graph = graph.compile(checkpointer=owned)
+        with managed_user_context(context):
+            manager.serve()
+            items = await asyncio.to_thread(lambda: list(graph.stream({"said": []}, THREAD, stream_mode="updates")))
+            assert len(items) == 3
+            [before] = [each for each in graph.get_state_history(THREAD) if each.next == ("one", "three", "two")]
+            assert [task.result for task in before.tasks] == [{"said": ["alice"]}] * 3
+        with pytest.raises(ContextNotFoundError):
+            graph.get_state(THREAD)
 
     async def test_what_an_application_gave_is_not_marked(self, owned: OwnedCheckpointer, users: Users) -> None:
         """A configuration may be shared by all requests."""
