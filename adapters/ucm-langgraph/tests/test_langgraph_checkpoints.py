@@ -366,7 +366,7 @@ class TestOnMemory:
             manager.serve()
             items = await asyncio.to_thread(lambda: list(graph.stream({"said": []}, THREAD, stream_mode="updates")))
             assert len(items) == 3
-            [before] = [each for each in graph.get_state_history(THREAD) if each.next == ("one", "three", "two")]
+            [before] = [each for each in graph.get_state_history(THREAD) if len(each.next) == 3]
             assert [task.result for task in before.tasks] == [{"said": ["alice"]}] * 3
         with pytest.raises(ContextNotFoundError):
             graph.get_state(THREAD)
