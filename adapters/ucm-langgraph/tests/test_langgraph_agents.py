@@ -368,6 +368,22 @@ class TestStreams:
 
         await asyncio.gather(*map(talk, SOME))
 
+    @pytest.mark.parametrize("options", [{"stream_mode": "updates", "subgraphs": True}, {"events": True}], ids=str)
+    async def test_what_happens_in_a_subgraph_is_streamed(self, options: dict[str, Any]) -> None:
+        inner = agent(ToolModel(), look, alook, name="inner")
+        made = new_graph(MessagesState).add_node("specialist", inner).add_edge(START, "specialist").compile()
+        manager = managed()
+        manager.register_agent("desk", lambda _: made, stateless=True)
+        parameters = {"input": ask(f"use look: {secret_of('alice')}"), **options}
+        async with manager.stream_with_agent("alice", "desk", parameters) as stream:
+            items: list[Any] = [item async for item in stream]
+        if "events" in options:
+            assert "on_tool_end" in {item["event"] for item in items}
+        else:
+            inside = [item for namespace, item in items if namespace and namespace[0].startswith("specialist:")]
+            assert [list(item)[0] for item in inside] == ["model", "tools", "model"]
+        assert f"{secret_of('alice')} in a thread" in said(stream.result)
+
     async def test_another_user_gets_nothing_of_it_and_does_not_run_it(self) -> None:
         model = ToolModel()
         made = agent(model)
