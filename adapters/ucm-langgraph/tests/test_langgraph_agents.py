@@ -381,7 +381,7 @@ class TestStreams:
             assert "on_tool_end" in {item["event"] for item in items}
         else:
             inside = [item for namespace, item in items if namespace and namespace[0].startswith("specialist:")]
-            assert [list(item)[0] for item in inside] == ["model", "tools", "model"]
+            assert [next(iter(item)) for item in inside] == ["model", "tools", "model"]
         assert f"{secret_of('alice')} in a thread" in said(stream.result)
 
     async def test_another_user_gets_nothing_of_it_and_does_not_run_it(self) -> None:
