@@ -181,12 +181,14 @@ class TestMiddleware:
         with users.running("alice"):
             assert secret_of("alice") in said(await made.ainvoke(None, CONFIG))
 
-    async def test_a_stream_that_is_passed_on(self, users: Users) -> None:
+    @pytest.mark.parametrize("step", ["model", "tools"])
+    async def test_a_stream_that_is_passed_on(self, users: Users, step: str) -> None:
+        """After the model, where a tool is to be called, and after that, where the model is."""
         model = ToolModel()
         made = self.agent(model)
         with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
             stream = made.astream(ask("use alook: alice's secret"), stream_mode="updates")
-            while "model" not in await alice.do(anext(stream)):
+            while step not in await alice.do(anext(stream)):
                 continue
             with pytest.raises(CrossUserAccessError):
                 await bob.do(drain(stream))
