@@ -69,9 +69,12 @@ class RunHandler(BaseCallbackHandler):
 
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
         """A tool has failed, or was cancelled; or it asks a person, or hands over, and nothing failed."""
-        failed = None if isinstance(error, GraphBubbleUp) else error
-        if (call := self._calls.pop(run_id, None)) is not None:
-            call.__exit__(type(failed), failed, None)
+        if (call := self._calls.pop(run_id, None)) is None:
+            return
+        if isinstance(error, GraphBubbleUp):
+            call.__exit__(None, None, None)
+        else:
+            call.__exit__(type(error), error, None)
 
     def _here(self) -> AgentRun:
         """The run that the calling code belongs to: this one, or one inside of it.
