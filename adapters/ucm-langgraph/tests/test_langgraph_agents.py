@@ -270,12 +270,12 @@ class TestTrees:
             seen: Any
 
         async def outer(_: Seen, config: RunnableConfig) -> Any:
-            assert config["configurable"]["flavour"] == "sweet"
+            assert config.get("configurable", {})["flavour"] == "sweet"
             result = await manager.execute_with_agent(current_context().user_id, "inner", {"input": {"seen": 0}})
             return {"seen": result["seen"]}
 
         async def inner(_: Seen, config: RunnableConfig) -> Any:
-            return {"seen": config["configurable"].get("flavour", "nothing")}
+            return {"seen": config.get("configurable", {}).get("flavour", "nothing")}
 
         manager = managed()
         for name, step in (("outer", outer), ("inner", inner)):

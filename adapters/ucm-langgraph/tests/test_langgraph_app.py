@@ -3,13 +3,17 @@
 import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
 from langgraph_agents import USERS, others_in, secret_of
+from support.waiting import wait_until
 from ucm_middleware.testing import Server, start_server
+
+pytestmark = pytest.mark.timeout(120)  # with the start of the server
 
 SECRET = "a secret for the tests of LangGraph: 0123456789"
 
@@ -17,8 +21,11 @@ SECRET = "a secret for the tests of LangGraph: 0123456789"
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     env = {"CHAT_FOLDER": str(tmp_path_factory.mktemp("chat")), "UCM_SECRET": SECRET}
-    with start_server("langgraph_app:app", app_dir=Path(__file__).parent / "apps", env=env) as server:
-        yield server
+    # Importing all that LangGraph imports takes its time on a busy machine.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ucm_middleware.testing.server.wait_until", partial(wait_until, timeout=60))
+        with start_server("langgraph_app:app", app_dir=Path(__file__).parent / "apps", env=env) as server:
+            yield server
 
 
 @pytest.fixture

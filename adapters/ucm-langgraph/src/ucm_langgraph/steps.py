@@ -32,16 +32,15 @@ class PreparedGraphs:
     __slots__ = ("_nodes",)
 
     def __init__(self) -> None:
-        self._nodes: WeakKeyDictionary[Graph, tuple[object, Nodes]] = WeakKeyDictionary()
+        self._nodes: WeakKeyDictionary[Graph, Nodes] = WeakKeyDictionary()
 
     def of(self, graph: Graph) -> Graph:
         """The graph for a run. What the application sets on its own, such as a checkpointer, is on this one too."""
-        known = self._nodes.get(graph)
-        if known is None or known[0] is not graph.nodes:
-            nodes = {name: self._node(name, node) for name, node in graph.nodes.items()}
-            known = self._nodes[graph] = graph.nodes, nodes
+        nodes = self._nodes.get(graph)
+        if nodes is None:
+            nodes = self._nodes[graph] = {name: self._node(name, node) for name, node in graph.nodes.items()}
         prepared = copy.copy(graph)
-        prepared.nodes = known[1]
+        prepared.nodes = nodes
         return prepared
 
     def _node(self, name: str, node: Any) -> Any:
