@@ -36,7 +36,7 @@ from ucm_middleware import (
 )
 from ucm_middleware.testing import RecordingLedger, Users
 
-SOME = USERS[:20]
+SOME = USERS[:12]
 
 
 def managed(**options: Any) -> UserContextManager:
