@@ -1,1 +1,12 @@
 """Agents of Google's ADK that run as one user: an adapter of ucm-middleware."""
+
+from ucm_google_adk.installed import require_adk
+
+require_adk()
+
+from ucm_google_adk.artifacts import OwnedArtifactService  # noqa: E402
+from ucm_google_adk.errors import SharedStateError  # noqa: E402
+from ucm_google_adk.memory import OwnedMemoryService  # noqa: E402
+from ucm_google_adk.sessions import OwnedSessionService  # noqa: E402
+
+__all__ = ["OwnedArtifactService", "OwnedMemoryService", "OwnedSessionService", "SharedStateError"]

@@ -1,0 +1,52 @@
+"""Session services on memory, SQLite and PostgreSQL; one server for all tests, and an app of each test's own."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from secrets import token_hex
+
+import pytest
+from google.adk.sessions.base_session_service import BaseSessionService
+from google.adk.sessions.database_session_service import DatabaseSessionService
+from google.adk.sessions.in_memory_session_service import InMemorySessionService
+
+from support.databases import postgres_server
+from support.postgres import Database, PostgresServer
+
+__all__ = ["postgres_server"]
+
+SECRET = "a secret of thirty-two bytes or more, for tests"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("UCM_ENVIRONMENT", "testing")
+    config.add_cleanup(patch.undo)
+
+
+@pytest.fixture
+def app() -> str:
+    """The name of an ADK app that no other test uses."""
+    return f"app_{token_hex(6)}"
+
+
+@pytest.fixture(scope="session")
+def shared_database(postgres_server: PostgresServer) -> Iterator[Database]:
+    with postgres_server.database(notes=False) as shared:
+        yield shared
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
+async def service(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BaseSessionService]:
+    """A session service of ADK, bare."""
+    if request.param == "memory":
+        yield InMemorySessionService()
+        return
+    if request.param == "sqlite":
+        url = f"sqlite+aiosqlite:///{tmp_path / 'sessions.db'}"
+    else:
+        url = request.getfixturevalue("shared_database").owner.url("postgresql+asyncpg")
+    database = DatabaseSessionService(url)
+    try:
+        yield database
+    finally:
+        await database.close()

@@ -1,0 +1,53 @@
+"""An offline model for ADK: it does what the conversation's last message says, and keeps what it was shown."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from google.adk.models.base_llm import BaseLlm
+from google.adk.models.llm_request import LlmRequest
+from google.adk.models.llm_response import LlmResponse
+from google.genai import types
+from pydantic import PrivateAttr
+
+
+class OfflineModel(BaseLlm):
+    """Asks for the tools of ``calls`` one after another, each with its arguments, and then says ``answer``.
+
+    How far it has come, it sees from the request alone, so that one instance serves many at once.
+    """
+
+    model: str = "offline"
+    calls: tuple[tuple[str, dict[str, Any]], ...] = ()
+    answer: str = "done"
+    _seen: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def seen(self) -> list[str]:
+        """Each request, as text."""
+        return self._seen
+
+    async def generate_content_async(
+        self, llm_request: LlmRequest, stream: bool = False
+    ) -> AsyncGenerator[LlmResponse, None]:
+        self._seen.append(llm_request.model_dump_json(include={"contents", "config"}, exclude_none=True))
+        answered = 0
+        for content in reversed(llm_request.contents):
+            parts = content.parts or []
+            if content.role == "user" and any(part.text for part in parts) and not answered_here(parts):
+                break
+            answered += sum(1 for part in parts if part.function_response)
+        if answered < len(self.calls):
+            name, arguments = self.calls[answered]
+            part = types.Part.from_function_call(name=name, args=arguments)
+            yield LlmResponse(content=types.Content(role="model", parts=[part]))
+            return
+        if stream:
+            for word in self.answer.split():
+                yield LlmResponse(
+                    content=types.Content(role="model", parts=[types.Part(text=word)]), partial=True
+                )
+        yield LlmResponse(content=types.Content(role="model", parts=[types.Part(text=self.answer)]))
+
+
+def answered_here(parts: list[types.Part]) -> bool:
+    return any(part.function_response for part in parts)
