@@ -42,10 +42,11 @@ async def service(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield InMemorySessionService()
         return
     if request.param == "sqlite":
-        url = f"sqlite+aiosqlite:///{tmp_path / 'sessions.db'}"
+        # On several connections, ADK's own transactions lock one another out.
+        database = DatabaseSessionService(f"sqlite+aiosqlite:///{tmp_path / 'sessions.db'}", pool_size=1, max_overflow=0)
     else:
         url = request.getfixturevalue("shared_database").owner.url("postgresql+asyncpg")
-    database = DatabaseSessionService(url)
+        database = DatabaseSessionService(url, pool_size=20)
     try:
         yield database
     finally:

@@ -9,6 +9,11 @@ from google.adk.models.llm_response import LlmResponse
 from google.genai import types
 from pydantic import PrivateAttr
 
+from ucm_middleware.current import ambient_context
+
+# ADK complains of a model that gives none.
+_USAGE = types.GenerateContentResponseUsageMetadata(prompt_token_count=1, candidates_token_count=1, total_token_count=2)
+
 
 class OfflineModel(BaseLlm):
     """Asks for the tools of ``calls`` one after another, each with its arguments, and then says ``answer``.
@@ -19,17 +24,24 @@ class OfflineModel(BaseLlm):
     model: str = "offline"
     calls: tuple[tuple[str, dict[str, Any]], ...] = ()
     answer: str = "done"
-    _seen: list[str] = PrivateAttr(default_factory=list)
+    _asked: list[tuple[str | None, str]] = PrivateAttr(default_factory=list)
+
+    @property
+    def asked(self) -> list[tuple[str | None, str]]:
+        """Each request, as text, with the user whose context it came in."""
+        return self._asked
 
     @property
     def seen(self) -> list[str]:
         """Each request, as text."""
-        return self._seen
+        return [text for _, text in self._asked]
 
     async def generate_content_async(
         self, llm_request: LlmRequest, stream: bool = False
     ) -> AsyncGenerator[LlmResponse, None]:
-        self._seen.append(llm_request.model_dump_json(include={"contents", "config"}, exclude_none=True))
+        context = ambient_context()
+        shown = llm_request.model_dump_json(include={"contents", "config"}, exclude_none=True)
+        self._asked.append((None if context is None else context.user_id, shown))
         answered = 0
         for content in reversed(llm_request.contents):
             parts = content.parts or []
@@ -39,14 +51,15 @@ class OfflineModel(BaseLlm):
         if answered < len(self.calls):
             name, arguments = self.calls[answered]
             part = types.Part.from_function_call(name=name, args=arguments)
-            yield LlmResponse(content=types.Content(role="model", parts=[part]))
+            yield LlmResponse(content=types.Content(role="model", parts=[part]), usage_metadata=_USAGE)
             return
         if stream:
             for word in self.answer.split():
                 yield LlmResponse(
                     content=types.Content(role="model", parts=[types.Part(text=word)]), partial=True
                 )
-        yield LlmResponse(content=types.Content(role="model", parts=[types.Part(text=self.answer)]))
+        content = types.Content(role="model", parts=[types.Part(text=self.answer)])
+        yield LlmResponse(content=content, usage_metadata=_USAGE)
 
 
 def answered_here(parts: list[types.Part]) -> bool:
