@@ -44,6 +44,7 @@ class _SubRun:
     agent: str
     invocation: InvocationContext
     block: AbstractAsyncContextManager[AgentRun]
+    run: AgentRun
     task: "asyncio.Task[Any] | None"
     within: "ReferenceType[AgentRun]"
     outer: "_SubRun | None"
@@ -77,11 +78,27 @@ class UserContextPlugin(BasePlugin):
         del agent, invocation
         return False
 
+    def run_here(self, invocation: InvocationContext, action: str) -> AgentRun | None:
+        """The innermost run that this code belongs to, if there is one, after a look at whose context it is.
+
+        Raises CrossUserAccessError unless the session is the running user's, and ContextNotFoundError outside.
+        """
+        require_same_user(current_context(), invocation.session.user_id, action)
+        try:
+            return current_run()
+        except ContextNotFoundError:
+            return None
+
     def outermost(self, run: AgentRun) -> AgentRun:
         """The run that ADK was started in, which ``run`` is or is a sub-run of."""
         innermost = _innermost.get()
         within = None if innermost is None else innermost.within()
         return run if within is None or within.has_ended else within
+
+    def innermost(self) -> AgentRun | None:
+        """The run of the sub-agent that this code is in."""
+        innermost = _innermost.get()
+        return innermost.run if innermost is not None and self._is_open(innermost) else None
 
     # Whose it is.
 
@@ -90,36 +107,35 @@ class UserContextPlugin(BasePlugin):
     ) -> types.Content | None:
         """A message comes in."""
         del user_message
-        _check(invocation_context, "message to an agent")
+        self.run_here(invocation_context, "message to an agent")
         return None
 
     async def before_run_callback(self, *, invocation_context: InvocationContext) -> types.Content | None:
         """An invocation begins."""
-        _check(invocation_context, "run of an agent")
+        self.run_here(invocation_context, "run of an agent")
         return None
 
     async def on_event_callback(self, *, invocation_context: InvocationContext, event: Event) -> Event | None:
         """An event goes to whoever reads."""
         del event
-        _check(invocation_context, "event of an agent")
-        await self._sweep()
+        if (run := self.run_here(invocation_context, "event of an agent")) is not None:
+            await self._sweep(run)
         return None
 
     async def after_run_callback(self, *, invocation_context: InvocationContext) -> None:
         """An invocation has ended."""
-        del invocation_context
-        await self._sweep()
+        if (run := self.run_here(invocation_context, "end of an agent")) is not None:
+            await self._sweep(run)
 
     # Agents.
 
     async def before_agent_callback(self, *, agent: BaseAgent, callback_context: CallbackContext) -> types.Content | None:
         """An agent begins."""
         invocation = _invocation_of(callback_context)
-        _check(invocation, f"agent {agent.name}")
-        run = _run_here()
+        run = self.run_here(invocation, f"agent {agent.name}")
         if run is None:
             return None
-        await self._sweep()
+        await self._sweep(run)
         while (innermost := _innermost.get()) is not None and innermost.is_stale and self._is_open(innermost):
             await self._leave(innermost, None)
         if self.is_run_itself(agent, invocation):
@@ -129,9 +145,9 @@ class UserContextPlugin(BasePlugin):
             innermost.invocation = invocation  # it goes on after what it had delegated
             return None
         block = agent_run(current_context(), agent.name)
-        await block.__aenter__()
+        entered_run = await block.__aenter__()
         outermost = self.outermost(run)
-        entered = _SubRun(agent.name, invocation, block, task, ref(outermost), innermost)
+        entered = _SubRun(agent.name, invocation, block, entered_run, task, ref(outermost), innermost)
         self._open.setdefault(outermost, []).append(entered)
         _innermost.set(entered)
         return None
@@ -173,10 +189,11 @@ class UserContextPlugin(BasePlugin):
             if raised is not error:
                 raise
 
-    async def _sweep(self) -> None:
+    async def _sweep(self, run: AgentRun) -> None:
         """End the runs of agents whose task has ended without a word: of those that handed over to another, say."""
-        run = _run_here()
-        for sub_run in () if run is None else tuple(self._open.get(self.outermost(run), ())):
+        if not self._open:
+            return
+        for sub_run in tuple(self._open.get(self.outermost(run), ())):
             if sub_run.task is not None and sub_run.task.done() and self._is_open(sub_run):
                 await self._leave(sub_run, asyncio.CancelledError() if sub_run.task.cancelled() else None)
 
@@ -192,8 +209,7 @@ class UserContextPlugin(BasePlugin):
     ) -> LlmResponse | None:
         """A model is asked."""
         del llm_request
-        _check(_invocation_of(callback_context), "call of a model")
-        if (run := _run_here()) is not None:
+        if (run := self.run_here(_invocation_of(callback_context), "call of a model")) is not None:
             run.thinking()
         return None
 
@@ -201,10 +217,11 @@ class UserContextPlugin(BasePlugin):
         self, *, callback_context: CallbackContext, llm_response: LlmResponse
     ) -> LlmResponse | None:
         """A model answers."""
-        _check(_invocation_of(callback_context), "answer of a model")
-        for part in (llm_response.content.parts if llm_response.content else None) or []:
-            if part.thought and part.text and (run := _run_here()) is not None:
-                run.thinking(part.text)
+        for part in (llm_response.content.parts if llm_response.content else None) or ():
+            if part.thought and part.text:
+                run = self.run_here(_invocation_of(callback_context), "answer of a model")
+                if run is not None:
+                    run.thinking(part.text)
         return None
 
     # Tools.
@@ -214,8 +231,7 @@ class UserContextPlugin(BasePlugin):
     ) -> dict[str, Any] | None:
         """A tool is called."""
         del tool_args
-        _check(_invocation_of(tool_context), f"tool {tool.name}")
-        if (run := _run_here()) is not None:
+        if (run := self.run_here(_invocation_of(tool_context), f"tool {tool.name}")) is not None:
             call = run.tool(tool.name, tool_context.function_call_id)
             self._calls[tool_context] = call
             call.__enter__()
@@ -246,18 +262,6 @@ class UserContextPlugin(BasePlugin):
 
 def _invocation_of(context: CallbackContext) -> InvocationContext:
     return context._invocation_context  # pyright: ignore[reportPrivateUsage] - get_invocation_context() copies
-
-
-def _check(invocation: InvocationContext, action: str) -> None:
-    """Raise CrossUserAccessError unless the session is the running user's, and ContextNotFoundError outside."""
-    require_same_user(current_context(), invocation.session.user_id, action)
-
-
-def _run_here() -> AgentRun | None:
-    try:
-        return current_run()
-    except ContextNotFoundError:
-        return None
 
 
 def _is_again(

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from ucm_google_adk.artifacts import OwnedArtifactService
 from ucm_google_adk.callbacks import UserContextPlugin
 from ucm_google_adk.memory import OwnedMemoryService
+from ucm_google_adk.owners import require_same_user
 from ucm_google_adk.sessions import OwnedSessionService
 from ucm_google_adk.toolsets import Toolsets
 from ucm_middleware import AgentParametersError, AgentRun, UserContextError, hookimpl
@@ -214,6 +215,13 @@ class _RunPlugin(UserContextPlugin):
             and agent.name == self._root.name
             and agent.parent_agent is None
         )
+
+    def run_here(self, invocation: InvocationContext, action: str) -> AgentRun:
+        """The run that the plugin was made for, or the sub-run that this code is in."""
+        run = self.innermost() or self._run
+        run.require_here()
+        require_same_user(run.context, invocation.session.user_id, action)
+        return run
 
     def outermost(self, run: AgentRun) -> AgentRun:
         """The one that the plugin was made for."""

@@ -122,7 +122,9 @@ class OwnedSessionService(BaseSessionService):
             appended = await self._service.append_event(stored, event)
         except SessionNotFoundError:
             raise SessionNotFoundError(f"Session {session.id} not found.") from None
-        session.events, session.state, session.last_update_time = stored.events, stored.state, stored.last_update_time
+        if stored.events is not session.events or stored.state is not session.state:  # a service of another make
+            session.events, session.state = stored.events, stored.state
+        session.last_update_time = stored.last_update_time
         return appended
 
     async def flush(self) -> None:
@@ -146,12 +148,15 @@ class OwnedSessionService(BaseSessionService):
     ) -> OwnedSession:
         """A stored session as its user sees it, which it is checked to be."""
         owner.check_session(context, client_id, stored.id, stored.user_id)
+        # A copy, since what a service keeps may be this very object; from here on, both stand for one session.
         hidden = CLIENT_ID if self._own_apps else (CLIENT_ID, State.APP_PREFIX)
+        state = {key: value for key, value in stored.state.items() if not key.startswith(hidden)}
+        stored = stored.model_copy(update={"state": state})
         session = OwnedSession.model_construct(
             id=client_id,
             app_name=app_name,
             user_id=owner.user_id,
-            state={key: value for key, value in stored.state.items() if not key.startswith(hidden)},
+            state=state,
             events=stored.events,
             last_update_time=stored.last_update_time,
         )
@@ -168,7 +173,10 @@ class OwnedSessionService(BaseSessionService):
             )
             if isinstance(session, OwnedSession):
                 session._stored = stored
-        stored.events, stored.state, stored.last_update_time = session.events, session.state, session.last_update_time
+        if stored.events is not session.events or stored.state is not session.state:
+            stored.events, stored.state = session.events, session.state
+        if stored.last_update_time != session.last_update_time:
+            stored.last_update_time = session.last_update_time
         return stored
 
     def _check_state(self, keys: Iterable[str]) -> None:
