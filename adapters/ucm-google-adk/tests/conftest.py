@@ -43,7 +43,9 @@ async def service(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         return
     if request.param == "sqlite":
         # On several connections, ADK's own transactions lock one another out.
-        database = DatabaseSessionService(f"sqlite+aiosqlite:///{tmp_path / 'sessions.db'}", pool_size=1, max_overflow=0)
+        database = DatabaseSessionService(
+            f"sqlite+aiosqlite:///{tmp_path / 'sessions.db'}", pool_size=1, max_overflow=0
+        )
     else:
         url = request.getfixturevalue("shared_database").owner.url("postgresql+asyncpg")
         database = DatabaseSessionService(url, pool_size=20)

@@ -55,9 +55,7 @@ class OfflineModel(BaseLlm):
             return
         if stream:
             for word in self.answer.split():
-                yield LlmResponse(
-                    content=types.Content(role="model", parts=[types.Part(text=word)]), partial=True
-                )
+                yield LlmResponse(content=types.Content(role="model", parts=[types.Part(text=word)]), partial=True)
         content = types.Content(role="model", parts=[types.Part(text=self.answer)])
         yield LlmResponse(content=content, usage_metadata=_USAGE)
 

@@ -3,18 +3,19 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable
+from contextvars import copy_context
 from typing import Any
 
 import pytest
+from google.adk.agents._streaming_mode import StreamingMode
 from google.adk.agents.base_agent import BaseAgent
 from google.adk.agents.callback_context import CallbackContext
 from google.adk.agents.llm_agent import LlmAgent
 from google.adk.agents.loop_agent import LoopAgent
 from google.adk.agents.parallel_agent import ParallelAgent
-from google.adk.agents.run_config import RunConfig, StreamingMode, ToolThreadPoolConfig
+from google.adk.agents.run_config import RunConfig, ToolThreadPoolConfig
 from google.adk.agents.sequential_agent import SequentialAgent
 from google.adk.apps.app import App
-from google.adk.events.event import Event
 from google.adk.models.base_llm import BaseLlm
 from google.adk.models.llm_request import LlmRequest
 from google.adk.models.llm_response import LlmResponse
@@ -36,7 +37,6 @@ from ucm_middleware import (
     AgentTimeoutError,
     ContextClosedError,
     ContextLimitError,
-    CrossUserAccessError,
     UserContextManager,
     current_context,
     current_run,
@@ -71,7 +71,9 @@ def manager(adk: GoogleADK) -> UserContextManager:
     return UserContextManager(plugins=[adk])
 
 
-def register(manager: UserContextManager, make: Callable[[], BaseAgent | App], name: str = "helper", **given: Any) -> None:
+def register(
+    manager: UserContextManager, make: Callable[[], BaseAgent | App], name: str = "helper", **given: Any
+) -> None:
     manager.register_agent(name, lambda context: make(), **given)
 
 
@@ -114,11 +116,19 @@ class TestRuns:
         assert "I am alice" not in model.seen[2]
 
     async def test_events_and_records_tell_of_it(self, manager: UserContextManager) -> None:
-        register(manager, lambda: agent(("look", {"thing": "shoes"}), ("look_later", {"thing": "hats"}), tools=[look, look_later]))
+        register(
+            manager,
+            lambda: agent(("look", {"thing": "shoes"}), ("look_later", {"thing": "hats"}), tools=[look, look_later]),
+        )
         _, alice, _ = connect(manager, "alice")
         _, bob, _ = connect(manager, "bob")
         answer = await manager.execute_with_agent("alice", "helper", {"message": "go"})
-        results = [part.function_response.response for event in answer.events for part in event.content.parts if part.function_response]
+        results = [
+            part.function_response.response
+            for event in answer.events
+            for part in event.content.parts
+            if part.function_response
+        ]
         assert results == [{"result": "alice found shoes"}, {"result": "alice found hats"}]
         expected = [
             ("helper", "started", ""),
@@ -133,7 +143,9 @@ class TestRuns:
         ]
         assert story(manager, "alice") == expected
         await wait_for_frames(alice, len(expected))
-        assert [envelope["type"].removeprefix("agent_") for envelope in alice.envelopes] == [each[1] for each in expected]
+        assert [envelope["type"].removeprefix("agent_") for envelope in alice.envelopes] == [
+            each[1] for each in expected
+        ]
         assert bob.frames == []
 
     async def test_what_a_model_thinks_goes_to_the_user_alone(self, manager: UserContextManager) -> None:
@@ -181,23 +193,20 @@ class TestRuns:
                 self.closed = True
 
         counting = Counting("counting")
-        make = lambda: App(name="other", root_agent=agent(), plugins=[counting, UserContextPlugin()])  # noqa: E731
-        register(manager, make)
+        register(manager, lambda: App(name="other", root_agent=agent(), plugins=[counting, UserContextPlugin()]))
         await manager.execute_with_agent("alice", "helper", {"message": "go"})
         assert counting.calls == 1
         assert not counting.closed  # it is the application's, for all runs
 
     async def test_what_is_around_is_as_it_was(self, manager: UserContextManager) -> None:
         """Nothing that ADK sets stays behind in the Context of whoever runs an agent."""
-        import contextvars
-
         register(manager, lambda: agent(("look", {"thing": "shoes"}), tools=[look]))
         with Users(manager).running("alice"):
-            before = dict(contextvars.copy_context().items())
+            before = dict(copy_context().items())
             await manager.execute_with_agent("alice", "helper", {"message": "go"})
             async with manager.stream_with_agent("alice", "helper", {"message": "go"}) as stream:
                 await anext(stream)
-            assert dict(contextvars.copy_context().items()) == before
+            assert dict(copy_context().items()) == before
 
     async def test_toolsets_are_closed_when_nobody_uses_them(self, manager: UserContextManager) -> None:
         class Shared(BaseToolset):
@@ -229,8 +238,7 @@ class TestRuns:
 
 
 async def wait_for_frames(client: Any, number: int) -> None:
-    while len(client.frames) < number:
-        await asyncio.sleep(0)
+    await asyncio.to_thread(wait_until, lambda: len(client.frames) >= number, "the events are there")
 
 
 class TestSubAgents:
@@ -324,7 +332,10 @@ class TestSubAgents:
             """Ask the other agent."""
             return (await manager.execute_with_agent("alice", "other", {"message": question})).text  # type: ignore[no-any-return]
 
-        inner = lambda: agent(("transfer_to_agent", {"agent_name": "deep"}), name="other", sub_agents=[agent(name="deep")])  # noqa: E731
+        def inner() -> LlmAgent:
+            deep = agent(name="deep")
+            return agent(("transfer_to_agent", {"agent_name": "deep"}), name="other", sub_agents=[deep])
+
         register(manager, inner, "other")
         register(manager, lambda: agent(("ask", {"question": "why"}), tools=[ask]))
         await manager.execute_with_agent("alice", "helper", {"message": "go"})
@@ -338,8 +349,8 @@ class TestEnds:
             """Fail."""
             raise ZeroDivisionError("no such thing")
 
-        inner = lambda: agent(("broken", {"thing": "x"}), name="inner", tools=[broken])  # noqa: E731
-        register(manager, lambda: agent(("inner", {"request": "x"}), tools=[AgentTool(inner())]))
+        inner = agent(("broken", {"thing": "x"}), name="inner", tools=[broken])
+        register(manager, lambda: agent(("inner", {"request": "x"}), tools=[AgentTool(inner)]))
         with pytest.raises(ZeroDivisionError):
             await manager.execute_with_agent("alice", "helper", {"message": "go"})
         told = story(manager, "alice")
@@ -401,7 +412,7 @@ class TestEnds:
             assert go_on.wait(30)
             try:
                 outcome.append(notes.read())
-            except BaseException as error:
+            except ContextClosedError as error:
                 outcome.append(error)
             return "late"
 

@@ -242,9 +242,12 @@ class TestArtifacts:
 
 
 def test_what_is_no_service_is_refused() -> None:
-    for owned, bare in ((OwnedMemoryService, InMemoryMemoryService()), (OwnedArtifactService, InMemoryArtifactService())):
+    for owned, bare in (
+        (OwnedMemoryService, InMemoryMemoryService()),
+        (OwnedArtifactService, InMemoryArtifactService()),
+    ):
         make: Any = owned
-        with pytest.raises(ConfigurationError, match="give an? .* service of ADK"):
+        with pytest.raises(ConfigurationError, match=r"give an? .* service of ADK"):
             make("memory")
         with pytest.raises(ConfigurationError, match="already"):
             make(make(bare))

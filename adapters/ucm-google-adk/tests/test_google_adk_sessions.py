@@ -1,6 +1,5 @@
 """Sessions and their state: each user's own, on memory, SQLite and PostgreSQL; and what ADK does by itself."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,9 +31,9 @@ def users() -> Users:
     return Users(UserContextManager())
 
 
-def said(text: str, author: str = "user", **state: Any) -> Event:
+def said(text: str, **state: Any) -> Event:
     actions = EventActions(state_delta=state) if state else EventActions()
-    return Event(author=author, content=types.Content(role="user", parts=[types.Part(text=text)]), actions=actions)
+    return Event(author="user", content=types.Content(role="user", parts=[types.Part(text=text)]), actions=actions)
 
 
 def texts(session: Session | None) -> list[str]:
@@ -202,16 +201,14 @@ class TestOwners:
 
 
 class TestAppState:
-    async def test_it_is_refused_and_says_what_to_do(
-        self, service: BaseSessionService, app: str, users: Users
-    ) -> None:
+    async def test_it_is_refused_and_says_what_to_do(self, service: BaseSessionService, app: str, users: Users) -> None:
         bare = await service.create_session(app_name=app, user_id="somebody", state={"app:secret": "of old"})
         assert bare.state
         owned = OwnedSessionService(service)
         with users.running("alice"):
             session = await owned.create_session(app_name=app, user_id="alice", session_id="chat")
             assert session.state == {}
-            with pytest.raises(SharedStateError, match="'app:secret' would be shared.*app_state='own'"):
+            with pytest.raises(SharedStateError, match=r"'app:secret' would be shared.*app_state='own'"):
                 await owned.append_event(session, said("hello", **{"app:secret": "alice's"}))
             with pytest.raises(SharedStateError):
                 await owned.create_session(app_name=app, user_id="alice", state={"app:secret": 1})
@@ -245,7 +242,7 @@ class TestChecks:
         class Confused(InMemorySessionService):
             """A store whose index is broken: it gives everybody the first session."""
 
-            async def get_session(self, **_: Any) -> Session | None:  # type: ignore[override]
+            async def get_session(self, **_: Any) -> Session | None:
                 return next(iter(next(iter(self.sessions[app].values())).values())).model_copy(deep=True)
 
         owned = OwnedSessionService(Confused())
@@ -281,16 +278,16 @@ class TestRotation:
     """The secret changes: what stands under the previous one is the user's still, and is moved."""
 
     @pytest.fixture
-    def before(self) -> Iterator[Users]:
-        yield Users(UserContextManager(secret=OLD))
+    def before(self) -> Users:
+        return Users(UserContextManager(secret=OLD))
 
     @pytest.fixture
-    def during(self) -> Iterator[Users]:
-        yield Users(UserContextManager(secret=NEW, previous_secrets=[OLD]))
+    def during(self) -> Users:
+        return Users(UserContextManager(secret=NEW, previous_secrets=[OLD]))
 
     @pytest.fixture
-    def after(self) -> Iterator[Users]:
-        yield Users(UserContextManager(secret=NEW))
+    def after(self) -> Users:
+        return Users(UserContextManager(secret=NEW))
 
     @pytest.mark.parametrize("app_state", ["refuse", "own"])
     async def test_sessions_and_state_come_along(

@@ -19,4 +19,10 @@ __all__ = [
     "OwnedSessionService",
     "SharedStateError",
     "UserContextPlugin",
+    "google_adk",
 ]
+
+google_adk = GoogleADK()
+"""What the entry point ``google-adk`` loads: conversations in memory. For other services, give the manager a
+``GoogleADK`` of your own.
+"""

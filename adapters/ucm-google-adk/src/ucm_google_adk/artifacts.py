@@ -11,7 +11,6 @@ from ucm_google_adk.owners import Owner, Owners, aligned, require_same_user
 from ucm_middleware import ConfigurationError, UserExecutionContext
 
 
-
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where an artifact stands inside, and where it stood under earlier secrets."""
@@ -85,9 +84,7 @@ class OwnedArtifactService(BaseArtifactService):
         place = self._place(app_name, user_id, session_id, "list_artifact_keys")
         names: set[str] = set()
         for user, session in [(place.user, place.session), *place.earlier]:
-            names.update(
-                await self._service.list_artifact_keys(app_name=app_name, user_id=user, session_id=session)
-            )
+            names.update(await self._service.list_artifact_keys(app_name=app_name, user_id=user, session_id=session))
         return sorted(names)
 
     async def delete_artifact(
@@ -96,9 +93,7 @@ class OwnedArtifactService(BaseArtifactService):
         """Delete an artifact of the running user's, all its versions."""
         place = self._place(app_name, user_id, session_id, "delete_artifact")
         for user, session in [(place.user, place.session), *place.earlier]:
-            await self._service.delete_artifact(
-                app_name=app_name, user_id=user, filename=filename, session_id=session
-            )
+            await self._service.delete_artifact(app_name=app_name, user_id=user, filename=filename, session_id=session)
 
     async def list_versions(
         self, *, app_name: str, user_id: str, filename: str, session_id: str | None = None
@@ -143,9 +138,7 @@ class OwnedArtifactService(BaseArtifactService):
         (user, session), *earlier = names
         return _Place(context, owner, app_name, user, session, earlier)
 
-    async def _settled(
-        self, app_name: str, user_id: str, session_id: str | None, filename: str, action: str
-    ) -> _Place:
+    async def _settled(self, app_name: str, user_id: str, session_id: str | None, filename: str, action: str) -> _Place:
         """Where an artifact stands, after what was under earlier secrets has been moved there."""
         place = self._place(app_name, user_id, session_id, action)
         for user, session in place.earlier:

@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from google.adk.models.llm_response import LlmResponse
 from google.adk.plugins.base_plugin import BasePlugin
 from google.adk.tools.base_tool import BaseTool
 from google.adk.tools.tool_context import ToolContext
-
-# Not public, and the only way to reach the very function that ADK runs in a thread.
-from google.adk.utils import _sync_runner as sync_runner  # pyright: ignore[reportPrivateUsage]
 from google.genai import types
 
 from ucm_google_adk.owners import require_same_user
+from ucm_google_adk.threads import watch_threads
 from ucm_middleware import (
     AgentRun,
     ContextClosedError,
@@ -61,10 +58,10 @@ _innermost: ContextVar[_SubRun | None] = ContextVar("ucm_google_adk_sub_run", de
 class UserContextPlugin(BasePlugin):
     """For ``App(plugins=[UserContextPlugin()])``: the same for all users.
 
-    A message, an agent, a model's or a tool's call and an event are refused with CrossUserAccessError where the session
-    is another user's than the running context's, and with ContextNotFoundError outside of a context; ADK wraps what a
-    plugin raises in a RuntimeError. In a run (``execute_with_agent`` or ``agent_run``) events tell of it, sub-agents and
-    agents as tools are runs of their own, and the threads of tools are watched.
+    A message, an agent, a model's or a tool's call and an event are refused with CrossUserAccessError where the
+    session is another user's than the running context's, and with ContextNotFoundError outside of a context; ADK wraps
+    what a plugin raises in a RuntimeError. In a run (``execute_with_agent`` or ``agent_run``) events tell of it,
+    sub-agents and agents as tools are runs of their own, and the threads of tools are watched.
     """
 
     def __init__(self) -> None:
@@ -129,7 +126,9 @@ class UserContextPlugin(BasePlugin):
 
     # Agents.
 
-    async def before_agent_callback(self, *, agent: BaseAgent, callback_context: CallbackContext) -> types.Content | None:
+    async def before_agent_callback(
+        self, *, agent: BaseAgent, callback_context: CallbackContext
+    ) -> types.Content | None:
         """An agent begins."""
         invocation = _invocation_of(callback_context)
         run = self.run_here(invocation, f"agent {agent.name}")
@@ -152,7 +151,9 @@ class UserContextPlugin(BasePlugin):
         _innermost.set(entered)
         return None
 
-    async def after_agent_callback(self, *, agent: BaseAgent, callback_context: CallbackContext) -> types.Content | None:
+    async def after_agent_callback(
+        self, *, agent: BaseAgent, callback_context: CallbackContext
+    ) -> types.Content | None:
         """An agent has ended, or is cancelled."""
         del callback_context
         raised = sys.exc_info()[1]
@@ -235,7 +236,7 @@ class UserContextPlugin(BasePlugin):
             call = run.tool(tool.name, tool_context.function_call_id)
             self._calls[tool_context] = call
             call.__enter__()
-            _watch_threads(call, tool_context)
+            watch_threads(call, tool_context)
         return None
 
     async def after_tool_callback(
@@ -271,18 +272,3 @@ def _is_again(
         *(agent.name, task, invocation.invocation_id),
         invocation.branch,
     )
-
-
-def _watch_threads(call: ToolCall, tool_context: ToolContext) -> None:
-    """Let the manager know of the thread that a tool runs in, where ADK is told to use some."""
-    config = tool_context.run_config
-    if config is None or config.tool_thread_pool_config is None:
-        return
-    pool = sync_runner._get_tool_thread_pool(config.tool_thread_pool_config.max_workers)
-    in_pool = sync_runner._make_executor_sync_callable_runner(pool)
-
-    def watched(target: Callable[..., Any], arguments: dict[str, Any]) -> Awaitable[Any]:
-        return in_pool(call.in_thread(target), arguments)
-
-    # In the Context of this one call, which ADK makes for it.
-    sync_runner._SYNC_CALLABLE_RUNNER.set(watched)

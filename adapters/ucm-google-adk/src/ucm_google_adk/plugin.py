@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 from uuid import uuid4
 
 from google.adk.agents.base_agent import BaseAgent
@@ -188,7 +188,9 @@ class GoogleADK:
         invocation_id = _checked(name, parameters, "invocation_id", str, "text")
         message = _message(name, parameters.get("message"))
         if message is None and invocation_id is None:
-            raise AgentParametersError(name, "it is given no message", "give message=, text or a Content of google.genai")
+            raise AgentParametersError(
+                name, "it is given no message", "give message=, text or a Content of google.genai"
+            )
         return _Request(
             str(uuid4()) if session_id is None else session_id,
             message,
@@ -254,7 +256,7 @@ def _message(agent: str, given: object) -> types.Content | None:
         return types.Content(role="user", parts=[types.Part(text=given)])
     if isinstance(given, Mapping):
         try:
-            return types.Content.model_validate(given)
+            return types.Content.model_validate(cast("Mapping[str, Any]", given))
         except ValidationError:
             pass  # its text repeats what was given
     found = "no text" if isinstance(given, str) else f"a {type(given).__name__}"

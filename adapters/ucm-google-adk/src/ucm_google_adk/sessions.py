@@ -1,5 +1,8 @@
 """OwnedSessionService: the sessions of one user, in any of ADK's session services."""
 
+# Private attributes of a model begin with an underscore.
+# pyright: reportPrivateUsage=false
+
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, NoReturn
 from uuid import uuid4
@@ -49,7 +52,8 @@ class OwnedSessionService(BaseSessionService):
     def __init__(self, service: BaseSessionService, *, app_state: AppState = "refuse") -> None:
         if not isinstance(service, BaseSessionService):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigurationError(
-                f"service is a {type(service).__name__}; give a session service of ADK, such as InMemorySessionService()"
+                f"service is a {type(service).__name__}; give a session service of ADK, such as "
+                "InMemorySessionService()"
             )
         if isinstance(service, OwnedSessionService):
             raise ConfigurationError("service keeps its sessions apart already; give the one that it was made with")
@@ -116,7 +120,7 @@ class OwnedSessionService(BaseSessionService):
         context, owner = self._owners.current(session.user_id, "append_event")
         if event.partial:
             return event
-        self._check_state(event.actions.state_delta if event.actions else {})
+        self._check_state(event.actions.state_delta)
         stored = self._inside(context, owner, session)
         try:
             appended = await self._service.append_event(stored, event)
@@ -168,9 +172,7 @@ class OwnedSessionService(BaseSessionService):
         name = owner.sessions(context, session.id)[0]
         stored = session._stored if isinstance(session, OwnedSession) else None
         if stored is None or stored.id != name or stored.user_id != owner.user:
-            stored = Session(
-                id=name, app_name=self._apps(context, owner, session.app_name)[0], user_id=owner.user
-            )
+            stored = Session(id=name, app_name=self._apps(context, owner, session.app_name)[0], user_id=owner.user)
             if isinstance(session, OwnedSession):
                 session._stored = stored
         if stored.events is not session.events or stored.state is not session.state:
@@ -184,7 +186,9 @@ class OwnedSessionService(BaseSessionService):
             if key.startswith(State.APP_PREFIX) and not self._own_apps:
                 raise SharedStateError(key)
             if key == CLIENT_ID:
-                raise InvalidContextError("state", f"has the key {CLIENT_ID}, which is the adapter's", "use another key")
+                raise InvalidContextError(
+                    "state", f"has the key {CLIENT_ID}, which is the adapter's", "use another key"
+                )
 
     async def _create(
         self, context: UserExecutionContext, owner: Owner, app_name: str, client_id: str, state: Mapping[str, Any]
