@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 from uuid import uuid4
 
 from google.adk.agents.base_agent import BaseAgent
@@ -249,17 +249,17 @@ def _owned_artifacts(service: BaseArtifactService | None) -> OwnedArtifactServic
     return service if service is None or isinstance(service, OwnedArtifactService) else OwnedArtifactService(service)
 
 
-def _message(agent: str, given: object) -> types.Content | None:
+def _message(agent: str, given: Any) -> types.Content | None:
+    found = "no text" if isinstance(given, str) else f"a {type(given).__name__}"
     if given is None or isinstance(given, types.Content):
         return given
     if isinstance(given, str) and given.strip():
         return types.Content(role="user", parts=[types.Part(text=given)])
-    if isinstance(given, Mapping):
+    if isinstance(given, dict):
         try:
-            return types.Content.model_validate(cast("Mapping[str, Any]", given))
+            return types.Content.model_validate(given)
         except ValidationError:
             pass  # its text repeats what was given
-    found = "no text" if isinstance(given, str) else f"a {type(given).__name__}"
     raise AgentParametersError(agent, f"its message is {found}", "give text, or a Content of google.genai")
 
 
