@@ -4,7 +4,7 @@
 # pyright: reportPrivateUsage=false
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal
 from uuid import uuid4
 
 from google.adk.errors.already_exists_error import AlreadyExistsError
@@ -201,7 +201,7 @@ class OwnedSessionService(BaseSessionService):
                 app_name=app, user_id=owner.user, state={**inherited, **state, CLIENT_ID: client_id}, session_id=name
             )
         except AlreadyExistsError:
-            _raise_exists(client_id)
+            raise _exists(client_id) from None
         return self._outside(context, owner, app_name, client_id, stored)
 
     async def _client_id(self, app: str, user: str, name: str) -> str | None:
@@ -277,7 +277,3 @@ def _is_shared(key: str) -> bool:
 
 def _exists(client_id: str) -> AlreadyExistsError:
     return AlreadyExistsError(f"Session with id {client_id} already exists.")
-
-
-def _raise_exists(client_id: str) -> NoReturn:
-    raise _exists(client_id) from None
