@@ -271,6 +271,11 @@ class TestSubAgents:
         assert tree(manager, "alice") == ["helper", "helper/outer", "helper/outer/inner"]
         assert ("inner", "tool_completed", "look") in story(manager, "alice")
 
+    async def test_a_tool_of_the_agents_own_name_is_a_run_within_too(self, manager: UserContextManager) -> None:
+        register(manager, lambda: agent(("helper", {"request": "please"}), tools=[AgentTool(agent())]))
+        await manager.execute_with_agent("alice", "helper", {"message": "go"})
+        assert tree(manager, "alice") == ["helper", "helper/helper"]
+
     @pytest.mark.parametrize("mode", ["single_turn", "task"])
     async def test_delegation_is_a_run_within(self, manager: UserContextManager, mode: Any) -> None:
         def make() -> LlmAgent:
@@ -306,11 +311,11 @@ class TestSubAgents:
 
         def make() -> BaseAgent:
             skipped = agent(name="skipped", before_agent_callback=skip)
-            return LoopAgent(name="helper", sub_agents=[skipped, agent(name="after")], max_iterations=12)
+            return LoopAgent(name="helper", sub_agents=[agent(name="before"), skipped], max_iterations=12)
 
         register(manager, make)
         await manager.execute_with_agent("alice", "helper", {"message": "go"})
-        assert set(tree(manager, "alice")) == {"helper", "helper/skipped", "helper/after"}
+        assert set(tree(manager, "alice")) == {"helper", "helper/skipped", "helper/before"}
         assert story(manager, "alice").count(("skipped", "completed", "")) == 12
 
     async def test_depth_is_limited(self, manager: UserContextManager) -> None:

@@ -321,6 +321,8 @@ class TestRotation:
             assert found.state == {"n": 2, "user:color": "blue", "user:size": "small", **apps}
             listed = [each.id for each in (await owned.list_sessions(app_name=app)).sessions]
             assert sorted(listed) == ["chat", "newer"]
+        if app_state == "refuse":  # and nothing is left behind
+            assert len((await service.list_sessions(app_name=app)).sessions) == 2
 
     async def test_a_move_that_broke_off_goes_on(
         self, service: BaseSessionService, app: str, before: Users, during: Users, monkeypatch: pytest.MonkeyPatch
