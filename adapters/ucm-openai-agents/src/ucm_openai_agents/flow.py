@@ -88,7 +88,7 @@ class _Handoff:
                 error = await self._over
                 if error is not None:
                     raise error
-        except (Exception, asyncio.CancelledError) as raised:
+        except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001 - it is handed on
             # An error of the loop goes its own way there. One of the beginning is for whoever waits for that.
             if not self._begun.done():
                 self._begun.set_exception(raised)

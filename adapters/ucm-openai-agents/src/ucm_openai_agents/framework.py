@@ -13,7 +13,8 @@ def require_framework() -> None:
     try:
         installed = version("openai-agents")
     except PackageNotFoundError:
-        raise ImportError(f"ucm-openai-agents needs the OpenAI Agents SDK, which is not installed: {_INSTALL}") from None
+        absent = "ucm-openai-agents needs the OpenAI Agents SDK, which is not installed"
+        raise ImportError(f"{absent}: {_INSTALL}") from None
     if tuple(map(int, re.findall(r"\d+", installed)[:2])) < NEEDED:
         raise ImportError(
             f"ucm-openai-agents needs openai-agents {NEEDED[0]}.{NEEDED[1]} or later, and {installed} is installed: "

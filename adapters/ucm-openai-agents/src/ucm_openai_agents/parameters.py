@@ -39,11 +39,11 @@ def checked_parameters(agent: str, given: Mapping[str, Any], *, has_sessions: bo
             )
         if name not in _KNOWN:
             refuse("a parameter is not known" + _shown(name), f"give {', '.join(_KNOWN)}")
-    input, session_id = given.get("input"), given.get("session_id")
+    asked, session_id = given.get("input"), given.get("session_id")
     max_turns = given.get("max_turns", DEFAULT_MAX_TURNS)
-    if not (isinstance(input, str) and input) and not _are_items(input):
+    if not (isinstance(asked, str) and asked) and not _are_items(asked):
         refuse(
-            "input is absent" if input is None else "input is neither a text nor a list of input items, or empty",
+            "input is absent" if asked is None else "input is neither a text nor a list of input items, or empty",
             'give {"input": "what the user says"}',
         )
     if session_id is not None and not isinstance(session_id, str):
@@ -52,11 +52,12 @@ def checked_parameters(agent: str, given: Mapping[str, Any], *, has_sessions: bo
         refuse("session_id has no sessions to be found in", "name a store: OpenAIAgents(sessions=lambda key: ...)")
     if max_turns is not None and (isinstance(max_turns, bool) or not isinstance(max_turns, int) or max_turns < 1):
         refuse("max_turns is not a number of at least 1", "give one, or None for without a limit")
-    return RunParameters(cast("str | list[TResponseInputItem]", input), session_id, max_turns)
+    return RunParameters(cast("str | list[TResponseInputItem]", asked), session_id, max_turns)
 
 
 def _are_items(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in cast("list[object]", value))
+    items = cast("list[object]", value) if isinstance(value, list) else []
+    return bool(items) and all(isinstance(item, dict) for item in items)
 
 
 def _shown(name: object) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from agents import Agent, RunConfig, RunHooks, Runner, RunResult, RunResultStreaming, UserError
 from agents.memory import Session
@@ -52,7 +52,7 @@ class OpenAIAgents:
     def ucm_run_agent(self, run: AgentRun, agent: object, parameters: Mapping[str, Any]) -> Awaitable[RunResult] | None:
         if not isinstance(agent, Agent):
             return None
-        return self._run(run, agent, self._checked(run, parameters))
+        return self._run(run, cast("Agent[Any]", agent), self._checked(run, parameters))
 
     @hookimpl
     def ucm_stream_agent(
@@ -60,7 +60,7 @@ class OpenAIAgents:
     ) -> AsyncGenerator[object] | None:
         if not isinstance(agent, Agent):
             return None
-        return self._stream(run, agent, self._checked(run, parameters))
+        return self._stream(run, cast("Agent[Any]", agent), self._checked(run, parameters))
 
     def _checked(self, run: AgentRun, parameters: Mapping[str, Any]) -> RunParameters:
         return checked_parameters(run.agent_name, parameters, has_sessions=self._sessions is not None)
@@ -78,7 +78,7 @@ class OpenAIAgents:
         try:
             async for event in events:
                 yield event
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - it is raised
             await _stop(result, events)
             # Where nobody reads on, that is what it is told.
             await flow.end(asyncio.CancelledError() if isinstance(error, GeneratorExit) else error)

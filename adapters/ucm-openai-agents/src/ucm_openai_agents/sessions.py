@@ -1,8 +1,8 @@
-"""Sessions that belong to one user: what a client calls its conversation becomes a key that nobody else's code can name."""
+"""Sessions of one user: what a client calls its conversation becomes a key that nobody else's code can name."""
 
 import asyncio
 from collections.abc import Callable, Generator
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from agents import SessionABC, SessionSettings, TResponseInputItem
@@ -34,7 +34,7 @@ class OwnedSessions(Generic[S]):
         self._moving: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
 
     async def open(self, session_id: str, context: UserExecutionContext | None = None) -> S:
-        """The session that this user's client calls ``session_id``, as an owned handle, for ``Runner.run(session=...)``.
+        """What this user's client calls ``session_id``, as an owned handle, for ``Runner.run(session=...)``.
 
         It passes for what ``make`` returns, and works for this user's code until the context closes. ``context`` is the
         running one when not given. What stands under a previous secret is moved to the key of the current one.
@@ -51,7 +51,7 @@ class OwnedSessions(Generic[S]):
         return context.own(session, name="session")
 
     def of_each_user(self, session_id: str) -> "OwnedSession":
-        """One session for each user under the same name, for where one object serves all: ``agent.as_tool(session=)``."""
+        """One for each user under the same name, for where one object serves all: ``agent.as_tool(session=...)``."""
         return OwnedSession(self, session_id)
 
     def _made(self, context: UserExecutionContext, session_id: str, key: str) -> S:
@@ -86,7 +86,7 @@ class OwnedSession(SessionABC):
 
     session_settings: SessionSettings | None = None
 
-    def __init__(self, sessions: OwnedSessions[Session], session_id: str) -> None:
+    def __init__(self, sessions: OwnedSessions[Any], session_id: str) -> None:
         self._sessions = sessions
         self._name = session_id
         self._opened: WeakKeyDictionary[UserExecutionContext, Session] = WeakKeyDictionary()
@@ -116,9 +116,11 @@ class OwnedSession(SessionABC):
         return session
 
 
-def sessions_of(given: "OwnedSessions[Session] | Callable[[str], Session] | None") -> OwnedSessions[Session] | None:
+def sessions_of(given: OwnedSessions[Any] | Callable[[str], Session] | None) -> OwnedSessions[Any] | None:
     """What a plugin was given as ``sessions``. Raises ConfigurationError for what is none."""
-    return given if given is None or isinstance(given, OwnedSessions) else OwnedSessions(given)
+    if isinstance(given, OwnedSessions):
+        return cast("OwnedSessions[Any]", given)
+    return None if given is None else OwnedSessions(given)
 
 
 def _session_ids_of(session: object) -> Generator[str | None]:

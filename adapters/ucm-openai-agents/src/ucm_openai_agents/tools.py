@@ -1,7 +1,7 @@
 """Function tools that tell of themselves, and whose threads are watched.
 
-The SDK runs a synchronous function with ``asyncio.to_thread`` deep inside of the tool, and gives no hook around that. So
-the function is wrapped, and the SDK makes the tool's invoker anew from the wrapped one: name, schema, guardrails,
+The SDK runs a synchronous function with ``asyncio.to_thread`` deep inside of the tool, and gives no hook around that.
+So the function is wrapped, and the SDK makes the tool's invoker anew from the wrapped one: name, schema, guardrails,
 approval, timeout and the handling of errors are the tool's as before.
 """
 
@@ -9,7 +9,7 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Final, get_origin, get_type_hints
+from typing import Any, Final, cast, get_origin, get_type_hints
 
 from agents import FunctionTool, RunContextWrapper, Tool, UserError, function_tool
 from agents.tool_context import ToolContext
@@ -21,16 +21,23 @@ _TELLS: Final = "__ucm_openai_agents_tells__"
 _CONTEXT: Final = "ucm_tool_context"  # the parameter that functions get which take no context themselves
 
 
-def require_owner(wrapper: RunContextWrapper[Any]) -> None:
-    """Refuse to go on in another user's context than the run's, and after the context has closed.
+def flow_of(wrapper: RunContextWrapper[Any]) -> Flow | None:
+    """The loop that code of the SDK runs in; None where an application calls ``Runner`` itself.
 
-    Raises CrossUserAccessError, which is recorded, and ContextClosedError.
+    Raises CrossUserAccessError, which is recorded, in another user's context than the run's, and ContextClosedError
+    after that has closed. Where the loop is one of ours, its run raises them, when it is told of what is done.
     """
+    flow, owner = current_flow(), wrapper.context
+    if flow is None or owner is not flow.current.context:
+        _require_owner(owner)
+    return flow
+
+
+def _require_owner(owner: object) -> None:
     try:
         here = current_context()
     except ContextNotFoundError:
         here = None
-    owner = wrapper.context
     if owner is here or not isinstance(owner, UserExecutionContext):
         return
     owner.require_usable()
@@ -62,7 +69,13 @@ def prepare_function(tool: FunctionTool) -> None:
         return
     if rebuilt.output_json_schema == tool.output_json_schema:  # else its output is checked by what only it knows
         tool.on_invoke_tool = rebuilt.on_invoke_tool
-        FunctionTool.__post_init__(tool)  # ties the invoker to this tool, as when one is copied
+        _tie(tool)
+
+
+def _tie(tool: FunctionTool) -> None:
+    """Tie a tool's invoker to the tool, as the SDK does when one is made or copied."""
+    made: Any = FunctionTool.__post_init__
+    made(tool)
 
 
 def mark_telling(invoker: object) -> None:
@@ -75,22 +88,22 @@ def _function_of(tool: FunctionTool) -> Callable[..., Any] | None:
 
 
 def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
-    call = function if inspect.isroutine(function) else function.__call__
+    call = _call_of(function)
     signature, hints = inspect.signature(call), get_type_hints(call, include_extras=True)
     takes_context = _takes_context(signature, hints)
 
     def split(args: tuple[Any, ...]) -> tuple[ToolContext[Any] | None, tuple[Any, ...]]:
         """The context that the SDK gives, which comes first, and what the function itself takes."""
         if args and isinstance(args[0], ToolContext):
-            return args[0], args if takes_context else args[1:]
+            return cast("ToolContext[Any]", args[0]), args if takes_context else args[1:]
         return None, args  # not called by the SDK
 
     if inspect.iscoroutinefunction(call):
 
         @wraps(call)
-        async def tool(*args: Any, **kwargs: Any) -> Any:
+        async def asynchronous(*args: Any, **kwargs: Any) -> Any:
             context, args = split(args)
-            flow = _flow_of(context)
+            flow = None if context is None else flow_of(context)
             if flow is None or context is None:
                 return await call(*args, **kwargs)
             task = asyncio.current_task()
@@ -101,18 +114,20 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
                     return await call(*args, **kwargs)
                 finally:
                     flow.discard_task(task)
+
+        described: Any = asynchronous
     else:
 
         @wraps(call)
-        def tool(*args: Any, **kwargs: Any) -> Any:
+        def synchronous(*args: Any, **kwargs: Any) -> Any:
             context, args = split(args)
-            flow = _flow_of(context)
+            flow = None if context is None else flow_of(context)
             if flow is None or context is None:
                 return call(*args, **kwargs)
             with flow.current.tool(context.tool_name, context.tool_call_id) as made:
                 return made.in_thread(call)(*args, **kwargs)
 
-    described: Any = tool
+        described = synchronous
     if not takes_context:
         first = inspect.Parameter(_CONTEXT, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=ToolContext[Any])
         parameters = [first, *signature.parameters.values()]
@@ -122,7 +137,12 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
         hints = {_CONTEXT: ToolContext[Any], **hints}
     described.__annotations__ = hints
     setattr(described, _TELLS, True)
-    return tool
+    return cast("Callable[..., Any]", described)
+
+
+def _call_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function or method; of an object that can be called, the method that is."""
+    return function if inspect.isroutine(function) else cast("Any", function).__call__
 
 
 def _takes_context(signature: inspect.Signature, hints: dict[str, Any]) -> bool:
@@ -131,10 +151,3 @@ def _takes_context(signature: inspect.Signature, hints: dict[str, Any]) -> bool:
         return False
     annotation = hints.get(first.name, first.annotation)
     return (get_origin(annotation) or annotation) in (RunContextWrapper, ToolContext)
-
-
-def _flow_of(context: ToolContext[Any] | None) -> Flow | None:
-    if context is None:
-        return None
-    require_owner(context)
-    return current_flow()

@@ -5,7 +5,8 @@ latter. They keep nothing of a run and pass everything on, so that runs may shar
 ``Runner`` itself.
 """
 
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable
+from typing import Any, Final, TypeVar, cast
 
 from agents import Agent, AgentHookContext, AgentHooks, FunctionTool, ModelResponse, RunContextWrapper, Tool
 from agents.items import TResponseInputItem
@@ -13,9 +14,10 @@ from agents.tool_context import ToolContext
 
 from ucm_middleware import agent_run
 from ucm_openai_agents.flow import Flow, current_flow, enter_flow
-from ucm_openai_agents.tools import mark_telling, prepare_function, require_owner, tells
+from ucm_openai_agents.tools import flow_of, mark_telling, prepare_function, tells
 
 A = TypeVar("A", bound=Agent[Any])
+T = TypeVar("T")
 
 _AGENT_OF_TOOL: Final = "_agent_instance"  # the SDK's own name for it; it has no public one
 
@@ -33,7 +35,7 @@ def guard_agent(agent: A) -> A:
         if isinstance(tool, FunctionTool) and not tells(tool):
             inner = getattr(tool, _AGENT_OF_TOOL, None)
             if isinstance(inner, Agent):
-                tool.on_invoke_tool = _AgentTool(tool.on_invoke_tool, inner)
+                tool.on_invoke_tool = _AgentTool(tool.on_invoke_tool, cast("Agent[Any]", inner))
             else:
                 prepare_function(tool)
     return agent
@@ -52,8 +54,7 @@ class Watch(AgentHooks[Any]):
         system_prompt: str | None,
         input_items: list[TResponseInputItem],
     ) -> None:
-        require_owner(context)
-        if (flow := current_flow()) is not None:
+        if (flow := flow_of(context)) is not None:
             flow.current.thinking()
         if self._inner is not None:
             await self._inner.on_llm_start(context, agent, system_prompt, input_items)
@@ -64,10 +65,10 @@ class Watch(AgentHooks[Any]):
 
     async def on_tool_start(self, context: RunContextWrapper[Any], agent: Agent[Any], tool: Tool) -> None:
         # Here rather than in the tool alone: what a tool raises may be told to the model, and the run go on.
-        require_owner(context)
-        if (flow := current_flow()) is not None:
-            flow.current.require_here()
-            if not tells(tool):
+        if (flow := flow_of(context)) is not None:
+            if tells(tool):
+                flow.current.require_here()
+            else:
                 flow.begin_call(tool.name, _call_id(context, tool))
         if self._inner is not None:
             await self._inner.on_tool_start(context, agent, tool)
@@ -79,9 +80,8 @@ class Watch(AgentHooks[Any]):
             await self._inner.on_tool_end(context, agent, tool, result)
 
     async def on_handoff(self, context: RunContextWrapper[Any], agent: Agent[Any], source: Agent[Any]) -> None:
-        require_owner(context)
         guard_agent(agent)
-        if (flow := current_flow()) is not None:
+        if (flow := flow_of(context)) is not None:
             context.context = await flow.hand_over(agent.name)
         if self._inner is not None:
             await self._inner.on_handoff(context, agent, source)
@@ -111,9 +111,8 @@ class _AgentTool:
         return self if bind is None else _AgentTool(bind(tool), self._agent)
 
     async def __call__(self, context: ToolContext[Any], arguments: str) -> Any:
-        require_owner(context)
         guard_agent(self._agent)
-        flow = current_flow()
+        flow = flow_of(context)
         if flow is None:
             return await self._invoke(context, arguments)
         given = context.context
@@ -142,7 +141,7 @@ class UnansweredError(Exception):
         self.answer = answer
 
 
-async def within(flow: Flow, work: Any) -> Any:
+async def within(flow: Flow, work: Awaitable[T]) -> T:
     """Await the SDK's loop, and end what it has under way when it ends."""
     try:
         result = await work

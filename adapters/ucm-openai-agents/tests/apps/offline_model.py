@@ -1,6 +1,6 @@
 """A model that answers offline: what it is asked decides what it says, and it remembers all that it was shown.
 
-The SDK ships none for tests. A user's message is a line of steps, such as ``lookup(k=1); handoff to billing; say hello``:
+The SDK ships none for tests. A user's message is a line of steps, such as ``lookup(k=1); handoff to billing; say hi``:
 one step for each turn, ``&`` between calls of one turn. When no step is left it says what the last tool returned.
 """
 
@@ -29,7 +29,7 @@ _CALL = re.compile(r"(\w+)\((.*)\)")
 
 
 class OfflineModel(Model):
-    """``before`` is awaited before each answer. ``seen`` has what each call was shown, as text, in the order of calls."""
+    """``before`` is awaited before each answer. ``seen`` has what each call was shown, as text, in their order."""
 
     def __init__(self, before: Callable[[], Any] | None = None) -> None:
         self.seen: list[str] = []
@@ -39,7 +39,7 @@ class OfflineModel(Model):
     async def get_response(
         self,
         system_instructions: str | None,
-        input: str | list[TResponseInputItem],
+        input: str | list[TResponseInputItem],  # noqa: A002 - the SDK's name
         model_settings: ModelSettings,
         tools: list[Tool],
         output_schema: AgentOutputSchemaBase | None,
@@ -56,7 +56,7 @@ class OfflineModel(Model):
     async def stream_response(
         self,
         system_instructions: str | None,
-        input: str | list[TResponseInputItem],
+        input: str | list[TResponseInputItem],  # noqa: A002 - the SDK's name
         model_settings: ModelSettings,
         tools: list[Tool],
         output_schema: AgentOutputSchemaBase | None,
@@ -99,9 +99,9 @@ class OfflineModel(Model):
         )
 
     async def _answer(
-        self, instructions: str | None, input: str | list[TResponseInputItem], handoffs: list[Handoff[Any, Any]]
+        self, instructions: str | None, shown: str | list[TResponseInputItem], handoffs: list[Handoff[Any, Any]]
     ) -> list[ResponseOutputItem]:
-        items = [{"role": "user", "content": input}] if isinstance(input, str) else cast("list[dict[str, Any]]", input)
+        items = [{"role": "user", "content": shown}] if isinstance(shown, str) else cast("list[dict[str, Any]]", shown)
         self.seen.append(json.dumps([instructions, items], default=str))
         if self._before is not None:
             await self._before()
