@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from agents import Agent, RunConfig, RunHooks, Runner, RunResult, RunResultStreaming, UserError
 from agents.memory import Session
@@ -13,7 +13,7 @@ from ucm_middleware import AgentRun, UserContextError, hookimpl
 from ucm_openai_agents.flow import Flow, enter_flow
 from ucm_openai_agents.parameters import RunParameters, checked_parameters
 from ucm_openai_agents.sessions import OwnedSessions, sessions_of
-from ucm_openai_agents.watch import guard_agent, within
+from ucm_openai_agents.watch import guard_agent, is_agent, within
 
 
 class OpenAIAgents:
@@ -50,17 +50,17 @@ class OpenAIAgents:
 
     @hookimpl
     def ucm_run_agent(self, run: AgentRun, agent: object, parameters: Mapping[str, Any]) -> Awaitable[RunResult] | None:
-        if not isinstance(agent, Agent):
+        if not is_agent(agent):
             return None
-        return self._run(run, cast("Agent[Any]", agent), self._checked(run, parameters))
+        return self._run(run, agent, self._checked(run, parameters))
 
     @hookimpl
     def ucm_stream_agent(
         self, run: AgentRun, agent: object, parameters: Mapping[str, Any]
     ) -> AsyncGenerator[object] | None:
-        if not isinstance(agent, Agent):
+        if not is_agent(agent):
             return None
-        return self._stream(run, cast("Agent[Any]", agent), self._checked(run, parameters))
+        return self._stream(run, agent, self._checked(run, parameters))
 
     def _checked(self, run: AgentRun, parameters: Mapping[str, Any]) -> RunParameters:
         return checked_parameters(run.agent_name, parameters, has_sessions=self._sessions is not None)
@@ -93,7 +93,8 @@ class OpenAIAgents:
             Scope.set_current_span(None)
         if asked.session_id is None or self._sessions is None:
             return None
-        return await self._sessions.open(asked.session_id, run.context)
+        session: Session = await self._sessions.open(asked.session_id, run.context)
+        return session
 
     def _arguments(self, run: AgentRun, asked: RunParameters, session: Session | None) -> dict[str, Any]:
         return {

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Generator
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from agents import SessionABC, SessionSettings, TResponseInputItem
@@ -119,7 +119,8 @@ class OwnedSession(SessionABC):
 def sessions_of(given: OwnedSessions[Any] | Callable[[str], Session] | None) -> OwnedSessions[Any] | None:
     """What a plugin was given as ``sessions``. Raises ConfigurationError for what is none."""
     if isinstance(given, OwnedSessions):
-        return cast("OwnedSessions[Any]", given)
+        owned: OwnedSessions[Any] = given
+        return owned
     return None if given is None else OwnedSessions(given)
 
 

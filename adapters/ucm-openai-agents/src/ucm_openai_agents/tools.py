@@ -95,7 +95,8 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
     def split(args: tuple[Any, ...]) -> tuple[ToolContext[Any] | None, tuple[Any, ...]]:
         """The context that the SDK gives, which comes first, and what the function itself takes."""
         if args and isinstance(args[0], ToolContext):
-            return cast("ToolContext[Any]", args[0]), args if takes_context else args[1:]
+            context: ToolContext[Any] = args[0]
+            return context, args if takes_context else args[1:]
         return None, args  # not called by the SDK
 
     if inspect.iscoroutinefunction(call):

@@ -6,7 +6,7 @@ latter. They keep nothing of a run and pass everything on, so that runs may shar
 """
 
 from collections.abc import Awaitable
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeGuard, TypeVar
 
 from agents import Agent, AgentHookContext, AgentHooks, FunctionTool, ModelResponse, RunContextWrapper, Tool
 from agents.items import TResponseInputItem
@@ -34,11 +34,16 @@ def guard_agent(agent: A) -> A:
     for tool in agent.tools:
         if isinstance(tool, FunctionTool) and not tells(tool):
             inner = getattr(tool, _AGENT_OF_TOOL, None)
-            if isinstance(inner, Agent):
-                tool.on_invoke_tool = _AgentTool(tool.on_invoke_tool, cast("Agent[Any]", inner))
+            if is_agent(inner):
+                tool.on_invoke_tool = _AgentTool(tool.on_invoke_tool, inner)
             else:
                 prepare_function(tool)
     return agent
+
+
+def is_agent(value: object) -> TypeGuard[Agent[Any]]:
+    """Whether something is an agent of the SDK's, but for those of its realtime part."""
+    return isinstance(value, Agent)
 
 
 class Watch(AgentHooks[Any]):
