@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Generator
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeGuard, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from agents import SessionABC, SessionSettings, TResponseInputItem
@@ -118,10 +118,11 @@ class OwnedSession(SessionABC):
 
 def sessions_of(given: OwnedSessions[Any] | Callable[[str], Session] | None) -> OwnedSessions[Any] | None:
     """What a plugin was given as ``sessions``. Raises ConfigurationError for what is none."""
-    if isinstance(given, OwnedSessions):
-        owned: OwnedSessions[Any] = given
-        return owned
-    return None if given is None else OwnedSessions(given)
+    return given if given is None or _are_owned(given) else OwnedSessions(cast("Callable[[str], Session]", given))
+
+
+def _are_owned(given: object) -> TypeGuard[OwnedSessions[Any]]:
+    return isinstance(given, OwnedSessions)
 
 
 def _session_ids_of(session: object) -> Generator[str | None]:

@@ -9,7 +9,7 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Final, cast, get_origin, get_type_hints
+from typing import Any, Final, TypeGuard, cast, get_origin, get_type_hints
 
 from agents import FunctionTool, RunContextWrapper, Tool, UserError, function_tool
 from agents.tool_context import ToolContext
@@ -94,9 +94,8 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def split(args: tuple[Any, ...]) -> tuple[ToolContext[Any] | None, tuple[Any, ...]]:
         """The context that the SDK gives, which comes first, and what the function itself takes."""
-        if args and isinstance(args[0], ToolContext):
-            context: ToolContext[Any] = args[0]
-            return context, args if takes_context else args[1:]
+        if args and _is_context(args[0]):
+            return args[0], args if takes_context else args[1:]
         return None, args  # not called by the SDK
 
     if inspect.iscoroutinefunction(call):
@@ -144,6 +143,10 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
 def _call_of(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function or method; of an object that can be called, the method that is."""
     return function if inspect.isroutine(function) else cast("Any", function).__call__
+
+
+def _is_context(value: object) -> TypeGuard[ToolContext[Any]]:
+    return isinstance(value, ToolContext)
 
 
 def _takes_context(signature: inspect.Signature, hints: dict[str, Any]) -> bool:
