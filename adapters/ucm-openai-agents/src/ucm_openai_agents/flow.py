@@ -1,20 +1,24 @@
 """Which agent has the word in one run of the SDK's loop, and as which run of ours."""
 
 import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from ucm_middleware import AgentRun, ToolCall, UserExecutionContext, agent_run
+from ucm_middleware import AgentRun, ToolCall, UserContextError, UserExecutionContext, agent_run
 
 
 class Flow:
     """One loop of the SDK. ``current`` is the run of the agent that has the word: the first one's, or a hand-off's."""
 
-    __slots__ = ("_calls", "_handoff", "_tasks", "current", "has_answered", "root")
+    __slots__ = ("_calls", "_handoff", "_tasks", "current", "has_answered", "refused", "root")
 
     def __init__(self, run: AgentRun) -> None:
         self.root = self.current = run
         self.has_answered = False
+        self.refused: UserContextError | None = None
+        """Why it must not go on. The SDK would tell the model of it, as of a failed tool, where it is an agent's as one."""
         self._handoff: _Handoff | None = None
         self._calls: dict[str, ToolCall] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -30,9 +34,20 @@ class Flow:
         self.current = await handoff.begun()
         return self.current.context
 
+    def thinking(self) -> None:
+        """The model is asked. Raises as ``AgentRun.thinking`` does, as what follows raises as its methods do."""
+        with self._remembering():
+            self.current.thinking()
+
+    def require_here(self) -> None:
+        """See ``AgentRun.require_here``."""
+        with self._remembering():
+            self.current.require_here()
+
     def begin_call(self, name: str, call_id: str) -> None:
         """A tool begins that cannot tell of itself."""
-        self._calls[call_id] = self.current.tool(name, call_id)
+        with self._remembering():
+            self._calls[call_id] = self.current.tool(name, call_id)
 
     def end_call(self, call_id: str) -> None:
         """It has ended. The run's end cuts off what nobody ends."""
@@ -53,6 +68,18 @@ class Flow:
         while tasks := [task for task in self._tasks if task is not asyncio.current_task()]:
             await asyncio.wait(tasks)
         await self._take_back(error)
+
+    def refuse(self, error: UserContextError) -> None:
+        """Remember why the loop must not go on."""
+        self.refused = error
+
+    @contextmanager
+    def _remembering(self) -> Generator[None]:
+        try:
+            yield
+        except UserContextError as error:
+            self.refuse(error)
+            raise
 
     async def _take_back(self, error: BaseException | None) -> None:
         handoff, self._handoff = self._handoff, None

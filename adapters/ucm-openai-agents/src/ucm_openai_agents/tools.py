@@ -14,7 +14,7 @@ from typing import Any, Final, TypeGuard, cast, get_origin, get_type_hints
 from agents import FunctionTool, RunContextWrapper, Tool, UserError, function_tool
 from agents.tool_context import ToolContext
 
-from ucm_middleware import ContextNotFoundError, UserExecutionContext, current_context
+from ucm_middleware import ContextNotFoundError, UserContextError, UserExecutionContext, current_context
 from ucm_openai_agents.flow import Flow, current_flow
 
 _TELLS: Final = "__ucm_openai_agents_tells__"
@@ -28,8 +28,14 @@ def flow_of(wrapper: RunContextWrapper[Any]) -> Flow | None:
     after that has closed. Where the loop is one of ours, its run raises them, when it is told of what is done.
     """
     flow, owner = current_flow(), wrapper.context
-    if flow is None or owner is not flow.current.context:
+    if flow is None:
         _require_owner(owner)
+    elif owner is not flow.current.context:
+        try:
+            _require_owner(owner)
+        except UserContextError as error:
+            flow.refuse(error)
+            raise
     return flow
 
 

@@ -12,7 +12,7 @@ from agents import Agent, AgentHookContext, AgentHooks, FunctionTool, ModelRespo
 from agents.items import TResponseInputItem
 from agents.tool_context import ToolContext
 
-from ucm_middleware import agent_run
+from ucm_middleware import UserContextError, agent_run
 from ucm_openai_agents.flow import Flow, current_flow, enter_flow
 from ucm_openai_agents.tools import flow_of, mark_telling, prepare_function, tells
 
@@ -60,7 +60,7 @@ class Watch(AgentHooks[Any]):
         input_items: list[TResponseInputItem],
     ) -> None:
         if (flow := flow_of(context)) is not None:
-            flow.current.thinking()
+            flow.thinking()
         if self._inner is not None:
             await self._inner.on_llm_start(context, agent, system_prompt, input_items)
 
@@ -72,7 +72,7 @@ class Watch(AgentHooks[Any]):
         # Here rather than in the tool alone: what a tool raises may be told to the model, and the run go on.
         if (flow := flow_of(context)) is not None:
             if tells(tool):
-                flow.current.require_here()
+                flow.require_here()
             else:
                 flow.begin_call(tool.name, _call_id(context, tool))
         if self._inner is not None:
@@ -127,12 +127,17 @@ class _AgentTool:
                     inner = enter_flow(Flow(run))
                     context.context = run.context
                     answer = await within(inner, self._invoke(context, arguments))
+                    if inner.refused is not None:
+                        raise inner.refused
                     if not inner.has_answered and answer is not None:  # None: it waits for an approval
                         raise UnansweredError(answer)
                     return answer
         except UnansweredError as unanswered:
             # The SDK has made a message for the model of what went wrong: it gets that, and the trail a failed run.
             return unanswered.answer
+        except UserContextError as error:
+            flow.refuse(error)
+            raise
         finally:
             context.context = given
             enter_flow(flow)
