@@ -18,7 +18,7 @@ class Flow:
         self.root = self.current = run
         self.has_answered = False
         self.refused: UserContextError | None = None
-        """Why it must not go on. The SDK would tell the model of it, as of a failed tool, where it is an agent's as one."""
+        """Why it must not go on. Where the loop is that of a tool, the SDK would tell the model, and go on."""
         self._handoff: _Handoff | None = None
         self._calls: dict[str, ToolCall] = {}
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -56,15 +56,17 @@ class OwnedSessions(Generic[S]):
 
     def _made(self, context: UserExecutionContext, session_id: str, key: str) -> S:
         session = self._make(key)
-        for found in _session_ids_of(session):
+        for layer in _layers(session):
+            found = _session_id_of(layer)
             try:
                 context.check_key(KIND, session_id, found)
             except CrossUserAccessError as denied:
                 raise _not_its_key(session) from denied
             if found != key:  # the one under another secret
                 raise _not_its_key(session)
-        if self._close and callable(getattr(session, "close", None)):
-            context.closing(session, name="session")
+        closable = (layer for layer in _layers(session) if callable(getattr(layer, "close", None)))
+        if self._close and (target := next(closable, None)) is not None:
+            context.closing(target, name="session")
         return session
 
     async def _move(self, context: UserExecutionContext, session_id: str, key: str, session: S) -> None:
@@ -125,16 +127,20 @@ def _are_owned(given: object) -> TypeGuard[OwnedSessions[Any]]:
     return isinstance(given, OwnedSessions)
 
 
-def _session_ids_of(session: object) -> Generator[str | None]:
-    """What a session is stored under, and what the one is that it wraps, where it encrypts or compacts."""
-    inner: object | None = session
-    while inner is not None:
-        try:
-            found = getattr(inner, "session_id", None)
-        except ValueError:  # of a conversation on OpenAI's server that has not begun
-            found = None
-        yield found if isinstance(found, str) else None
-        inner = getattr(inner, "underlying_session", None)
+def _layers(session: object) -> Generator[object]:
+    """A session, and the one that it wraps, where it encrypts or compacts."""
+    layer: object | None = session
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "underlying_session", None)
+
+
+def _session_id_of(session: object) -> str | None:
+    try:
+        found = getattr(session, "session_id", None)
+    except ValueError:  # of a conversation on OpenAI's server that has not begun
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _not_its_key(session: object) -> ConfigurationError:
