@@ -1,7 +1,6 @@
 """Fifty users at once, who all call their conversation the same: nobody's secret in anything of another's."""
 
 import asyncio
-import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -12,7 +11,7 @@ import pytest
 from agents import Runner, SQLiteSession
 from agents.extensions.memory import SQLAlchemySession
 from agents.memory import Session
-from offline_team import EVERYTHING, Team, secret_of
+from offline_team import EVERYTHING, SECRETS, Team, secret_of
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from support.events import Client, connect
@@ -21,7 +20,6 @@ from support.tracing import Sdk, installed
 from ucm_openai_agents import OpenAIAgents
 
 USERS = [f"user-{number}" for number in range(48)] + ["*", "user-1:chat"]
-SECRETS = re.compile(r"<secret of ([^>]*)>")
 
 Make = Callable[[str], Session]
 

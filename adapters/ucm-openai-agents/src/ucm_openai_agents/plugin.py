@@ -96,13 +96,22 @@ class OpenAIAgents:
         session: Session = await self._sessions.open(asked.session_id, run.context)
         return session
 
+    def _config_of(self, session: Session | None) -> RunConfig | dict[str, Any]:
+        """The run's own group of traces: that of its conversation, by the key, and none that all runs would share."""
+        if not self._tracing:
+            return self._config
+        group = None if session is None else session.session_id
+        if isinstance(self._config, RunConfig):
+            return replace(self._config, group_id=group)
+        return {**self._config, "group_id": group}
+
     def _arguments(self, run: AgentRun, asked: RunParameters, session: Session | None) -> dict[str, Any]:
         return {
             "input": asked.input,
             "context": run.context,
             "max_turns": asked.max_turns,
             "hooks": self._hooks,
-            "run_config": self._config,
+            "run_config": self._config_of(session),
             "session": session,
         }
 

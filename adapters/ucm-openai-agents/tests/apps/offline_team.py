@@ -1,17 +1,23 @@
 """A team of agents for tests: one that users talk to, one that it asks as a tool, and one that it hands over to."""
 
+import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from agents import Agent, RunContextWrapper, function_tool
 from offline_model import OfflineModel
 
-from ucm_middleware import UserContextManager, UserExecutionContext, current_run
+from ucm_middleware import ContextNotFoundError, UserContextManager, UserExecutionContext, current_run
 from ucm_openai_agents import OpenAIAgents
 
 SECRET = "mP0bq3vY8nTzK1xW5sLcR7dHjE2uF9aG4iQo6tVyXkM"
 EVERYTHING = "recall() & arecall(); ask(input=recall()|arecall()); handoff to billing; recall() & arecall()"
 """Each kind of tool, a sub-agent and a hand-off, as one message."""
+
+
+SECRETS = re.compile(r"<secret of ([^>]*)>")
+"""Finds whose secrets are in a text."""
 
 
 def secret_of(user_id: str) -> str:
@@ -61,6 +67,6 @@ class Team:
     def _recall(self, tool: str, wrapper: RunContextWrapper[Any]) -> str:
         user_id = user_of(wrapper.context)
         self.called.append((tool, user_id))
-        if isinstance(wrapper.context, UserExecutionContext):
+        with suppress(ContextNotFoundError):  # where Runner is called by itself
             current_run().emit("recalled", {"secret": secret_of(current_run().context.user_id)})
         return secret_of(user_id)
