@@ -235,7 +235,8 @@ def test_a_function_behind_a_tool_can_still_be_called_by_itself() -> None:
 
     tool = function_tool(double)
     guard_agent(Agent[Any]("front", tools=[tool]))
-    assert tool.__wrapped__(4) == 8
+    function: Any = tool.__wrapped__
+    assert function(4) == 8
 
 
 async def test_hooks_of_the_application_s_are_called_as_before() -> None:

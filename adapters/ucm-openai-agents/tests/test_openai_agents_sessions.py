@@ -28,6 +28,7 @@ from ucm_middleware import (
     managed_user_context,
 )
 from ucm_openai_agents import OpenAIAgents, OwnedSessions, guard_agent
+from ucm_openai_agents.sessions import AnySession
 
 LATER = "q3Yb0vTzW1x5nK8sLcR7dHjE2uF9aG4iQo6tVyXkMmP"
 
@@ -40,7 +41,7 @@ KINDS = [
     "sqlalchemy on sqlite",
     "sqlalchemy on postgres",
 ]
-Make = Callable[[str], Session]
+Make = Callable[[str], AnySession]
 
 
 @pytest.fixture(params=KINDS)
@@ -48,11 +49,11 @@ async def make(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     """What makes a session of this kind, for a key."""
     path = tmp_path / "sessions.db"
 
-    def encrypted(key: str) -> Session:
+    def encrypted(key: str) -> AnySession:
         inner = SQLiteSession(key, path)
         return EncryptedSession(session_id=key, underlying_session=inner, encryption_key="a master key of the app's")
 
-    def compacting(key: str) -> Session:
+    def compacting(key: str) -> AnySession:
         client = AsyncOpenAI(api_key="unused")
         inner = AsyncSQLiteSession(key, path)
         return OpenAIResponsesCompactionSession(key, inner, client=client, should_trigger_compaction=lambda _: False)
@@ -124,7 +125,7 @@ async def test_bare_whoever_names_a_conversation_has_it(make: Make) -> None:
     for text in ("say ok to the code is 1234", "say ok to what is the code"):
         session = make("chat")
         result = await Runner.run(agent, text, session=session)
-        inner = getattr(session, "underlying_session", session)
+        inner: Any = getattr(session, "underlying_session", session)
         ended = inner.close() if hasattr(inner, "close") else None
         if asyncio.iscoroutine(ended):
             await ended
@@ -216,6 +217,8 @@ async def test_outside_of_a_context_there_is_no_session(make: Make) -> None:
     with pytest.raises(ContextNotFoundError):
         await sessions.open("chat")
     shared = sessions.of_each_user("chat")
+    with pytest.raises(AttributeError, match="session_id"):
+        shared.session_id = "chat"
     with pytest.raises(ContextNotFoundError):
         await shared.get_items()
     with pytest.raises(ContextNotFoundError):

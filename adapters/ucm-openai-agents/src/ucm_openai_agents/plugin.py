@@ -12,7 +12,7 @@ from agents.tracing.scope import Scope
 from ucm_middleware import AgentRun, UserContextError, hookimpl
 from ucm_openai_agents.flow import Flow, enter_flow
 from ucm_openai_agents.parameters import RunParameters, checked_parameters
-from ucm_openai_agents.sessions import OwnedSessions, sessions_of
+from ucm_openai_agents.sessions import AnySession, OwnedSessions, sessions_of
 from ucm_openai_agents.watch import guard_agent, is_agent, within
 
 
@@ -33,7 +33,7 @@ class OpenAIAgents:
     def __init__(
         self,
         *,
-        sessions: OwnedSessions[Any] | Callable[[str], Session] | None = None,
+        sessions: OwnedSessions[Any] | Callable[[str], AnySession] | None = None,
         run_config: RunConfig | None = None,
         hooks: RunHooks[Any] | None = None,
         tracing: bool = False,

@@ -13,7 +13,10 @@ from ucm_middleware import ConfigurationError, CrossUserAccessError, UserExecuti
 KIND: Final = "openai_agents_session"
 """The kind of key that sessions are stored under."""
 
-S = TypeVar("S", bound=Session)
+AnySession = Session | SessionABC
+"""Some sessions of the SDK's fit its protocol by inheritance alone, for type checkers."""
+
+S = TypeVar("S", bound=AnySession)
 
 
 class OwnedSessions(Generic[S]):
@@ -50,9 +53,10 @@ class OwnedSessions(Generic[S]):
             await self._move(context, session_id, key, session)
         return context.own(session, name="session")
 
-    def of_each_user(self, session_id: str) -> "OwnedSession":
+    def of_each_user(self, session_id: str) -> Session:
         """One for each user under the same name, for where one object serves all: ``agent.as_tool(session=...)``."""
-        return OwnedSession(self, session_id)
+        owned: Any = OwnedSession(self, session_id)  # whose session_id is none that anybody may set
+        return cast("Session", owned)
 
     def _made(self, context: UserExecutionContext, session_id: str, key: str) -> S:
         session = self._make(key)
@@ -91,7 +95,7 @@ class OwnedSession(SessionABC):
     def __init__(self, sessions: OwnedSessions[Any], session_id: str) -> None:
         self._sessions = sessions
         self._name = session_id
-        self._opened: WeakKeyDictionary[UserExecutionContext, Session] = WeakKeyDictionary()
+        self._opened: WeakKeyDictionary[UserExecutionContext, AnySession] = WeakKeyDictionary()
 
     @property
     def session_id(self) -> str:  # type: ignore[override] # pyright: ignore[reportIncompatibleVariableOverride]
@@ -110,7 +114,7 @@ class OwnedSession(SessionABC):
     async def clear_session(self) -> None:
         await (await self._current()).clear_session()
 
-    async def _current(self) -> Session:
+    async def _current(self) -> AnySession:
         context = current_context()
         session = self._opened.get(context)
         if session is None:
@@ -118,9 +122,9 @@ class OwnedSession(SessionABC):
         return session
 
 
-def sessions_of(given: OwnedSessions[Any] | Callable[[str], Session] | None) -> OwnedSessions[Any] | None:
+def sessions_of(given: OwnedSessions[Any] | Callable[[str], AnySession] | None) -> OwnedSessions[Any] | None:
     """What a plugin was given as ``sessions``. Raises ConfigurationError for what is none."""
-    return given if given is None or _are_owned(given) else OwnedSessions(cast("Callable[[str], Session]", given))
+    return given if given is None or _are_owned(given) else OwnedSessions(cast("Callable[[str], AnySession]", given))
 
 
 def _are_owned(given: object) -> TypeGuard[OwnedSessions[Any]]:
