@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from agents import (
     Agent,
+    AgentHookContext,
+    AgentHooks,
     FunctionTool,
     InputGuardrailTripwireTriggered,
     MaxTurnsExceeded,
+    ModelResponse,
     RunContextWrapper,
     RunHooks,
     Tool,
@@ -242,16 +245,49 @@ def test_a_function_behind_a_tool_can_still_be_called_by_itself() -> None:
 async def test_hooks_of_the_application_s_are_called_as_before() -> None:
     calls: list[str] = []
 
-    class Hooks(RunHooks[Any]):
+    class OfRuns(RunHooks[Any]):
         async def on_tool_start(self, context: RunContextWrapper[Any], agent: Agent[Any], tool: Tool) -> None:
-            calls.append(f"run {tool.name} {current_context().user_id}")
+            calls.append(f"run's {tool.name} {current_context().user_id}")
 
-    class Own(Team):
-        pass
+    class OfAgents(AgentHooks[Any]):
+        async def on_start(self, context: AgentHookContext[Any], agent: Agent[Any]) -> None:
+            calls.append("start")
 
-    team = Own()
-    await team.manager(OpenAIAgents(hooks=Hooks())).execute_with_agent("alice", "front", {"input": "recall()"})
-    assert calls == ["run recall alice"]
+        async def on_end(self, context: AgentHookContext[Any], agent: Agent[Any], output: Any) -> None:
+            calls.append(f"end {output}")
+
+        async def on_handoff(self, context: RunContextWrapper[Any], agent: Agent[Any], source: Agent[Any]) -> None:
+            calls.append(f"{source.name} to {agent.name}")
+
+        async def on_tool_start(self, context: RunContextWrapper[Any], agent: Agent[Any], tool: Tool) -> None:
+            calls.append(f"agent's {tool.name}")
+
+        async def on_tool_end(
+            self, context: RunContextWrapper[Any], agent: Agent[Any], tool: Tool, result: object
+        ) -> None:
+            calls.append(f"{tool.name} ended")
+
+        async def on_llm_start(
+            self, context: RunContextWrapper[Any], agent: Agent[Any], system_prompt: str | None, input_items: list[Any]
+        ) -> None:
+            calls.append("asked")
+
+        async def on_llm_end(self, context: RunContextWrapper[Any], agent: Agent[Any], response: ModelResponse) -> None:
+            calls.append("answered")
+
+    team = Team()
+    team.front.hooks = OfAgents()
+    manager = team.manager(OpenAIAgents(hooks=OfRuns()))
+    for _ in range(2):  # and no more often, the second time
+        calls.clear()
+        await manager.execute_with_agent("alice", "front", {"input": "recall(); say bye"})
+        assert calls == [
+            *("start", "asked", "answered", "run's recall alice", "agent's recall", "recall ended"),
+            *("asked", "answered", "end bye"),
+        ]
+    calls.clear()
+    await manager.execute_with_agent("alice", "front", {"input": "handoff to billing"})
+    assert "front to billing" in calls
 
 
 async def test_what_the_agent_raises_goes_its_way() -> None:

@@ -241,6 +241,8 @@ async def test_one_session_for_an_agent_that_is_a_tool_is_each_user_s_own(make: 
         (True, False),
     ]
     assert of_helper[-1].count("say I am alice") == 2
+    opened: Any = vars(memory)["_opened"]
+    assert opened == {}  # what it keeps for a run goes with it
 
 
 async def test_a_session_is_closed_with_its_context_once() -> None:

@@ -136,8 +136,6 @@ async def test_a_state_of_alice_s_that_is_resumed_by_bob_calls_none_of_her_tools
     agent = guard_agent(Agent[Any]("front", model=OfflineModel(), tools=[pay]))
     manager = UserContextManager(secret=SECRET)
     alice, bob = (manager.create_isolated_context(user) for user in ("alice", "bob"))
-    with manager.privileged(reason="the test looks on", users=["alice", "bob"]):
-        pass
 
     async def begin() -> Any:
         async with managed_user_context(manager.create_isolated_context("alice")):

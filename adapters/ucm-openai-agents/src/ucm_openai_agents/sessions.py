@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Generator
 from typing import Any, Final, Generic, TypeGuard, TypeVar, cast
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from agents import SessionABC, SessionSettings, TResponseInputItem
 from agents.memory import Session
@@ -95,7 +95,8 @@ class OwnedSession(SessionABC):
     def __init__(self, sessions: OwnedSessions[Any], session_id: str) -> None:
         self._sessions = sessions
         self._name = session_id
-        self._opened: WeakKeyDictionary[UserExecutionContext, AnySession] = WeakKeyDictionary()
+        # Until the context closes: the handle holds it, so a weak dictionary would hold both.
+        self._opened: dict[UserExecutionContext, AnySession] = {}
 
     @property
     def session_id(self) -> str:  # type: ignore[override] # pyright: ignore[reportIncompatibleVariableOverride]
@@ -118,7 +119,9 @@ class OwnedSession(SessionABC):
         context = current_context()
         session = self._opened.get(context)
         if session is None:
-            session = self._opened[context] = await self._sessions.open(self._name, context)
+            session = await self._sessions.open(self._name, context)
+            context.callback(self._opened.pop, context, None)
+            self._opened[context] = session
         return session
 
 
