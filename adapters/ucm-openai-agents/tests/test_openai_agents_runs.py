@@ -144,6 +144,8 @@ async def test_a_conversation_handed_back_and_forth_does_not_nest() -> None:
     assert (await manager.execute_with_agent("alice", "front", given)).final_output == "done"
     depths = [each["data"]["depth"] for each in client.envelopes if each["type"] == "agent_started"]
     assert depths == [1] + [2] * 16
+    kinds = [each["type"] for each in client.envelopes if each["type"] in ("agent_started", "agent_completed")]
+    assert kinds == ["agent_started", *["agent_started", "agent_completed"] * 16, "agent_completed"]
 
 
 async def test_a_tool_that_fails_says_so_and_the_model_hears_of_it() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from agents import RunConfig, Runner, SQLiteSession, trace
+from agents import RunConfig, Runner, SQLiteSession, custom_span, trace
 from agents.tracing import Span, Trace, TracingProcessor, get_current_span, get_current_trace, set_trace_provider
 from agents.tracing.provider import DefaultTraceProvider
 from agents.tracing.setup import get_trace_provider
@@ -108,14 +108,16 @@ async def test_where_it_is_asked_for_each_run_has_a_trace_of_its_own_without_wha
         async with manager.stream_with_agent(user, "front", given) as stream:
             [event async for event in stream]
 
-    with trace("the application") as outer:
+    with trace("the application") as outer, custom_span("around") as around:
         await asyncio.gather(*map(talk, USERS))
         assert get_current_trace() is outer
-        assert get_current_span() is None
+        assert get_current_span() is around
     assert [exported.trace_ids_of(secret_of(user)) for user in USERS] == [set()] * len(USERS)
     traces = {found["id"]: found for found in exported.traces if found["id"] != outer.trace_id}
     assert len(traces) == 2 * len(USERS)
-    assert {span["trace_id"] for span in exported.spans} == set(traces)
+    spans = [span for span in exported.spans if span["trace_id"] != outer.trace_id]
+    assert {span["trace_id"] for span in spans} == set(traces)
+    assert not [span for span in spans if span["parent_id"] == around.span_id]
     groups = [found["group_id"] for found in traces.values()]
     assert len(set(groups)) == len(USERS)  # the conversations, by their keys
     assert all(group.startswith("ucm1_") for group in groups)
