@@ -66,6 +66,7 @@ def messages(user_id: str) -> list[str]:
     return [f"{EVERYTHING}; say {secret_of(user_id)}", f"say again {secret_of(user_id)}"]
 
 
+@pytest.mark.timeout(240)  # it takes a few seconds, and a machine that others use has made it take a minute
 async def test_nobody_sees_anything_of_another_s(store: Store) -> None:
     team = Team()
     manager = team.manager(OpenAIAgents(sessions=store.make))
