@@ -516,12 +516,12 @@ class UserExecutionContext(ResourceHolder):
         child._lineage = (self.operation_depth + 1, self.request_id)
         child._parent = self
         child._db_session = self._db_session
-        child._agent_context = copy_data(
-            {**self.agent_context, **(agent_context or {})}, "agent_context", self._user_id
-        )
-        child._audit_metadata = copy_data(
-            {**self.audit_metadata, **(audit_metadata or {})}, "audit_metadata", self._user_id
-        )
+        if self._agent_context or agent_context:
+            data = {**self.agent_context, **(agent_context or {})}
+            child._agent_context = copy_data(data, "agent_context", self._user_id)
+        if self._audit_metadata or audit_metadata:
+            data = {**self.audit_metadata, **(audit_metadata or {})}
+            child._audit_metadata = copy_data(data, "audit_metadata", self._user_id)
         child._host = self._host
         if not self._adopt(child):
             raise self._closed_error()

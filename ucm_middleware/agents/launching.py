@@ -40,7 +40,7 @@ from ucm_middleware.guard import Guard
 from ucm_middleware.ids import checked_user_id
 from ucm_middleware.isolation import copy_data, type_name
 from ucm_middleware.lifetime import HANDLER_GRACE
-from ucm_middleware.waiting import Cancelled, settle
+from ucm_middleware.waiting import Cancelled, settle, wake
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ class Launch:
         self.run = run
         self._ends = time.monotonic() + self._seconds
         context = run.context
-        if context.host is not None:
-            context.host.end_within(context, self._seconds)
+        context.lifetime.limit(self._ends, time.monotonic)
         # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
         return asyncio.get_running_loop().call_later(self._seconds, context.close, "expired", context=Context())
 
@@ -82,7 +81,7 @@ class Launch:
         closed by anything else.
         """
         try:
-            await asyncio.wait((self.task,), timeout=self._seconds + HANDLER_GRACE)
+            await self._over()
         except asyncio.CancelledError:
             await self.stop()
             raise
@@ -96,6 +95,19 @@ class Launch:
         if isinstance(error, ContextClosedError) and self._is_overdue:
             raise self._timeout("did not end") from error
         return self.task.result()
+
+    async def _over(self) -> None:
+        """Wait until the run has ended, or had its time and a grace."""
+        if self.task.done():
+            return
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(self._seconds + HANDLER_GRACE, wake, over, context=Context())
+        self.task.add_done_callback(lambda _: wake(over), context=Context())
+        try:
+            await over
+        finally:
+            timer.cancel()
 
     async def stop(self) -> None:
         """Cancel the run, and wait until it has ended, through any number of cancellations; not longer than a grace."""

@@ -4,8 +4,7 @@
 # pyright: reportPrivateUsage=false
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from itertools import count
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -152,28 +151,7 @@ class AgentRun:
             self.context.lifetime.interrupt()
 
 
-class _told:  # noqa: N801 - used like the functions of contextlib
-    """Tells of the beginning of a run, or does not let it begin, and of its end."""
-
-    __slots__ = ("_parameters", "_run")
-
-    def __init__(self, run: AgentRun, parameters: Mapping[str, Any]) -> None:
-        self._run = run
-        self._parameters = parameters
-
-    def __enter__(self) -> None:
-        self._run.begin(self._parameters)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._run.end(error)
-
-
-@asynccontextmanager
-async def agent_run(
-    context: UserExecutionContext, agent_name: str, parameters: Mapping[str, Any] | None = None
-) -> AsyncGenerator[AgentRun]:
+class agent_run:  # noqa: N801 - used like the functions of contextlib
     """``async with agent_run(context, "search", parameters) as run:`` is one run of an agent, for adapters to build on.
 
     The block runs in a child context of that name, which is closed after it, and inside of what plugins wrap agent runs
@@ -181,23 +159,55 @@ async def agent_run(
     outside meanwhile, the block is cancelled, and ends in ContextClosedError. Raises what ``create_child_context`` and
     ``managed_user_context`` raise.
     """
-    require_entry(context)
-    try:
-        child = context.create_child_context(agent_name)
-    except ContextLimitError as error:
-        remedy = f"agent {agent_name!r} was not run: {error.remedy}"
-        raise ContextLimitError(error.scope, error.limit, remedy) from None
-    child.lifetime.variables = variables_here(context)
-    given: Mapping[str, Any] = {} if parameters is None else parameters
-    host = child.host
-    if host is not None:
-        host.agents.begin(child, agent_name)
-    async with managed_user_context(child):
-        run = AgentRun(child, agent_name, None if host is None else host.agents)
-        with _told(run, given):
+
+    __slots__ = ("_agent_name", "_context", "_managed", "_parameters", "_run")
+
+    _managed: managed_user_context
+    _run: AgentRun
+
+    def __init__(
+        self, context: UserExecutionContext, agent_name: str, parameters: Mapping[str, Any] | None = None
+    ) -> None:
+        self._context = context
+        self._agent_name = agent_name
+        self._parameters: Mapping[str, Any] = NOTHING if parameters is None else parameters
+
+    async def __aenter__(self) -> AgentRun:
+        child = self._open()
+        self._managed = managed_user_context(child)
+        await self._managed.__aenter__()
+        host = child.host
+        self._run = run = AgentRun(child, self._agent_name, None if host is None else host.agents)
+        try:
+            run.begin(self._parameters)
             if host is not None and host.hooks.around_agent_run:
-                await child._enter_around(host.hooks.around_agent_run(child, agent_name, given))
-            yield run
+                around = host.hooks.around_agent_run(child, self._agent_name, self._parameters)
+                await child._enter_around(around)
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return run
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._run.end(error)
+        finally:
+            await self._managed.__aexit__(kind, error, trace)
+
+    def _open(self) -> UserExecutionContext:
+        context = self._context
+        require_entry(context)
+        try:
+            child = context.create_child_context(self._agent_name)
+        except ContextLimitError as error:
+            remedy = f"agent {self._agent_name!r} was not run: {error.remedy}"
+            raise ContextLimitError(error.scope, error.limit, remedy) from None
+        child.lifetime.variables = variables_here(context)
+        if child.host is not None:
+            child.host.agents.begin(child, self._agent_name)
+        return child
 
 
 def run_around(context: UserExecutionContext) -> AgentRun | None:

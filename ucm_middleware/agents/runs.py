@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal
 
 from ucm_middleware.agents.stragglers import Stragglers
@@ -23,7 +24,7 @@ Phase = Literal[
     "agent_started", "agent_thinking", "tool_executing", "tool_completed", "agent_completed", "agent_failed"
 ]
 
-NOTHING: Final[Mapping[str, object]] = {}
+NOTHING: Final[Mapping[str, object]] = MappingProxyType({})
 
 
 class AgentRuns:

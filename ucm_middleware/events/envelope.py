@@ -15,7 +15,10 @@ from ucm_middleware.ids import validate_id
 from ucm_middleware.isolation import key_text, type_name
 
 # As text, not as escapes: users write in all scripts. What is no number in JSON is refused.
-_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+# What contains itself nests too deeply, and to look out for it beforehand costs each event more than that one.
+_encode: Final = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
+).encode
 
 FRAME: Final = 96
 """Bytes that the names of an envelope's fields, its epoch and its sequence take at most, roughly."""
