@@ -5,7 +5,8 @@
 
 import asyncio
 import re
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from typing import Any, Final, cast
 
 from mcp.server.connection import Connection
@@ -16,6 +17,7 @@ from mcp_types import INVALID_REQUEST, REQUEST_TIMEOUT, CallToolResult
 from ucm_mcp.exchange import Exchange, exchange_of
 from ucm_mcp.outbound import OwnedChannel
 from ucm_mcp.sessions import Sessions
+from ucm_mcp.threads import Look, under_way
 from ucm_middleware import (
     AgentTimeoutError,
     ContextNotFoundError,
@@ -26,6 +28,7 @@ from ucm_middleware import (
     current_context,
     user_context,
 )
+from ucm_middleware.agents import ToolCall
 from ucm_middleware.refusal import refusal_for
 
 HANDSHAKE: Final = frozenset(
@@ -53,12 +56,14 @@ class ToolFailed(Exception):  # noqa: N818 - what records call it
 class UserCalls:
     """A ``ServerMiddleware``: it runs each request and notification as its caller, and nobody else's.
 
-    ``agent`` names the runs in events, records and spans, ``timeout`` is in seconds.
+    ``agent`` names the runs in events, records and spans, ``look`` is told of what is about to run, ``timeout`` is in
+    seconds.
     """
 
-    def __init__(self, agent: str, sessions: Sessions, timeout: float | None) -> None:
+    def __init__(self, agent: str, sessions: Sessions, look: Look, timeout: float | None) -> None:
         self.agent = agent
         self.sessions = sessions
+        self._look = look
         self._timeout = timeout
 
     async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
@@ -84,8 +89,9 @@ class UserCalls:
         self, ctx: ServerRequestContext[Any, Any], call_next: CallNext, caller: UserExecutionContext
     ) -> HandlerResult:
         async with agent_run(caller, self.agent, {"method": ctx.method}) as run:
+            self._look(ctx.method, ctx.params or {})
             call = run.tool(_tool_name(ctx))
-            with call:
+            with call, _under_way(call):
                 limit = asyncio.timeout(self._timeout)
                 try:
                     async with limit:
@@ -118,6 +124,15 @@ class UserCalls:
                 with suppress(CrossUserAccessError):  # it is on record then
                     host.require_owner(owner, "mcp_session")
             raise MCPError(INVALID_REQUEST, "Session not found")
+
+
+@contextmanager
+def _under_way(call: ToolCall) -> Generator[None]:
+    token = under_way.set(call)
+    try:
+        yield
+    finally:
+        under_way.reset(token)
 
 
 def _caller(ctx: ServerRequestContext[Any, Any]) -> UserExecutionContext:

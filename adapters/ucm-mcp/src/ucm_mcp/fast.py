@@ -2,18 +2,31 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeVar
 
 import fastmcp
+from fastmcp.prompts import Prompt
+from fastmcp.resources import Resource, ResourceTemplate
+from fastmcp.server.transforms import (
+    GetPromptNext,
+    GetResourceNext,
+    GetResourceTemplateNext,
+    GetToolNext,
+    Transform,
+)
+from fastmcp.tools import Tool
+from fastmcp.utilities.versions import VersionSpec
 from key_value.aio.protocols import AsyncKeyValue
 
 from ucm_mcp.library import FASTMCP_FLOOR, require
 from ucm_mcp.serving import Served, Transport
+from ucm_mcp.threads import watch
 from ucm_middleware import ConfigurationError, current_context
 
 require("fastmcp", FASTMCP_FLOOR)
 
 Found = dict[str, Any] | None
+Component = TypeVar("Component")
 
 
 def served_by_fastmcp(server: Any, transport: Transport, options: dict[str, Any]) -> Served:
@@ -93,3 +106,42 @@ def _derived(key: str, collection: str | None) -> tuple[str, ...]:
     # FastMCP's keys are longer than ids may be, and hold what clients wrote.
     name = hashlib.sha256(f"{collection or ''}\0{key}".encode(errors="surrogatepass")).hexdigest()
     return current_context().candidate_keys("mcp_state", name)
+
+
+class _Watching(Transform):
+    """Sees what FastMCP is about to run, of a server and of those that are mounted in it, and changes nothing but that
+    its threads are watched.
+    """
+
+    def put_into(self, server: object) -> None:
+        """Once, also into servers that are mounted later."""
+        if isinstance(server, fastmcp.FastMCP) and self not in server.transforms:
+            server.add_transform(self)
+
+    def _seen(self, component: Component) -> Component:
+        self.put_into(getattr(component, "_server", None))  # a mounted one's, which looks it up in its own server
+        watch(component)
+        return component
+
+    async def get_tool(self, name: str, call_next: GetToolNext, *, version: VersionSpec | None = None) -> Tool | None:
+        return self._seen(await call_next(name, version=version))
+
+    async def get_resource(
+        self, uri: str, call_next: GetResourceNext, *, version: VersionSpec | None = None
+    ) -> Resource | None:
+        return self._seen(await call_next(uri, version=version))
+
+    async def get_resource_template(
+        self, uri: str, call_next: GetResourceTemplateNext, *, version: VersionSpec | None = None
+    ) -> ResourceTemplate | None:
+        return self._seen(await call_next(uri, version=version))
+
+    async def get_prompt(
+        self, name: str, call_next: GetPromptNext, *, version: VersionSpec | None = None
+    ) -> Prompt | None:
+        return self._seen(await call_next(name, version=version))
+
+
+def watch_threads(server: "fastmcp.FastMCP[Any]") -> None:
+    """Have what the server runs in threads listed where it outlives its call."""
+    _Watching().put_into(server)

@@ -15,7 +15,7 @@ from ucm_mcp.calls import UserCalls
 from ucm_mcp.gate import SessionGate, SseGate
 from ucm_mcp.identity import Identity, Resolve
 from ucm_mcp.library import MCP_FLOOR, require
-from ucm_mcp.serving import Transport, put_gates, sdk_server, served_by_framework
+from ucm_mcp.serving import Transport, put_gates, sdk_server, served_by_framework, threads_of
 from ucm_mcp.sessions import Sessions
 from ucm_middleware import (
     ConfigurationError,
@@ -118,7 +118,8 @@ class MCP:
             raise ConfigurationError(
                 f"the MCP server's name goes into records: let it be printable, and at most {_LONGEST_NAME} characters"
             )
-        inner.middleware.insert(0, UserCalls(f"mcp:{inner.name}", self._sessions, self._timeout))
+        look = threads_of(server)
+        inner.middleware.insert(0, UserCalls(f"mcp:{inner.name}", self._sessions, look, self._timeout))
         for each in inner.middleware:
             if isinstance(each, RequestStateBoundary) and each._security.bind_principal is authenticated_principal:
                 each._security.bind_principal = _principal

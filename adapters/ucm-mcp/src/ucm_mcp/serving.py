@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeGuard
 
 from mcp.server import Server
@@ -10,6 +11,7 @@ from mcp.server.mcpserver import MCPServer
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
+from ucm_mcp.threads import Look, nothing_to_watch, watch_registered
 from ucm_middleware import ConfigurationError
 from ucm_middleware.types import ASGIApp
 
@@ -68,6 +70,17 @@ def sdk_server(server: Any) -> Server[Any]:
     raise ConfigurationError(
         f"a {type(server).__name__} is no MCP server: give an MCPServer or Server of mcp, or a FastMCP"
     )
+
+
+def threads_of(server: Any) -> Look:
+    """How what a server runs in threads is seen beforehand."""
+    if isinstance(server, MCPServer):
+        return partial(watch_registered, server)
+    if hasattr(server, "http_app"):
+        from ucm_mcp.fast import watch_threads
+
+        watch_threads(server)
+    return nothing_to_watch
 
 
 def _is_server(value: object) -> TypeGuard[Server[Any]]:
