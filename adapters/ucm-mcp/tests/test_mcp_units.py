@@ -398,8 +398,9 @@ async def test_what_is_missing_is_named() -> None:
     assert "UserContextMiddleware" in str(await by_token(mcp, "alice", None))
 
 
-async def test_a_connection_that_no_gate_guards() -> None:
-    """Where an application serves the server by other means, messages of the connection's first user alone are run."""
+@pytest.mark.parametrize("stateless", [True, False])
+async def test_a_server_that_is_served_past_its_gate(stateless: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody is served: replies and cancellations, which no middleware of the SDK's sees, would come to anybody's."""
     server, mcp = MCPServer("notes"), MCP()
 
     @server.tool()
@@ -407,25 +408,51 @@ async def test_a_connection_that_no_gate_guards() -> None:
         return current_context().user_id
 
     mcp.app(server)
-    app: Any = server.streamable_http_app(json_response=True)
+    app: Any = server.streamable_http_app(json_response=True, stateless_http=stateless)
     manager = UserContextManager(plugins=[mcp])
     served = UserContextMiddleware(app, manager=manager, identify=lambda connection: connection.headers.get("user"))
-    transport = httpx.ASGITransport(served)
+    url = "http://127.0.0.1:80"
+    headers = {"host": "127.0.0.1:80", "user": "alice", "accept": ACCEPT}
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(
-            transport=transport, base_url="http://127.0.0.1:80", headers={"host": "127.0.0.1:80"}
-        ) as client,
+        httpx.AsyncClient(transport=httpx.ASGITransport(served), base_url=url, headers=headers) as client,
     ):
-        alice, bob, nobody = (RawMCP(client, {"user": user} if user else {}) for user in ("alice", "bob", ""))
-        session = await alice.open()
-        assert text_of(await alice.result(call("whoami"))) == "alice"
-        assert await bob.result(call("whoami"), session) == {"code": -32600, "message": "Session not found"}
-        assert await nobody.result(call("whoami"), session) == {"code": -32600, "message": "Session not found"}
-        opened = await client.post("/mcp", json=INITIALIZE, headers={"accept": ACCEPT})
-        assert opened.json()["error"]["message"] == "an MCP session belongs to a user"
-    with manager.privileged(reason="test", users=["bob"]):
-        trail = manager.get_audit_trail("bob")
+        opened = await client.post("/mcp", json=INITIALIZE)
+        assert opened.json()["error"]["message"] == "The server is not set up for this."
+        more = {} if stateless else {"mcp-session-id": opened.headers["mcp-session-id"]}
+        called = await client.post("/mcp", json=call("whoami"), headers=more)
+        assert called.json()["error"]["message"] == "The server is not set up for this."
+    assert "MCP().app()" in caplog.text
+
+
+async def test_a_connection_belongs_to_its_first_user(manager: UserContextManager) -> None:
+    """On transports without requests, messages of the connection's first user alone are run."""
+    server = MCPServer("notes")
+
+    @server.tool()
+    async def whoami() -> str:
+        return current_context().user_id
+
+    MCP().app(server)
+    lent: asyncio.Queue[Client] = asyncio.Queue()
+
+    async def as_bob() -> None:
+        client = await lent.get()
+        with (
+            managed_user_context(manager.create_isolated_context("bob")),
+            pytest.raises(MCPError, match="Session not found"),
+        ):
+            await client.call_tool("whoami", {})
+
+    other = asyncio.create_task(as_bob())  # made here, where nobody's context is current
+    async with (
+        managed_user_context(manager.create_isolated_context("alice")),
+        Client(server, mode="legacy") as client,
+    ):
+        await client.call_tool("whoami", {})
+        lent.put_nowait(client)
+        await other
+    trail = manager.get_audit_trail("bob")
     assert trail is not None
     assert [event["action"] for event in trail["events"] if event["event"] == "denied"] == ["mcp_session"]
 

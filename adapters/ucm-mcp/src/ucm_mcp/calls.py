@@ -4,6 +4,7 @@
 # pyright: reportPrivateUsage=false
 
 import asyncio
+import logging
 import re
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ from ucm_middleware import (
 )
 from ucm_middleware.agents import ToolCall
 from ucm_middleware.refusal import refusal_for
+
+logger = logging.getLogger(__name__)
 
 HANDSHAKE: Final = frozenset(
     {
@@ -67,7 +70,10 @@ class UserCalls:
         self._timeout = timeout
 
     async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
-        exchange = exchange_of(ctx.request) or Exchange()
+        exchange = exchange_of(ctx.request)
+        if exchange is None:
+            _require_no_request(ctx)
+            exchange = Exchange()
         exchange.resumable = exchange.resumable or ctx.close_sse_stream is not None
         result: HandlerResult = None
         with exchange.call() as scope:
@@ -142,6 +148,16 @@ def _caller(ctx: ServerRequestContext[Any, Any]) -> UserExecutionContext:
     if hasattr(request, "scope") and user_context(request).user_id != context.user_id:
         raise CrossUserAccessError("the message was sent by another user than this code runs for")
     return context
+
+
+def _require_no_request(ctx: ServerRequestContext[Any, Any]) -> None:
+    """Refuse what came over HTTP past the gate: cancellations and replies would come to sessions of other users' there,
+    and no middleware of the SDK's sees those.
+    """
+    scope = getattr(ctx.request, "scope", None)
+    if scope is not None and scope.get("type") == "http":
+        logger.error("a server that MCP() has prepared is served past it: serve the application that MCP().app() gives")
+        raise MCPError(INVALID_REQUEST, "The server is not set up for this.")
 
 
 def _guard_replies(ctx: ServerRequestContext[Any, Any], caller: UserExecutionContext) -> None:
