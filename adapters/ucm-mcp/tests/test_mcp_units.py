@@ -26,7 +26,7 @@ from pydantic import AnyHttpUrl
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 
-from raw_mcp import ACCEPT, INITIALIZE, RawMCP, call, text_of
+from raw_mcp import ACCEPT, INITIALIZE, call
 from ucm_mcp import MCP, UserEventStore, UserSubscriptionBus
 from ucm_mcp import library as library_module
 from ucm_mcp.fast import UserStateStore
