@@ -5,6 +5,8 @@ import json
 import sys
 import threading
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +26,13 @@ from mcp.server.streamable_http import EventMessage
 from mcp.shared.subscriptions import ResourceUpdated, ToolsListChanged
 from pydantic import AnyHttpUrl
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 
-from raw_mcp import ACCEPT, INITIALIZE, call
+from raw_mcp import ACCEPT, INITIALIZE, RawMCP, call
 from ucm_mcp import MCP, UserEventStore, UserSubscriptionBus
 from ucm_mcp import library as library_module
 from ucm_mcp.fast import UserStateStore
+from ucm_mcp.gate import SessionGate
 from ucm_mcp.identity import Identity
 from ucm_mcp.outbound import OwnedChannel
 from ucm_mcp.plugin import _principal  # pyright: ignore[reportPrivateUsage]
@@ -334,6 +337,22 @@ def test_servers_that_are_none() -> None:
     for odd in (0, -1, float("inf"), float("nan")):
         with pytest.raises(ConfigurationError, match="timeout"):
             MCP(timeout=odd)
+    with pytest.raises(ConfigurationError, match="sessions_per_user"):
+        MCP(sessions_per_user=0)
+
+
+@asynccontextmanager
+async def in_process(mcp: MCP, server: Any, **options: Any) -> AsyncGenerator[httpx.AsyncClient]:
+    """A client of a server in this process; who calls says who it is."""
+    app: Any = mcp.app(server, **options)
+    manager = UserContextManager(plugins=[mcp])
+    served = UserContextMiddleware(app, manager=manager, identify=lambda connection: connection.headers.get("user"))
+    transport, url = httpx.ASGITransport(served), "http://127.0.0.1:80"
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url=url, headers={"host": "127.0.0.1:80"}) as client,
+    ):
+        yield client
 
 
 class Told:
@@ -423,6 +442,46 @@ async def test_a_server_that_is_served_past_its_gate(stateless: bool, caplog: py
         called = await client.post("/mcp", json=call("whoami"), headers=more)
         assert called.json()["error"]["message"] == "The server is not set up for this."
     assert "MCP().app()" in caplog.text
+
+
+async def test_a_user_has_so_many_sessions() -> None:
+    """Idle ones count: the SDK's own limit is one for all users, and one user could take it up."""
+    mcp = MCP(sessions_per_user=2)
+    async with in_process(mcp, MCPServer("notes")) as client:
+        alice, bob = (RawMCP(client, {"user": user}) for user in ("alice", "bob"))
+        opened = [await alice.open() for _ in range(2)]
+        refused = await client.post("/mcp", json=INITIALIZE, headers=alice.of(None))
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        await bob.open()
+        assert (await client.delete("/mcp", headers=alice.of(opened[0]))).status_code == 200
+        assert (await client.post("/mcp", json=INITIALIZE, headers=alice.of(None))).status_code == 200
+        refused = await client.post("/mcp", json=INITIALIZE, headers=alice.of(None))
+        assert refused.status_code == 429
+
+
+async def test_a_session_that_never_came_to_be_is_forgotten() -> None:
+    """The transport has named it, and what would open it was lost."""
+    asked: list[tuple[str, bytes]] = []
+    ended = asyncio.Event()
+
+    async def transport(scope: Any, receive: Any, send: Any) -> None:
+        named = dict(scope["headers"]).get(b"mcp-session-id", b"")
+        asked.append((scope["method"], named))
+        if len([each for each in asked if each == ("DELETE", b"1")]) == 2:
+            ended.set()
+        await Response("", headers={"mcp-session-id": "1"})(scope, receive, send)
+
+    sessions = Sessions()
+    identity = Identity(None, lambda _: True)
+    gate = UserContextMiddleware(
+        SessionGate(transport, sessions, identity, most=1, is_stateless=False), identify=lambda _: "alice"
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(gate)) as client:
+        for _ in range(2):
+            assert (await client.post("http://127.0.0.1/mcp", json=INITIALIZE)).status_code == 200
+            assert len(sessions) == 0
+        await ended.wait()
+    assert asked[0] == ("POST", b"")
 
 
 async def test_a_connection_belongs_to_its_first_user(manager: UserContextManager) -> None:

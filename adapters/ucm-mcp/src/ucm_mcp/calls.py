@@ -17,7 +17,7 @@ from mcp_types import INVALID_REQUEST, REQUEST_TIMEOUT, CallToolResult
 
 from ucm_mcp.exchange import Exchange, exchange_of
 from ucm_mcp.outbound import OwnedChannel
-from ucm_mcp.sessions import Sessions
+from ucm_mcp.sessions import Sessions, serving
 from ucm_mcp.threads import Look, under_way
 from ucm_middleware import (
     AgentTimeoutError,
@@ -122,6 +122,8 @@ class UserCalls:
                 if caller.is_anonymous:
                     raise MCPError(INVALID_REQUEST, "an MCP session belongs to a user")
                 connection.exit_stack.callback(self.sessions.forget, connection.session_id)
+                if (session := serving.get()) is not None:
+                    session.is_known = True
             connection.state[_OWNER] = owner = caller.user_id
             if connection.has_standalone_channel:
                 connection.outbound = OwnedChannel(connection.outbound, host, owner)

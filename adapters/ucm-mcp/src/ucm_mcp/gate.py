@@ -32,6 +32,8 @@ SESSION_HEADER: Final = b"mcp-session-id"
 VERSION_HEADER: Final = b"mcp-protocol-version"
 _ENDPOINT: Final = re.compile(rb"\Aevent: endpoint\r?\ndata: [^\r\n]*[?&]session_id=([0-9a-f]{32})\b")
 _NO_USER: Final = "an MCP session belongs to a user: sign in, or call without a session"
+_TOO_MANY: Final = "Too many open MCP sessions."
+_OK: Final = 200
 _ACCEPTED: Final = 202
 
 
@@ -65,7 +67,7 @@ class Gate:
         finally:
             serving.reset(token)
             if session is not None:
-                self._left(session, scope)
+                self._left(session, scope["method"], watch.status)
 
     def _admitted(self, scope: Scope, context: UserExecutionContext) -> tuple[Session | None, Scope]:
         """The session that a request is for, if it has or may open one, and the scope to go on with.
@@ -78,8 +80,8 @@ class Gate:
         """What looks at the answer, for a session that may be opened by it."""
         raise NotImplementedError
 
-    def _left(self, session: Session, scope: Scope) -> None:
-        """The request is through."""
+    def _left(self, session: Session, method: str, status: int) -> None:
+        """The request is through, answered with that status; 0 where it was not."""
 
     def _owned(self, found: Session | None, context: UserExecutionContext) -> Session | None:
         """The session, if it is the caller's. What it is not is put on record, and then it is none."""
@@ -94,8 +96,9 @@ class Gate:
 class SessionGate(Gate):
     """In front of streamable HTTP, where a header names the session."""
 
-    def __init__(self, app: ASGIApp, sessions: Sessions, identity: Identity, *, is_stateless: bool) -> None:
+    def __init__(self, app: ASGIApp, sessions: Sessions, identity: Identity, *, most: int, is_stateless: bool) -> None:
         super().__init__(app, sessions, identity)
+        self.most = most
         self.is_stateless = is_stateless
 
     def _admitted(self, scope: Scope, context: UserExecutionContext) -> tuple[Session | None, Scope]:
@@ -106,6 +109,8 @@ class SessionGate(Gate):
                 return None, scope
             if context.is_anonymous:
                 raise UnauthenticatedError(_NO_USER)
+            if self.sessions.count_of(context.user_id) >= self.most:
+                raise HTTPException(429, _TOO_MANY, {"Retry-After": "1"})
             goodbye = _goodbye(scope)
 
             async def end(session: Session) -> None:
@@ -131,6 +136,14 @@ class SessionGate(Gate):
                         self.sessions.add(session, value.decode("latin-1"))
 
         return look
+
+    def _left(self, session: Session, method: str, status: int) -> None:
+        if session.session_id is None:
+            return
+        if method == "DELETE" and status == _OK:
+            self.sessions.forget(session.session_id)
+        elif not session.is_known:
+            self.sessions.end(session)  # what opened it never came to be handled: nobody would say when it ends
 
 
 class SseGate(Gate):
@@ -165,8 +178,8 @@ class SseGate(Gate):
 
         return look
 
-    def _left(self, session: Session, scope: Scope) -> None:
-        if scope["method"] == "GET" and session.session_id is not None:
+    def _left(self, session: Session, method: str, status: int) -> None:
+        if method == "GET" and session.session_id is not None:
             self.sessions.forget(session.session_id)
 
 

@@ -43,15 +43,21 @@ class MCP:
 
     ``resolve`` says which user an access token stands for, where the server authenticates by tokens; the SDK has
     verified it then. ``timeout`` is how many seconds one call may take, None for no end but the context's own.
-    Raises ConfigurationError for a timeout that is none.
+    ``sessions_per_user`` is how many sessions over streamable HTTP a user may have open at a time, idle ones included:
+    the SDK's own limit is one for all users. Raises ConfigurationError for a timeout or a number that is none.
     """
 
     UCM_HOOK_API: ClassVar[int] = 1
 
-    def __init__(self, *, resolve: Resolve | None = None, timeout: float | None = None) -> None:
+    def __init__(
+        self, *, resolve: Resolve | None = None, timeout: float | None = None, sessions_per_user: int = 100
+    ) -> None:
         if timeout is not None and not 0 < timeout < float("inf"):
             raise ConfigurationError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
+        if sessions_per_user < 1:
+            raise ConfigurationError(f"sessions_per_user must be a number above 0, not {sessions_per_user!r}")
         self._resolve = resolve
+        self._sessions_per_user = sessions_per_user
         self._timeout = timeout
         self._sessions = Sessions()
 
@@ -72,7 +78,8 @@ class MCP:
             identity = Identity(self._resolve, self._is_plugin_of)
             if transport == "sse":
                 return SseGate(app, self._sessions, identity)
-            return SessionGate(app, self._sessions, identity, is_stateless=served.is_stateless)
+            most, is_stateless = self._sessions_per_user, served.is_stateless
+            return SessionGate(app, self._sessions, identity, most=most, is_stateless=is_stateless)
 
         put_gates(served, gate)
         return served.app

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import secrets
+import threading
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextvars import Context, ContextVar
 from typing import Any, Final
@@ -14,15 +16,17 @@ class Session:
     """One session of a client, of the user who opened it.
 
     ``name`` is random, known to nobody but this process, and tells the session's stored events from others'.
-    ``session_id`` is what the client names it by, None until the transport has said so.
+    ``session_id`` is what the client names it by, None until the transport has said so. ``is_known`` is whether its
+    end will be told: it is once the session has heard its first message.
     """
 
-    __slots__ = ("_end", "loop", "name", "owner", "session_id")
+    __slots__ = ("_end", "is_known", "loop", "name", "owner", "session_id")
 
     def __init__(self, owner: str, end: Callable[["Session"], Awaitable[None]]) -> None:
         self.owner = owner
         self.name = secrets.token_hex(16)
         self.session_id: str | None = None
+        self.is_known = False
         self.loop = asyncio.get_running_loop()
         self._end = end
 
@@ -40,10 +44,12 @@ it.
 class Sessions:
     """The live sessions by what clients name them by. From any thread."""
 
-    __slots__ = ("_by_id", "_ending")
+    __slots__ = ("_by_id", "_ending", "_lock", "_of")
 
     def __init__(self) -> None:
         self._by_id: dict[str, Session] = {}
+        self._of: defaultdict[str, dict[str, Session]] = defaultdict(dict)
+        self._lock = threading.Lock()
         self._ending: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
@@ -53,25 +59,45 @@ class Sessions:
         """The session of that name, whosever it is."""
         return self._by_id.get(session_id)
 
+    def count_of(self, user_id: str) -> int:
+        """How many a user has."""
+        with self._lock:
+            return len(self._of.get(user_id, ()))
+
     def add(self, session: Session, session_id: str) -> None:
         """The transport has opened it, under that name."""
         session.session_id = session_id
-        self._by_id[session_id] = session
+        with self._lock:
+            self._by_id[session_id] = session
+            self._of[session.owner][session_id] = session
 
     def forget(self, session_id: str) -> None:
         """It has ended: whoever names it from now on names nothing."""
-        self._by_id.pop(session_id, None)
+        with self._lock:
+            session = self._by_id.pop(session_id, None)
+            if session is None:
+                return
+            theirs = self._of[session.owner]
+            del theirs[session_id]
+            if not theirs:
+                del self._of[session.owner]
+
+    def end(self, session: Session) -> None:
+        """Have it ended by its transport. It is nobody's from the moment that this returns."""
+        if session.session_id is not None:
+            self.forget(session.session_id)
+        try:
+            # In an empty Context: it is nobody's work that ends here.
+            session.loop.call_soon_threadsafe(self._begin_end, session, context=Context())
+        except RuntimeError:  # its loop has gone, and the session with it
+            logger.debug("the loop of a session has gone")
 
     def end_all_of(self, user_id: str) -> int:
-        """End a user's sessions. They are nobody's from the moment that this returns. Returns how many there were."""
-        found = [(name, session) for name, session in list(self._by_id.items()) if session.owner == user_id]
-        for name, session in found:
-            self.forget(name)
-            try:
-                # In an empty Context: it is nobody's work that ends here.
-                session.loop.call_soon_threadsafe(self._begin_end, session, context=Context())
-            except RuntimeError:  # its loop has gone, and the session with it
-                logger.debug("the loop of a session has gone")
+        """End a user's sessions. Returns how many there were."""
+        with self._lock:
+            found = list(self._of.get(user_id, {}).values())
+        for session in found:
+            self.end(session)
         return len(found)
 
     def _begin_end(self, session: Session) -> None:
