@@ -48,7 +48,8 @@ async def test_nobody_opens_no_session(server: Server) -> None:
         answer = await client.post("/mcp", json=INITIALIZE, headers={"accept": ACCEPT})
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"
-        assert (await client.get("/older/sse", headers={"accept": ACCEPT})).status_code == 401
+        for verb in ("GET", "HEAD"):
+            assert (await client.request(verb, "/older/sse", headers={"accept": ACCEPT})).status_code == 401
         nobody = RawMCP(httpx.AsyncClient(base_url=f"{server.url}/stateless"), {})
         async with nobody.client:
             ran_as = json.loads(text_of(await nobody.result(call("whoami"))))

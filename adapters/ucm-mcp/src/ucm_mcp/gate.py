@@ -151,7 +151,7 @@ class SseGate(Gate):
 
     def _admitted(self, scope: Scope, context: UserExecutionContext) -> tuple[Session | None, Scope]:
         scope = {**scope}
-        if scope["method"] == "GET":
+        if scope["method"] != "POST":  # HEAD opens a stream as GET does
             if context.is_anonymous:
                 raise UnauthenticatedError(_NO_USER)
             return Session(context.user_id, _nothing_to_end), scope
@@ -179,7 +179,7 @@ class SseGate(Gate):
         return look
 
     def _left(self, session: Session, method: str, status: int) -> None:
-        if method == "GET" and session.session_id is not None:
+        if method != "POST" and session.session_id is not None:
             self.sessions.forget(session.session_id)
 
 
