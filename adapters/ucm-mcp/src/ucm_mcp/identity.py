@@ -77,6 +77,6 @@ class Identity:
             found = await found
         if found is None:
             raise UnauthenticatedError("the access token stands for no user")
-        if isinstance(found, str) and token.expires_at is not None:
-            found = Principal(found, datetime.fromtimestamp(token.expires_at, UTC))
         context.bind(found)
+        if token.expires_at is not None:  # whichever ends first
+            context.bind(Principal(context.user_id, datetime.fromtimestamp(token.expires_at, UTC)))
