@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 import pytest
+from mcp import MCPError
 from mcp.shared.subscriptions import ResourceUpdated
 
 from raw_mcp import VERSION, call, message, text_of
@@ -114,8 +115,12 @@ async def test_state_under_an_id_that_a_header_says(server: Server, guarded: boo
 
 
 async def test_what_subscribers_hear(server: Server, framework: str, guarded: bool) -> None:
-    """The protocol of 2026, where a request of its own listens. FastMCP serves none of it."""
+    """The protocol of 2026, where a request of its own listens. FastMCP serves none of it, and says so."""
     if framework == "fastmcp":
+        async with sdk_client(server, "alice") as alice:
+            with pytest.raises(MCPError, match="Method not found"):
+                async with alice.listen(resource_subscriptions=["note://alice"]):
+                    pass
         return
     async with (
         sdk_client(server, "alice") as alice,
