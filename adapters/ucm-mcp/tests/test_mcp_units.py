@@ -14,6 +14,7 @@ import httpx
 import mcp_types as types
 import pytest
 from event_store import MemoryEventStore
+from fastmcp import FastMCP
 from key_value.aio.stores.memory import MemoryStore
 from mcp import Client, MCPError, StdioServerParameters
 from mcp.server import Server
@@ -41,6 +42,7 @@ from ucm_middleware import (
     ConfigurationError,
     ContextNotFoundError,
     CrossUserAccessError,
+    Principal,
     UserContextManager,
     UserContextMiddleware,
     current_context,
@@ -255,6 +257,39 @@ async def test_events_are_their_session_s(manager: UserContextManager) -> None:
         await store.store_event("1", message)
 
 
+@pytest.mark.parametrize("made", [MCPServer, FastMCP])
+async def test_events_are_their_session_s_without_being_asked(made: Any) -> None:
+    """Where an application gives its store as it is, and another user has opened a session of his own."""
+    server: Any = made("notes")
+
+    async def whoami() -> str:
+        return current_context().user_id
+
+    server.tool()(whoami)
+    inner = MemoryEventStore()
+    async with in_process(MCP(), server, event_store=inner) as client:
+        alice, bob = (RawMCP(client, {"user": user}) for user in ("alice", "bob"))
+        for each in (alice, bob):
+            await each.open()
+            await each.result(call("whoami", 5))
+    streams = {stream.partition(".")[0] for stream, _ in inner.events}
+    assert len(streams) == 2
+    assert all("." in stream for stream, _ in inner.events)  # by the names that nobody but the adapter knows
+
+
+async def test_subscribers_hear_their_own_without_being_asked() -> None:
+    """The SDK makes one bus for everybody where the application says nothing. What it says stands."""
+    bus, mcp = UserSubscriptionBus(), MCP()
+    for server, kept in ((MCPServer("notes"), None), (MCPServer("notes", subscriptions=bus), bus)):
+        mcp.app(server)
+        inner: Any = server._subscriptions
+        entry: Any = server._lowlevel_server.get_request_handler("subscriptions/listen")
+        assert isinstance(inner, UserSubscriptionBus)
+        assert entry.handler._bus is inner
+        assert kept is None or inner is kept
+    mcp.app(MCPServer("notes", subscriptions=False))
+
+
 async def test_state_is_its_user_s(manager: UserContextManager) -> None:
     inner = MemoryStore()
     store = UserStateStore(inner)
@@ -392,10 +427,11 @@ async def test_whom_a_token_stands_for() -> None:
 
 
 @pytest.mark.parametrize("lasts", [True, False])
-async def test_a_context_ends_with_its_token(lasts: bool) -> None:
+@pytest.mark.parametrize("found", [str, Principal])
+async def test_a_context_ends_with_its_token(lasts: bool, found: Any) -> None:
     expires_at = None if lasts else int(time.time()) + 100
     token = AccessToken(token="t", client_id="app", scopes=[], subject="alice", expires_at=expires_at)
-    identity = Identity(lambda found: found.subject, lambda _: True)
+    identity = Identity(lambda token: found(token.subject), lambda _: True)
     seen: list[tuple[str, bool]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -3,15 +3,18 @@
 # FastMCP has no public way to the SDK's server inside of it, nor the SDK to what the state of a call is bound to.
 # pyright: reportPrivateUsage=false
 
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeGuard
 
 from mcp.server import Server
 from mcp.server.mcpserver import MCPServer
 from mcp.server.request_state import RequestStateBoundary, authenticated_principal
 from mcp.server.stdio import stdio_server
+from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler
 from starlette.applications import Starlette
 
+from ucm_mcp.bus import UserSubscriptionBus
 from ucm_mcp.calls import UserCalls
+from ucm_mcp.events import UserEventStore
 from ucm_mcp.gate import SessionGate, SseGate
 from ucm_mcp.identity import Identity, Resolve
 from ucm_mcp.library import MCP_FLOOR, require
@@ -65,13 +68,16 @@ class MCP:
         """The ASGI application of a server: an ``MCPServer`` or ``Server`` of the SDK, or a ``FastMCP``.
 
         ``options`` are those of the framework's own method: ``streamable_http_app``, ``sse_app``, ``http_app``. Put
-        UserContextMiddleware around it, or around what it is mounted in.
+        UserContextMiddleware around it, or around what it is mounted in. An ``event_store`` is made a UserEventStore.
 
         Raises ConfigurationError for what is no such server, and for one that another ``MCP`` serves.
         """
         if transport not in ("http", "sse"):
             raise ConfigurationError(f"transport must be 'http' or 'sse', not {transport!r}")
         self._prepare(server)
+        store = options.get("event_store")
+        if store is not None and not isinstance(store, UserEventStore):
+            options["event_store"] = UserEventStore(store)
         served = served_by_framework(server, transport, options)
 
         def gate(app: ASGIApp) -> ASGIApp:
@@ -127,9 +133,23 @@ class MCP:
             )
         look = threads_of(server)
         inner.middleware.insert(0, UserCalls(f"mcp:{inner.name}", self._sessions, look, self._timeout))
+        if _is_mcp_server(server):
+            _own_subscriptions(server)
         for each in inner.middleware:
             if isinstance(each, RequestStateBoundary) and each._security.bind_principal is authenticated_principal:
                 each._security.bind_principal = _principal
+
+
+def _is_mcp_server(server: object) -> TypeGuard[MCPServer[Any]]:
+    return isinstance(server, MCPServer)
+
+
+def _own_subscriptions(server: MCPServer[Any]) -> None:
+    """In place of the bus that the SDK makes where the application gives none: that one tells everybody everything."""
+    entry = server._lowlevel_server.get_request_handler("subscriptions/listen")
+    listen = None if entry is None else entry.handler
+    if isinstance(listen, ListenHandler) and type(server._subscriptions) is InMemorySubscriptionBus:
+        server._subscriptions = listen._bus = UserSubscriptionBus()
 
 
 def _principal(ctx: Any) -> str | None:
