@@ -28,12 +28,13 @@ from mcp.shared.subscriptions import ResourceUpdated, ToolsListChanged
 from pydantic import AnyHttpUrl
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
 
 from raw_mcp import ACCEPT, INITIALIZE, RawMCP, call
 from ucm_mcp import MCP, UserEventStore, UserSubscriptionBus
 from ucm_mcp import library as library_module
 from ucm_mcp.fast import UserStateStore
-from ucm_mcp.gate import SessionGate
+from ucm_mcp.gate import SessionGate, SseGate
 from ucm_mcp.identity import Identity
 from ucm_mcp.outbound import OwnedChannel
 from ucm_mcp.plugin import _principal  # pyright: ignore[reportPrivateUsage]
@@ -559,6 +560,14 @@ def test_an_application_without_its_routes_is_not_served() -> None:
 
     with pytest.raises(ConfigurationError, match="no route /mcp"):
         MCP().app(Changed("notes"))
+
+
+@pytest.mark.parametrize("paths", [("/mcp", "/mcp"), ("/mcp/", "/mcp"), ("/sse", "/messages/")])
+async def test_both_ends_of_the_older_transport_have_their_gate(paths: tuple[str, str]) -> None:
+    """Also where one path serves both."""
+    app = MCP().app(MCPServer("notes"), transport="sse", sse_path=paths[0], message_path=paths[1])
+    ends = [route for route in app.routes if isinstance(route, Route | Mount)]
+    assert [type(route.app) for route in ends] == [SseGate, SseGate]
 
 
 @pytest.mark.parametrize("name", ["a\nb", "x" * 129])

@@ -48,15 +48,17 @@ def put_gates(served: Served, gate: Callable[[ASGIApp], ASGIApp]) -> None:
     Raises ConfigurationError when one is not found: nothing is served without.
     """
     wanted = {path.rstrip("/"): path for path in served.paths}
+    missing = dict(wanted)
     for route in served.app.routes:
-        if isinstance(route, Route | Mount) and wanted.pop(route.path.rstrip("/"), None) is not None:
+        if isinstance(route, Route | Mount) and (path := route.path.rstrip("/")) in wanted:
+            missing.pop(path, None)
             if isinstance(route.app, RequireAuthMiddleware):
                 route.app.app = gate(route.app.app)
             else:
                 route.app = gate(route.app)
-    if wanted:
+    if missing:
         raise ConfigurationError(
-            f"the application of the MCP server has no route {', '.join(wanted.values())}: another version of its "
+            f"the application of the MCP server has no route {', '.join(missing.values())}: another version of its "
             "framework may make it in another way"
         )
 
