@@ -340,7 +340,7 @@ async def test_sessions_end_from_any_thread() -> None:
     sessions = Sessions()
     for number, user in enumerate(("alice", "alice", "alice", "bob"), 1):
         sessions.add(Session(user, end), str(number))
-    sessions.forget("1")
+    sessions.forget(cast("Session", sessions.get("1")))
     thread = threading.Thread(target=sessions.end_all_of, args=("alice",))
     thread.start()
     thread.join()
@@ -494,6 +494,10 @@ async def test_a_user_has_so_many_sessions() -> None:
         assert (await client.post("/mcp", json=INITIALIZE, headers=alice.of(None))).status_code == 200
         refused = await client.post("/mcp", json=INITIALIZE, headers=alice.of(None))
         assert refused.status_code == 429
+        # What opens none takes no place, and those that are being opened have theirs.
+        assert (await client.post("/mcp", json=call("whoami"), headers=bob.of(None))).status_code == 400
+        opening = [client.post("/mcp", json=INITIALIZE, headers=bob.of(None)) for _ in range(3)]
+        assert sorted([answer.status_code for answer in await asyncio.gather(*opening)]) == [200, 429, 429]
 
 
 async def test_a_session_that_never_came_to_be_is_forgotten() -> None:

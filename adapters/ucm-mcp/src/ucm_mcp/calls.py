@@ -121,8 +121,8 @@ class UserCalls:
             if connection.session_id is not None:
                 if caller.is_anonymous:
                     raise MCPError(INVALID_REQUEST, "an MCP session belongs to a user")
-                connection.exit_stack.callback(self.sessions.forget, connection.session_id)
                 if (session := serving.get()) is not None:
+                    connection.exit_stack.callback(self.sessions.forget, session)
                     session.is_known = True
             connection.state[_OWNER] = owner = caller.user_id
             if connection.has_standalone_channel:

@@ -109,21 +109,22 @@ class SessionGate(Gate):
                 return None, scope
             if context.is_anonymous:
                 raise UnauthenticatedError(_NO_USER)
-            if self.sessions.count_of(context.user_id) >= self.most:
-                raise HTTPException(429, _TOO_MANY, {"Retry-After": "1"})
             goodbye = _goodbye(scope)
 
             async def end(session: Session) -> None:
                 name = (SESSION_HEADER, (session.session_id or "").encode("latin-1"))
                 await self.app({**goodbye, "headers": [*goodbye["headers"], name]}, _no_body, _unheard)
 
-            return Session(context.user_id, end), scope
+            session = Session(context.user_id, end)
+            if not self.sessions.begin(session, self.most):
+                raise HTTPException(429, _TOO_MANY, {"Retry-After": "1"})
+            return session, scope
         # Of several headers the SDK would take one: they name nothing.
         found = self.sessions.get(named[0].decode("latin-1")) if len(named) == 1 else None
-        session = self._owned(found, context)
-        if session is None:
+        known = self._owned(found, context)
+        if known is None:
             scope["headers"] = [*_without(scope["headers"], SESSION_HEADER), (SESSION_HEADER, uuid4().hex.encode())]
-        return session, scope
+        return known, scope
 
     def _seen(self, session: Session) -> "Callable[[Message], None] | None":
         if session.session_id is not None:
@@ -138,10 +139,8 @@ class SessionGate(Gate):
         return look
 
     def _left(self, session: Session, method: str, status: int) -> None:
-        if session.session_id is None:
-            return
-        if method == "DELETE" and status == _OK:
-            self.sessions.forget(session.session_id)
+        if session.session_id is None or (method == "DELETE" and status == _OK):
+            self.sessions.forget(session)
         elif not session.is_known:
             self.sessions.end(session)  # what opened it never came to be handled: nobody would say when it ends
 
@@ -180,7 +179,7 @@ class SseGate(Gate):
 
     def _left(self, session: Session, method: str, status: int) -> None:
         if method != "POST" and session.session_id is not None:
-            self.sessions.forget(session.session_id)
+            self.sessions.forget(session)
 
 
 _KEPT: Final = (

@@ -59,33 +59,33 @@ class Sessions:
         """The session of that name, whosever it is."""
         return self._by_id.get(session_id)
 
-    def count_of(self, user_id: str) -> int:
-        """How many a user has."""
+    def begin(self, session: Session, most: int) -> bool:
+        """It is about to be opened, and counts from now on. False where its user has that many already."""
         with self._lock:
-            return len(self._of.get(user_id, ()))
+            if len(self._of.get(session.owner, ())) >= most:
+                return False
+            self._of[session.owner][session.name] = session
+            return True
 
     def add(self, session: Session, session_id: str) -> None:
         """The transport has opened it, under that name."""
         session.session_id = session_id
         with self._lock:
             self._by_id[session_id] = session
-            self._of[session.owner][session_id] = session
+            self._of[session.owner][session.name] = session
 
-    def forget(self, session_id: str) -> None:
-        """It has ended: whoever names it from now on names nothing."""
+    def forget(self, session: Session) -> None:
+        """It has ended, or never began: whoever names it from now on names nothing."""
         with self._lock:
-            session = self._by_id.pop(session_id, None)
-            if session is None:
-                return
-            theirs = self._of[session.owner]
-            del theirs[session_id]
-            if not theirs:
+            if session.session_id is not None:
+                self._by_id.pop(session.session_id, None)
+            theirs = self._of.get(session.owner)
+            if theirs is not None and theirs.pop(session.name, None) is not None and not theirs:
                 del self._of[session.owner]
 
     def end(self, session: Session) -> None:
         """Have it ended by its transport. It is nobody's from the moment that this returns."""
-        if session.session_id is not None:
-            self.forget(session.session_id)
+        self.forget(session)
         try:
             # In an empty Context: it is nobody's work that ends here.
             session.loop.call_soon_threadsafe(self._begin_end, session, context=Context())
@@ -95,7 +95,7 @@ class Sessions:
     def end_all_of(self, user_id: str) -> int:
         """End a user's sessions. Returns how many there were."""
         with self._lock:
-            found = list(self._of.get(user_id, {}).values())
+            found = [each for each in self._of.get(user_id, {}).values() if each.session_id is not None]
         for session in found:
             self.end(session)
         return len(found)
