@@ -1,5 +1,6 @@
 """Synchronous functions run in threads that nothing can stop: one that outlives its call is listed until it ends."""
 
+import asyncio
 import threading
 from typing import Any
 
@@ -11,7 +12,13 @@ from mcp.server.mcpserver import MCPServer
 
 from support.waiting import wait_until
 from ucm_mcp import MCP
-from ucm_middleware import ContextClosedError, UserContextManager, current_context, managed_user_context
+from ucm_middleware import (
+    ContextClosedError,
+    UserContextManager,
+    UserExecutionContext,
+    current_context,
+    managed_user_context,
+)
 
 LATE = ("tool", "resource", "template", "prompt")
 
@@ -20,11 +27,14 @@ class Slow:
     """A function that goes on until it is let, and what became of it then."""
 
     def __init__(self) -> None:
+        self.came = threading.Event()
         self.let = threading.Event()
         self.said: list[str] = []
+        self.context: UserExecutionContext | None = None
 
     def __call__(self) -> str:
-        context = current_context()
+        self.context = context = current_context()
+        self.came.set()
         self.let.wait(20)
         try:
             context.require_usable()
@@ -81,14 +91,18 @@ def mounted(slow: Slow) -> tuple[Any, Any]:
 @pytest.mark.parametrize("kind", LATE)
 async def test_a_thread_that_outlives_its_call_is_listed(made: Any, kind: str) -> None:
     slow = Slow()
-    mcp = MCP(timeout=0.2)
+    mcp = MCP()
     manager = UserContextManager(plugins=[mcp])
     server, client_of = made(slow)
     mcp.app(server)
     async with managed_user_context(manager.create_isolated_context("alice")), client_of() as client:
         try:
-            with pytest.raises(Exception, match="took too long"):
-                await asked(client, kind)
+            call = asyncio.create_task(asked(client, kind))
+            await asyncio.to_thread(slow.came.wait, 20)
+            assert slow.context is not None
+            slow.context.close("expired")  # as its deadline does
+            with pytest.raises(Exception, match="has run out"):
+                await call
             listed = manager.get_stragglers()
             shown = {"tool": "tool", "prompt": "prompts/get"}.get(kind, "resources/read")
             assert [(one.user_id, one.agent, one.tool) for one in listed] == [("alice", "mcp:notes", shown)]
