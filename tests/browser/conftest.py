@@ -25,7 +25,8 @@ expect.set_options(timeout=PATIENCE * MILLISECONDS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-screenshot", type=Path, metavar="PATH", help="where the page is pictured for the guide")
+    for option, page in (("--write-screenshot", "live events"), ("--write-chat-screenshot", "the chat")):
+        parser.addoption(option, type=Path, metavar="PATH", help=f"where the page of {page} is pictured for the docs")
 
 
 def chromium() -> str:

@@ -14,7 +14,9 @@ export class UserEvents {
   #mayReconnect;
   #firstWait;
   #longestWait;
+  #protocols;
   #handlers = new Map();
+  #textHandlers = [];
   #stateHandlers = [];
   #socket = null;
   #timer = null;
@@ -29,10 +31,11 @@ export class UserEvents {
   /**
    * `mayReconnect` is asked before each reconnect, and answers, itself or by a promise, whether to go on: a browser
    * does not tell a script why a handshake was refused, and 401 is not a thing to try again. One that throws has not
-   * said no. Waits are in milliseconds.
+   * said no. `protocols` are those that the WebSocket is to offer. Waits are in milliseconds.
    */
-  constructor(url, { mayReconnect = () => true, firstWait = 500, longestWait = 30_000 } = {}) {
+  constructor(url, { mayReconnect = () => true, protocols = [], firstWait = 500, longestWait = 30_000 } = {}) {
     this.#url = url;
+    this.#protocols = protocols;
     this.#mayReconnect = mayReconnect;
     this.#firstWait = firstWait;
     this.#longestWait = longestWait;
@@ -41,6 +44,12 @@ export class UserEvents {
   /** Call `handler(event)` for each event of a type. `event` is the envelope. Returns this. */
   on(type, handler) {
     this.#handlers.set(type, [...(this.#handlers.get(type) ?? []), handler]);
+    return this;
+  }
+
+  /** Call `handler(text)` for each message that is no event, but the application's own. Returns this. */
+  onText(handler) {
+    this.#textHandlers.push(handler);
     return this;
   }
 
@@ -62,6 +71,13 @@ export class UserEvents {
     this.#open();
   }
 
+  /** Send a text to the application. Answers whether there is a connection to send it on. */
+  send(text) {
+    if (this.#socket?.readyState !== WebSocket.OPEN) return false;
+    this.#socket.send(text);
+    return true;
+  }
+
   /** Let go of the connection and come back, as after an interruption. */
   drop() {
     this.#socket?.close(4000, "dropped");
@@ -79,7 +95,7 @@ export class UserEvents {
     url.searchParams.set("last_sequence", this.sequence);
     if (this.epoch !== null) url.searchParams.set("epoch", this.epoch);
     this.#tell("connecting", { epoch: this.epoch, sequence: this.sequence });
-    const socket = (this.#socket = new WebSocket(url));
+    const socket = (this.#socket = new WebSocket(url, this.#protocols));
     this.#openedAt = null;
     socket.onopen = () => {
       this.#openedAt = performance.now();
@@ -90,13 +106,11 @@ export class UserEvents {
   }
 
   #receive(text) {
-    let event;
-    try {
-      event = JSON.parse(text);
-    } catch {
-      return; // the application's own text
+    const event = eventIn(text);
+    if (event === null) {
+      for (const handler of this.#textHandlers) handler(text);
+      return;
     }
-    if (typeof event?.sequence !== "number" || typeof event.epoch !== "string") return; // likewise
     const isKnown = event.epoch === this.epoch && event.sequence <= this.sequence;
     if (isKnown && event.type !== "events_missed") return;
     this.epoch = event.epoch;
@@ -145,5 +159,15 @@ export class UserEvents {
 
   #tell(state, details) {
     for (const handler of this.#stateHandlers) handler(state, details);
+  }
+}
+
+/** The envelope of an event; null for what is none. */
+function eventIn(text) {
+  try {
+    const event = JSON.parse(text);
+    return typeof event?.sequence === "number" && typeof event.epoch === "string" ? event : null;
+  } catch {
+    return null;
   }
 }
