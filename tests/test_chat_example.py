@@ -211,7 +211,7 @@ def test_two_users_talk_to_the_agent_at_once(tmp_path: Path) -> None:
 def test_each_step_of_a_run_is_an_event(alice: Tab) -> None:
     """In order; a run that answers says so before its answer is whole or right after it."""
     with alice.talk() as talk:
-        talk.ask("Remember that the parcel is at the neighbour's")
+        talk.ask("Remember that the parcel is next door")
         turn = talk.until("agent_completed")
         types = [event for event in turn.types if event != "agent_thinking"]
         thoughts = [event["data"].get("text") for event in turn.events if event["type"] == "agent_thinking"]

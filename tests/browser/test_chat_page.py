@@ -88,7 +88,7 @@ def bob(context: BrowserContext, server: Server) -> Tab:
 
 def test_two_tabs_are_two_users(alice: Tab, bob: Tab) -> None:
     """Who talk to the agent at once, in conversations of one name: each has what is their own."""
-    notes = {"alice": "the parcel is at the neighbour's", "bob": "the key is under the mat"}
+    notes = {"alice": "the safe opens at 4711", "bob": "the key is under the mat"}
     for tab, user in ((alice, "alice"), (bob, "bob")):
         tab.ask(f"Remember that {notes[user]}")
     for tab in (alice, bob):
@@ -217,7 +217,7 @@ def test_it_needs_nothing_from_elsewhere(alice: Tab, server: Server) -> None:
 def test_it_is_pictured(alice: Tab, bob: Tab, request: pytest.FixtureRequest) -> None:
     """For its README, where the option says so."""
     bob.ask_and_wait("Remember that the key is under the mat")
-    alice.ask_and_wait("Remember that the parcel is at the neighbour's")
+    alice.ask_and_wait("Remember that the parcel is next door")
     alice.ask_and_wait("What do you know about me?")
     alice.ask(STORY)
     expect(alice.answers.last).to_contain_text("Chapter 3.")
