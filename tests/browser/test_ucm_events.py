@@ -120,6 +120,26 @@ def test_what_is_no_event_is_left_out(peer: Peer) -> None:
     peer.wait_for("a2")
 
 
+def test_what_is_no_event_is_the_application_s(peer: Peer) -> None:
+    """Handed on as it came, and an event is not; what the application sends goes out while there is a connection."""
+    heard: list[str | bytes] = []
+    peer.connections[-1].on_message(lambda text: heard.append(text))
+    peer.page.evaluate("() => { window.texts = []; client.onText((text) => texts.push(text)); }")
+    peer.connections[-1].send("no JSON")
+    peer.say("a", 1)
+    peer.send({"type": "token"})
+    peer.wait_for("a1")
+    peer.page.wait_for_function("texts.length === 2")
+    assert peer.page.evaluate("texts") == ["no JSON", '{"type": "token"}']
+
+    assert peer.page.evaluate("client.send('first')")
+    peer.close(1012)
+    assert not peer.page.evaluate("client.send('lost')")
+    peer.let_time_pass()
+    peer.wait_for_state("open")
+    assert heard == ["first"]
+
+
 def test_1008_ends_it(peer: Peer) -> None:
     """Until it is told to begin again, which it does from where it was."""
     peer.say("a", 3)
