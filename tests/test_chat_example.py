@@ -140,7 +140,8 @@ class Tab:
 def handshake(server: Server, *sessions: str) -> ClientConnection:
     """Open a WebSocket, as a browser does that was given these."""
     protocols = [Subprotocol("chat"), *(Subprotocol(f"session.{session}") for session in sessions)]
-    websocket = connect(f"{server.ws_url}/talk", subprotocols=protocols)
+    # Without a bound on what waits here, so that the client can close in the middle of an answer.
+    websocket = connect(f"{server.ws_url}/talk", subprotocols=protocols, max_queue=None)
     assert websocket.subprotocol == "chat"
     return websocket
 
