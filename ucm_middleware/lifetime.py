@@ -347,6 +347,11 @@ class Lifetime(Timed):
         closing.interrupted = False
         return task.uncancel() <= self._cancelling
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the handler was cancelled by an interrupt, and has not ended yet."""
+        return self.closing is not None and self.closing.interrupted
+
     def interrupt(self) -> None:
         """Cancel the handler that runs in this context, unless it is the one that asks."""
         task, loop = self.task, self.loop

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, cast
 
 import anyio
@@ -48,7 +49,20 @@ logger = logging.getLogger(__name__)
 class Launch:
     """One run that was started, as whoever started it sees it."""
 
-    __slots__ = ("_agent", "_ends", "_root", "_runs", "_seconds", "run", "task")
+    __slots__ = (
+        "_agent",
+        "_ends",
+        "_is_left",
+        "_is_overdue",
+        "_is_stopped",
+        "_root",
+        "_runs",
+        "_seconds",
+        "_timer",
+        "_when_over",
+        "run",
+        "task",
+    )
 
     task: "asyncio.Task[Any]"
 
@@ -58,68 +72,106 @@ class Launch:
         self._runs = runs
         self._root = root  # the context that was opened for it, if one was
         self._ends = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._when_over: list[Callable[[], None]] = []
+        self._is_left = False
+        self._is_overdue = False
+        self._is_stopped = False
         self.run: AgentRun | None = None
 
-    def begins(self, run: AgentRun) -> asyncio.TimerHandle:
-        """The run has its context: its time begins. Returns what to cancel at its end."""
+    def begins(self, run: AgentRun) -> None:
+        """The run has its context: its time begins."""
         self.run = run
         self._ends = time.monotonic() + self._seconds
-        context = run.context
-        context.lifetime.limit(self._ends, time.monotonic)
+        run.context.lifetime.limit(self._ends, time.monotonic)
         # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.
-        return asyncio.get_running_loop().call_later(self._seconds, context.close, "expired", context=Context())
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._expire, run, context=Context())
 
-    @property
-    def _is_overdue(self) -> bool:
+    def ended(self) -> None:
+        """The task has ended."""
         # By the clock, and not by who noticed: the timer, the sweeper, or whoever used the context first.
-        return time.monotonic() >= self._ends
+        self._is_overdue = time.monotonic() >= self._ends
+        if self._timer is not None:
+            self._timer.cancel()
+        self._tell_over()
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Call this when the run is over: its task has ended, or was left behind."""
+        if self._is_over:
+            call()
+        else:
+            self._when_over.append(call)
 
     async def outcome(self) -> Any:
         """What the run comes to. When whoever waits is cancelled, so is the run, and is waited for.
 
         Raises what the agent raised, AgentTimeoutError at the deadline, ContextClosedError when the run's context was
-        closed by anything else.
+        closed by anything else, AgentError when its stream was left.
         """
-        try:
-            await self._over()
-        except asyncio.CancelledError:
-            await self.stop()
-            raise
-        if not self.task.done():
-            self._leave_behind()
+        if not self._is_over:
+            over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.when_over(partial(wake, over))
+            try:
+                await over
+            except asyncio.CancelledError:
+                await self.stop()
+                raise
+            except BaseException:  # thrown away, and not cancelled: it cannot wait
+                self.task.cancel()
+                raise
+        task = self.task
+        if self._is_stopped and (not task.done() or task.cancelled()):
+            raise AgentError(self._agent, "was cut off, since its stream was left", "read a stream inside of its block")
+        if not task.done():
             raise self._timeout("did not end, and ignored its cancellation; it is left running")
-        if self.task.cancelled():
+        if task.cancelled():
+            if self._is_overdue:
+                raise self._timeout("did not end")
             remedy = "raise CancelledError only where the task was cancelled from outside"
             raise AgentError(self._agent, "cancelled itself", remedy)
-        error = self.task.exception()
-        if isinstance(error, ContextClosedError) and self._is_overdue:
+        error = task.exception()
+        if error is not None and self._is_overdue and self._was_cut_off(error):
             raise self._timeout("did not end") from error
-        return self.task.result()
-
-    async def _over(self) -> None:
-        """Wait until the run has ended, or had its time and a grace."""
-        if self.task.done():
-            return
-        loop = asyncio.get_running_loop()
-        over: asyncio.Future[None] = loop.create_future()
-        timer = loop.call_later(self._seconds + HANDLER_GRACE, wake, over, context=Context())
-        self.task.add_done_callback(lambda _: wake(over), context=Context())
-        try:
-            await over
-        finally:
-            timer.cancel()
+        return task.result()
 
     async def stop(self) -> None:
-        """Cancel the run, and wait until it has ended, through any number of cancellations; not longer than a grace."""
-        if self.task.done():
+        """Cancel the run, and wait until it has ended, through any number of cancellations: for a grace, and where it
+        obeys, for its releases, which have deadlines of their own.
+        """
+        if self._is_over:
             return
+        self._is_stopped = True
         self.task.cancel()
         cancelled = Cancelled()
         with anyio.CancelScope(shield=True):
             await settle(self.task, HANDLER_GRACE, cancelled)
-        if not self.task.done():
-            self._leave_behind()
+            while not self._is_over and self._only_releases:
+                await settle(self.task, HANDLER_GRACE, cancelled)
+        self._leave_behind()
         cancelled.raise_it()
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_left or self.task.done()
+
+    @property
+    def _only_releases(self) -> bool:
+        """Whether the agent has ended, and what its context held is being released."""
+        return self.run is not None and self.run.has_ended
+
+    def _was_cut_off(self, error: BaseException) -> bool:
+        # Whatever the agent has made of its cancellation: a group, or an error of its clean-up.
+        by_timer = self.run is not None and self.run.context.lifetime.reason == "expired"
+        return by_timer or isinstance(error, ContextClosedError)
+
+    def _expire(self, run: AgentRun) -> None:
+        """The time is over."""
+        self._timer = asyncio.get_running_loop().call_later(HANDLER_GRACE, self._leave_behind, context=Context())
+        lifetime = run.context.lifetime
+        if lifetime.is_open:
+            run.context.close("expired")
+        elif not run.has_ended and not lifetime.is_interrupted:
+            self.task.cancel()  # it closed its context itself, and nothing else would end it
 
     def _timeout(self, what: str) -> AgentTimeoutError:
         return AgentTimeoutError(
@@ -131,15 +183,25 @@ class Launch:
     def _leave_behind(self) -> None:
         """The agent ignores that it is cancelled. Its run is over all the same, and it is listed until it ends."""
         run, task = self.run, self.task
+        if self._is_over or self._only_releases:
+            return
+        self._is_left = True
         logger.error("agent %s ignored its cancellation and was left running", self._agent)
         if run is not None:
             running = Running(run, None, threading.current_thread().name, time.monotonic())
             self._runs.stragglers.begin(running)
             task.add_done_callback(lambda _: self._runs.stragglers.end(running), context=Context())
             run.end(asyncio.CancelledError())
+            run.context.close("cancelled")
         if self._root is not None:
-            self._root.close("expired" if self._is_overdue else "cancelled")
+            self._root.close("cancelled" if time.monotonic() < self._ends else "expired")
         task.add_done_callback(_retrieve, context=Context())
+        self._tell_over()
+
+    def _tell_over(self) -> None:
+        calls, self._when_over = self._when_over, []
+        for call in calls:
+            call()
 
 
 class Launcher:
@@ -224,6 +286,7 @@ class Launcher:
         launch.task = asyncio.Task(work, loop=asyncio.get_running_loop(), context=variables, name="run of an agent")
 
         def ended(_: object) -> None:
+            launch.ended()
             if counted is not None:
                 self._uncount(counted)
             if root is not None and root.is_open:  # the task was cancelled before its first step
@@ -264,22 +327,18 @@ class Launcher:
         given: dict[str, Any],
         channel: Channel | None,
     ) -> Any:
-        async with agent_run(context, agent.name, given) as run:
-            timer = launch.begins(run)
+        async with agent_run(context, agent.name, given)._telling(launch.begins) as run:
+            made = await agent.make(run.context)
             try:
-                made = await agent.make(run.context)
-                try:
-                    if channel is None:
-                        return await self._result(run, made, given)
-                    await self._pump(run, made, given, channel)
-                    return run.result
-                except Exception as error:
-                    _blame(run, error)
-                    raise
-                finally:
-                    agent.done(made)
+                if channel is None:
+                    return await self._result(run, made, given)
+                await self._pump(run, made, given, channel)
+                return run.result
+            except Exception as error:
+                _blame(run, error)
+                raise
             finally:
-                timer.cancel()
+                agent.done(made)
 
     async def _result(self, run: AgentRun, agent: Any, given: dict[str, Any]) -> Any:
         work = self._hooks.run_agent(run, agent, given) if self._hooks.run_agent else None

@@ -129,7 +129,7 @@ class AgentRun:
         """Tell of the end, once."""
         if self.has_ended:
             return
-        reason = None if error is None else self.context.lifetime.reason or reason_of(error)
+        reason = None if error is None else why_closing(self.context) or reason_of(error)
         for call in tuple(self.calls.values()):
             call.cut_off(reason or "finished")
         self.has_ended = True
@@ -160,7 +160,7 @@ class agent_run:  # noqa: N801 - used like the functions of contextlib
     ``managed_user_context`` raise.
     """
 
-    __slots__ = ("_agent_name", "_context", "_managed", "_parameters", "_run")
+    __slots__ = ("_agent_name", "_begins", "_context", "_managed", "_parameters", "_run")
 
     _managed: managed_user_context
     _run: AgentRun
@@ -171,6 +171,12 @@ class agent_run:  # noqa: N801 - used like the functions of contextlib
         self._context = context
         self._agent_name = agent_name
         self._parameters: Mapping[str, Any] = NOTHING if parameters is None else parameters
+        self._begins: Callable[[AgentRun], None] | None = None
+
+    def _telling(self, begins: Callable[[AgentRun], None]) -> "agent_run":
+        """Have the run known, from before the first thing in it that may take time."""
+        self._begins = begins
+        return self
 
     async def __aenter__(self) -> AgentRun:
         child = self._open()
@@ -179,6 +185,8 @@ class agent_run:  # noqa: N801 - used like the functions of contextlib
         host = child.host
         self._run = run = AgentRun(child, self._agent_name, None if host is None else host.agents)
         try:
+            if self._begins is not None:
+                self._begins(run)
             run.begin(self._parameters)
             if host is not None and host.hooks.around_agent_run:
                 around = host.hooks.around_agent_run(child, self._agent_name, self._parameters)
@@ -208,6 +216,19 @@ class agent_run:  # noqa: N801 - used like the functions of contextlib
         if child.host is not None:
             child.host.agents.begin(child, self._agent_name)
         return child
+
+
+def why_closing(context: UserExecutionContext) -> str | None:
+    """In a word why a context, or one above it, is being closed; None while none is. A handler that is cut off ends
+    before what it opened is closed.
+    """
+    node: object = context
+    while isinstance(node, UserExecutionContext):
+        lifetime = node.lifetime
+        if lifetime.reason is not None or lifetime.is_expired:
+            return lifetime.reason or "expired"
+        node = node._parent
+    return None
 
 
 def run_around(context: UserExecutionContext) -> AgentRun | None:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from contextvars import Context
 from types import TracebackType
 from typing import Any, Self
 
@@ -52,7 +51,7 @@ class AgentStream:
         if self._launch is not None:
             raise ConfigurationError("a stream is entered once; ask the manager for another")
         self._launch = launch = self._start(self._channel)
-        launch.task.add_done_callback(lambda _: self._channel.close(), context=Context())
+        launch.when_over(self._channel.close)
         return self
 
     def __aiter__(self) -> Self:
