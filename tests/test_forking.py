@@ -91,8 +91,36 @@ asyncio.run(manager.drain(20))
 print("child", code or in_child(of_a_manager_that_drained), flush=True)
 """
 
+WITH_A_RUN = """
+from ucm_middleware import AgentPolicy
 
-@pytest.mark.parametrize("script", [WITH_LOCKS_HELD, WITH_CONTEXTS], ids=["with locks held", "with contexts"])
+manager = UserContextManager(agents=AgentPolicy(max_runs_per_user=1))
+manager.register_agent("agent", lambda context: waits, stateless=True)
+manager.register_agent("other", lambda context: ends, stateless=True)
+
+async def waits():
+    await asyncio.Event().wait()
+
+async def ends():
+    return "done"
+
+async def parent():
+    running = asyncio.ensure_future(manager.execute_with_agent("alice", "agent"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    def work():
+        asyncio.events._set_running_loop(None)
+        assert asyncio.run(manager.execute_with_agent("alice", "other")) == "done"  # the parent's does not count
+    print("child", in_child(work), flush=True)
+    running.cancel()
+
+asyncio.run(parent())
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [WITH_LOCKS_HELD, WITH_CONTEXTS, WITH_A_RUN], ids=["with locks held", "with contexts", "with a run"]
+)
 def test_a_child_begins_anew(script: str) -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", FORK + script],

@@ -47,6 +47,10 @@ class Channel:
         self._is_closed = True
         self._wake_reader()
 
+    def drop(self) -> None:
+        """Forget what waits for the reader, who has left."""
+        self._items.clear()
+
     def _wake_reader(self) -> None:
         if self._reader is not None:
             wake(self._reader)

@@ -9,7 +9,6 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from contextvars import Context, copy_context
@@ -27,6 +26,7 @@ from ucm_middleware.agents.stragglers import Running
 from ucm_middleware.ambient import enter
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import ambient_context
 from ucm_middleware.dispatch import Hooks
 from ucm_middleware.errors import (
     AgentError,
@@ -37,6 +37,7 @@ from ucm_middleware.errors import (
     InvalidContextError,
 )
 from ucm_middleware.execution import managed_user_context
+from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Guard
 from ucm_middleware.ids import checked_user_id
 from ucm_middleware.isolation import copy_data, type_name
@@ -207,7 +208,9 @@ class Launch:
 class Launcher:
     """Starts the runs of one manager."""
 
-    __slots__ = ("_catalog", "_guard", "_hooks", "_policy", "_runs", "_trail", "_under_way")
+    __slots__ = ("__weakref__", "_catalog", "_guard", "_hooks", "_policy", "_runs", "_trail", "_under_way")
+
+    _under_way: dict[str, int]
 
     def __init__(
         self,
@@ -224,7 +227,12 @@ class Launcher:
         self._guard = guard
         self._hooks = hooks
         self._trail = trail
-        self._under_way: Counter[str] = Counter()
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child, in which none of the runs goes on."""
+        self._under_way = {}
 
     def new_channel(self) -> Channel:
         """For the items of a stream."""
@@ -252,7 +260,7 @@ class Launcher:
         seconds = next(s for s in (timeout, agent.timeout, self._policy.timeout) if s is not None)
         seconds = checked_timeout(seconds)
         acting = self._guard.acting()
-        if acting is not None and acting.user_id == user_id:
+        if acting is not None and acting.user_id == user_id and self._lives_here(acting):
             counted = run_around(acting) is None
             if counted:
                 self._count(user_id, agent.name)
@@ -268,7 +276,7 @@ class Launcher:
             raise
         launch = Launch(agent.name, seconds, self._runs, root)
         # Of another user's Context nothing is taken along.
-        variables = copy_context() if acting is None else Context()
+        variables = copy_context() if ambient_context() is None else Context()
         variables.run(enter, root)
         self._begin(launch, self._run_in_root(launch, root, agent, given, channel), variables, user_id, root)
         return launch
@@ -294,19 +302,31 @@ class Launcher:
 
         launch.task.add_done_callback(ended, context=Context())
 
+    def _lives_here(self, context: UserExecutionContext) -> bool:
+        """Not made by hand, and no other manager's: what runs below such a one would be on no record here."""
+        return context.host is not None and context.host.guard is self._guard
+
     def _count(self, user_id: str, agent_name: str) -> None:
         most = self._policy.max_runs_per_user
-        if self._under_way[user_id] >= most:
-            remedy = f"let one end before agent {agent_name!r} runs, or raise AgentPolicy.max_runs_per_user"
-            error = ContextLimitError("agent runs", most, remedy)
-            self._trail.refused(user_id, error, str(error))
-            raise error
-        self._under_way[user_id] += 1
+        under_way = self._under_way
+        # Nothing is called between looking and writing: so no other thread comes in between.
+        if user_id not in under_way:
+            under_way[user_id] = 1
+            return
+        if under_way[user_id] < most:
+            under_way[user_id] += 1
+            return
+        remedy = f"let one end before agent {agent_name!r} runs, or raise AgentPolicy.max_runs_per_user"
+        error = ContextLimitError("agent runs", most, remedy)
+        self._trail.refused(user_id, error, str(error))
+        raise error
 
     def _uncount(self, user_id: str) -> None:
-        self._under_way[user_id] -= 1
-        if self._under_way[user_id] <= 0:
-            del self._under_way[user_id]
+        under_way = self._under_way
+        if user_id in under_way:  # else it was counted before a fork
+            under_way[user_id] -= 1
+            if under_way[user_id] <= 0:
+                del under_way[user_id]
 
     async def _run_in_root(
         self,

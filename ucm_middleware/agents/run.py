@@ -15,7 +15,7 @@ from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.redaction import text_for_record
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
-from ucm_middleware.errors import ContextLimitError, ContextNotFoundError
+from ucm_middleware.errors import ContextClosedError, ContextLimitError, ContextNotFoundError
 from ucm_middleware.events.envelope import Origin
 from ucm_middleware.execution import managed_user_context, reason_of, require_entry, variables_here
 from ucm_middleware.lifetime import INTERRUPTING
@@ -75,6 +75,7 @@ class AgentRun:
         ``call_id`` is what the model calls the call. Raises what the ledger raises, and then it must not be called.
         """
         self.require_here()
+        self.require_going_on()
         call = ToolCall(self, self._runs, self._next_call(), name, call_id)
         call.begin()
         return call
@@ -99,6 +100,12 @@ class AgentRun:
         self.require_here()
         if self._runs is not None:
             self._runs.emit(self, event, data)
+
+    def require_going_on(self) -> None:
+        """Raise ContextClosedError after the run, also while its context is releasing what it holds."""
+        if self.has_ended:
+            lifetime = self.context.lifetime
+            raise ContextClosedError(self.context.request_id, lifetime.where(), lifetime.reason or "finished")
 
     def require_here(self) -> None:
         """Raise CrossUserAccessError, recorded, in another user's context, and ContextClosedError after the run."""

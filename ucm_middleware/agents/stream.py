@@ -42,6 +42,7 @@ class AgentStream:
     @property
     def result(self) -> Any:
         """What the stream came to, once it has ended well: what its framework's adapter says, and else None."""
+        self._require_reader()
         launch = self._launch
         if launch is None or not launch.task.done() or launch.task.cancelled() or launch.task.exception() is not None:
             raise ConfigurationError("the stream has no result: it has not ended, or not well; iterate to its end")
@@ -63,9 +64,7 @@ class AgentStream:
             raise ConfigurationError("a stream of an agent is read inside of `async with` only; enter it")
         if launch.task.get_loop() is not asyncio.get_running_loop():
             raise ConfigurationError("a stream of an agent is read on the event loop that it was entered on")
-        here = ambient_context()
-        if here is not None and here.user_id != self._user_id:
-            self._require_owner(self._user_id, "stream of an agent")
+        self._require_reader()
         has_one, item = await self._channel.take()
         if has_one:
             return item
@@ -77,9 +76,15 @@ class AgentStream:
     ) -> None:
         launch = self._launch
         assert launch is not None
+        self._channel.drop()
         await launch.stop()
         task = launch.task
         raised = task.exception() if task.done() and not task.cancelled() else None
         # Iterating has raised it already, or nobody reads on and the end is what was wanted.
         if raised is not None and error is None and not isinstance(raised, UserContextError):
             logger.warning("a stream that was broken off failed: %s", type(raised).__name__)
+
+    def _require_reader(self) -> None:
+        here = ambient_context()
+        if here is not None and here.user_id != self._user_id:
+            self._require_owner(self._user_id, "stream of an agent")

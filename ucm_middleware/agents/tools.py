@@ -41,10 +41,13 @@ class ToolCall:
         return f"<ToolCall {self.name!r} of {self._run!r}>"
 
     def begin(self) -> None:
-        """Tell of it. Raises what the ledger raises."""
+        """Tell of it. Raises what the ledger raises, and ContextClosedError when the run has ended meanwhile."""
         if self._runs is not None:
             self._runs.tell(self._run, "tool_executing", self._shown(), self._about())
         self._run.calls[self.number] = self
+        if self._run.has_ended:  # looked at last: who ended it has cut off what it found
+            self.cut_off("finished")
+            self._run.require_going_on()
 
     def end(self, error: BaseException | None = None) -> None:
         """Tell of its end: a "tool_completed" event, with the kind of the error where it failed. The first counts."""
