@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import ensure_config
+from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState
 
@@ -110,8 +112,6 @@ class TestGuard:
         with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
 
             async def step(state: MessagesState) -> Any:
-                from langchain_core.runnables import ensure_config
-
                 config = ensure_config()
                 match kind:
                     case "model":
@@ -131,6 +131,24 @@ class TestGuard:
                 await alice.do(made.with_config(callbacks=[OwnerGuard()]).ainvoke(ask("x")))
             assert not asked
             assert not model.asked
+
+    async def test_what_a_tool_asks_as_another_user_is_refused(self, users: Users) -> None:
+        model = ToolModel()
+        with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
+
+            @tool
+            async def consult(text: str) -> str:
+                """Asks a model."""
+                return str((await bob.do(model.ainvoke(text, ensure_config()))).content)
+
+            made = agent(ToolModel(), consult)
+            assert "alice's secret" in said(await alice.do(made.ainvoke(ask("use consult: alice's secret"))))
+            assert model.asked.pop("bob")
+            guard = OwnerGuard()
+            with pytest.raises(CrossUserAccessError):
+                await alice.do(made.ainvoke(ask("use consult: alice's secret"), {"callbacks": [guard]}))
+        assert not model.asked
+        assert not guard._owners
 
     async def test_it_keeps_nothing_of_runs_that_have_ended(self, users: Users) -> None:
         guard = OwnerGuard()

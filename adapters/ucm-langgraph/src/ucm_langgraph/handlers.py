@@ -140,9 +140,17 @@ class OwnerGuard(BaseCallbackHandler):
         """Another kind of model is about to be asked."""
         self._owner(given.get("parent_run_id"))
 
-    def on_tool_start(self, serialized: Any, input_str: str, **given: Any) -> None:
-        """A tool is about to be called."""
-        self._owner(given.get("parent_run_id"))
+    def on_tool_start(self, serialized: Any, input_str: str, *, run_id: UUID, **given: Any) -> None:
+        """A tool is about to be called, which may ask models itself."""
+        self._owners[run_id] = self._owner(given.get("parent_run_id"))
+
+    def on_tool_end(self, output: Any, *, run_id: UUID, **_: Any) -> None:
+        """It has ended."""
+        self._owners.pop(run_id, None)
+
+    def on_tool_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
+        """It has failed, or was broken off."""
+        self._owners.pop(run_id, None)
 
     def on_retriever_start(self, serialized: Any, query: str, **given: Any) -> None:
         """A retriever is about to be asked."""
