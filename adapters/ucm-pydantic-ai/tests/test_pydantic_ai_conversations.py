@@ -284,6 +284,23 @@ async def test_after_a_rotation_conversations_move_to_the_new_secret(
         assert await conversations.load("c1") is None  # it is in one place alone
 
 
+async def test_after_a_rotation_forks_move_one_by_one(inner: ConversationStore) -> None:
+    conversations = UserConversations(inner)
+    before = UserContextManager(secret=OLD)
+    async with managed_user_context(before.create_isolated_context("alice")):
+        await conversations.save(Conversation(conversation_id="c1", messages=[said("one"), said("two")]))
+        fork = await conversations.fork("c1", at=1)
+        fork.messages.append(said("three"))
+        await conversations.save(fork)
+    after = UserContextManager(secret=NEW, previous_secrets=[OLD])
+    async with managed_user_context(after.create_isolated_context("alice")):
+        assert texts(await conversations.load("c1")) == ["one", "two"]
+        assert texts(await conversations.load(fork.conversation_id)) == ["one", "three"]
+        await conversations.delete("c1")
+    async with managed_user_context(UserContextManager(secret=NEW).create_isolated_context("alice")):
+        assert texts(await conversations.load(fork.conversation_id)) == ["one", "three"]
+
+
 async def test_nothing_of_a_user_id_is_in_the_file(
     sqlite_store: SQLiteConversationStore, manager: UserContextManager, tmp_path: Path
 ) -> None:

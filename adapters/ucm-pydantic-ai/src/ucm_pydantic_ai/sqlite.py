@@ -108,7 +108,8 @@ class SQLiteConversationStore(ConversationStore):
 
         def write(connection: sqlite3.Connection) -> None:
             _expect(connection, record.conversation_id, expected_revision)
-            connection.executemany("insert into entries values (?, ?, ?)", entries)
+            # What is there already is the same: a conversation that moves brings along what it shares with its forks.
+            connection.executemany("insert into entries values (?, ?, ?) on conflict do nothing", entries)
             if record.head_id is not None and not _one(
                 connection, "select 1 from entries where id = ?", record.head_id
             ):
