@@ -50,7 +50,7 @@ def manager(ledger: RecordingLedger) -> UserContextManager:
         ({"prompt": "hello", "conversation_id": 7}, "conversation_id is a int"),
         ({"prompt": "hello", "message_history": [{"role": "system"}]}, "message_history is a list"),
         ({"prompt": "hello", "usage_limits": 7}, "usage_limits is a int"),
-        ({"prompt": "hello", "user_id": "bob"}, "is reserved"),
+        ({"prompt": "hello", "user_id": "bob"}, "no parameter 'user_id'"),
         ({"prompt": "hello", "deps": "mine"}, "no parameter 'deps'"),
         ({"prompt": "hello", "conversation_id": "c1", "message_history": HISTORY}, "both"),
         ({"prompt": "hello", "conversation_id": "c1"}, "kept nowhere"),
