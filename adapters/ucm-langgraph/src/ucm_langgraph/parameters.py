@@ -50,6 +50,10 @@ def checked(run: AgentRun, graph: Any, parameters: Mapping[str, Any], *, streams
     events = parameters.get("events", False)
     if not isinstance(events, bool):
         raise AgentParametersError(run.agent_name, "events is no bool", "give True for astream_events, or leave it out")
+    if events and "version" in options:
+        raise AgentParametersError(
+            run.agent_name, "version is given with events", "leave it out: events are those of LangChain's version 2"
+        )
     return Given(given, RunnableConfig(**config), options, events)  # type: ignore[typeddict-item]
 
 
