@@ -1,7 +1,9 @@
 """Agents run by their names, for fifty users at once: nothing of one is another's."""
 
 import asyncio
+import gc
 import operator
+import weakref
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -12,7 +14,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState
 from langgraph.prebuilt import ToolRuntime
 from langgraph.store.memory import InMemoryStore
-from langgraph.types import Command, interrupt
+from langgraph.types import CachePolicy, Command, interrupt
 
 from langgraph_actors import Actor
 from langgraph_agents import USERS, Gate, ToolModel, agent, alook, ask, look, others_in, said, secret_of
@@ -549,6 +551,14 @@ class TestParameters:
             async with manager.stream_with_agent("alice", "talk", {"input": ask("x"), "events": "v2"}) as stream:
                 await anext(stream)
 
+    async def test_events_have_a_version_of_their_own(self) -> None:
+        manager = managed()
+        manager.register_agent("talk", lambda _: agent(ToolModel()), stateless=True)
+        given = {"input": ask("x"), "events": True, "version": "v2"}
+        with pytest.raises(AgentParametersError, match="version is given with events"):
+            async with manager.stream_with_agent("alice", "talk", given) as stream:
+                await anext(stream)
+
     async def test_all_that_langgraph_takes_is_passed_on(self) -> None:
         class Config(TypedDict):
             got: Any
@@ -642,6 +652,66 @@ class TestParameters:
             with pytest.raises(AgentError, match=f"its {what} is all users' together") as caught:
                 await manager.execute_with_agent("alice", "talk", parameters)
             assert owned.__name__ in caught.value.remedy
+
+    @pytest.mark.parametrize("depth", [1, 2])
+    async def test_a_cache_of_a_subgraph_is_refused_too(self, depth: int) -> None:
+        """LangGraph uses it, where the graph around has none."""
+
+        class Mine(TypedDict):
+            whose: str
+
+        async def look_up(_: Mine) -> Mine:
+            return {"whose": current_context().user_id}
+
+        def graph(cache: Any) -> Any:
+            inner = new_graph(Mine).add_node("look_up", look_up, cache_policy=CachePolicy())
+            made = inner.add_edge(START, "look_up").compile(cache=cache)
+            for level in range(depth):
+                made = new_graph(Mine).add_node(f"inner-{level}", made).add_edge(START, f"inner-{level}").compile()
+            return made
+
+        kept: InMemoryCache[Any] = InMemoryCache()
+        bare, owned = graph(kept), graph(OwnedCache(InMemoryCache()))
+        manager = managed()
+        manager.register_agent("bare", lambda _: bare, stateless=True)
+        manager.register_agent("owned", lambda _: owned, stateless=True)
+        for user_id in ("alice", "bob"):
+            with pytest.raises(AgentError, match=r"the cache of its subgraph 'inner-0' is all users' together"):
+                await manager.execute_with_agent(user_id, "bare", {"input": {"whose": ""}})
+            assert await manager.execute_with_agent(user_id, "owned", {"input": {"whose": ""}}) == {"whose": user_id}
+        assert not kept._cache
+        shared = UserContextManager(plugins=[LangGraph(shared=[kept])])
+        shared.register_agent("bare", lambda _: bare, stateless=True)
+        assert await shared.execute_with_agent("alice", "bare", {"input": {"whose": ""}}) == {"whose": "alice"}
+
+    async def test_a_graph_goes_away_with_its_run(self) -> None:
+        """Also one whose steps know it, and whose factory gave them the run's context."""
+        kept: list[weakref.ref[Any]] = []
+
+        def make(context: UserExecutionContext) -> Any:
+            def step(_: MessagesState) -> Any:
+                return {"messages": [AIMessage(f"{made.name} of {context.user_id}")]}
+
+            made = new_graph(MessagesState).add_node("step", step).add_edge(START, "step").compile()
+            kept.extend((weakref.ref(made), weakref.ref(context)))
+            return made
+
+        manager = managed()
+        manager.register_agent("step", make)
+        for _ in range(3):
+            assert "of alice" in said(await manager.execute_with_agent("alice", "step", {"input": ask("x")}))
+        gc.collect()
+        assert [reference() for reference in kept] == [None] * 6
+
+    async def test_a_graph_that_has_run_may_be_configured_anew(self) -> None:
+        made = agent(ToolModel())
+        manager = managed()
+        manager.register_agent("talk", lambda _: made, stateless=True)
+        manager.register_agent("tagged", lambda _: made.with_config(tags=["x"]))
+        for name in ("talk", "tagged", "talk"):
+            assert secret_of("alice") in said(
+                await manager.execute_with_agent("alice", name, {"input": ask("use look: x")})
+            )
 
     async def test_an_agent_of_another_framework_is_not_its(self) -> None:
         async def other(text: str) -> str:

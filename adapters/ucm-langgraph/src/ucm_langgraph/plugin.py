@@ -16,7 +16,7 @@ from ucm_langgraph.cache import OwnedCache
 from ucm_langgraph.checkpoints import OwnedCheckpointer
 from ucm_langgraph.handlers import RunHandler, StreamHandler
 from ucm_langgraph.parameters import Given, checked
-from ucm_langgraph.steps import PreparedGraphs
+from ucm_langgraph.steps import prepared, subgraphs_of
 from ucm_langgraph.store import OwnedStore
 from ucm_middleware import AgentError, AgentRun, hookimpl
 
@@ -44,7 +44,6 @@ class LangGraph:
 
     def __init__(self, *, shared: Collection[object] = ()) -> None:
         self._shared = tuple(shared)
-        self._graphs = PreparedGraphs()
 
     @hookimpl
     def ucm_run_agent(self, run: AgentRun, agent: object, parameters: Mapping[str, Any]) -> Awaitable[object] | None:
@@ -68,17 +67,22 @@ class LangGraph:
         self, run: AgentRun, agent: Graph, parameters: Mapping[str, Any], *, streams: bool
     ) -> tuple[Graph, Given]:
         self._require_owned(run, agent)
-        return self._graphs.of(agent), checked(run, agent, parameters, streams=streams)
+        return prepared(agent), checked(run, agent, parameters, streams=streams)
 
     def _require_owned(self, run: AgentRun, agent: Graph) -> None:
         for what, bare, owned in _KEPT:
-            kept: object = getattr(agent, what)
-            if isinstance(kept, bare) and not isinstance(kept, owned) and not any(kept is one for one in self._shared):
-                raise AgentError(
-                    run.agent_name,
-                    f"its {what} is all users' together: a {type(kept).__name__}",
-                    f"compile it with {what}={owned.__name__}(...) around that",
-                )
+            self._require(run, f"its {what}", getattr(agent, what), bare, owned)
+        # Of what a subgraph was compiled with, LangGraph uses this alone: the checkpointer and the store are the run's.
+        for name, graph in subgraphs_of(agent).items():
+            self._require(run, f"the cache of its subgraph {name!r}", graph.cache, BaseCache, OwnedCache)
+
+    def _require(self, run: AgentRun, what: str, kept: object, bare: type, owned: type) -> None:
+        if isinstance(kept, bare) and not isinstance(kept, owned) and not any(kept is one for one in self._shared):
+            raise AgentError(
+                run.agent_name,
+                f"{what} is all users' together: a {type(kept).__name__}",
+                f"compile it with {owned.__name__}(...) around that",
+            )
 
 
 def _add_handler(given: Given, handler: RunHandler) -> None:
