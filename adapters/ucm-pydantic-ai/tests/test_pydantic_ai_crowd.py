@@ -195,8 +195,7 @@ async def test_nobody_sees_another_s_secret(
         number = int(user_id[-2:])
         assert owners(await turn(manager, user_id, number)) == {user_id}
         await give_up(manager, user_id, number % 3)
-        for after in (number + 1, number + 2):
-            assert owners(await turn(manager, user_id, after)) == {user_id}
+        assert owners(await turn(manager, user_id, number + 1)) == {user_id}
 
     await asyncio.gather(*map(user, USERS))
     await settled()
@@ -233,7 +232,7 @@ async def in_the_store(store: ConversationStore, manager: UserContextManager) ->
             assert "given up" not in text
             prompts = [told([message]) for message in conversation.messages if asks(message)]
             assert [prompt.partition(":")[0] for prompt in prompts] == [
-                f"turn {int(user_id[-2:]) + number}" for number in range(3)
+                f"turn {int(user_id[-2:]) + number}" for number in range(2)
             ]
 
 
