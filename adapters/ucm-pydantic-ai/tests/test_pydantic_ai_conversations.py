@@ -301,6 +301,34 @@ async def test_after_a_rotation_forks_move_one_by_one(inner: ConversationStore) 
         assert texts(await conversations.load(fork.conversation_id)) == ["one", "three"]
 
 
+class CutOff(InMemoryConversationStore):
+    """Ends, once, before it has deleted what was moved."""
+
+    cut_off = True
+
+    async def delete_record(self, conversation_id: str, *, expected_revision: str) -> None:
+        if self.cut_off:
+            self.cut_off = False
+            raise OSError("cut off")
+        await super().delete_record(conversation_id, expected_revision=expected_revision)
+
+
+async def test_what_is_deleted_does_not_come_back_from_under_the_old_secret() -> None:
+    store = CutOff()
+    conversations = UserConversations(store)
+    async with managed_user_context(UserContextManager(secret=OLD).create_isolated_context("alice")):
+        await conversations.save(Conversation(conversation_id="c1", messages=[said("one")]))
+    after = UserContextManager(secret=NEW, previous_secrets=[OLD])
+    async with managed_user_context(after.create_isolated_context("alice")):
+        with pytest.raises(OSError, match="cut off"):
+            await conversations.load("c1")
+        assert texts(await conversations.load("c1")) == ["one"]
+        await conversations.delete("c1")
+        assert await conversations.load("c1") is None
+        assert not await conversations.list_conversations()
+    assert not store._records
+
+
 async def test_nothing_of_a_user_id_is_in_the_file(
     sqlite_store: SQLiteConversationStore, manager: UserContextManager, tmp_path: Path
 ) -> None:

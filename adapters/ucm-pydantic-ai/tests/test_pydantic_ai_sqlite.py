@@ -199,3 +199,19 @@ async def test_what_was_saved_survives_the_process(sqlite_store: SQLiteConversat
     loaded = await sqlite_store.load("c1")
     assert loaded is not None
     said_again(loaded.messages, "one")
+
+
+@pytest.mark.parametrize("path", ["", ":memory:"])
+def test_what_is_no_file_is_refused(path: str) -> None:
+    with pytest.raises(ConfigurationError, match="InMemoryConversationStore"):
+        SQLiteConversationStore(path)
+
+
+async def test_the_file_stays_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = SQLiteConversationStore("here.db")
+    monkeypatch.chdir("elsewhere")
+    assert await store.load("c1") is None
+    await store.aclose()
+    assert (tmp_path / "here.db").exists()

@@ -86,9 +86,13 @@ class UserConversations(ConversationStore):
             raise ConversationConflict(record.conversation_id) from None
 
     async def delete_record(self, conversation_id: str, *, expected_revision: str) -> None:
-        name = _owners(current_context())[0].names(conversation_id)[0]
+        owners = _owners(current_context())
+        names = owners[0].names(conversation_id)
         try:
-            await self.store.delete_record(name, expected_revision=expected_revision)
+            await self.store.delete_record(names[0], expected_revision=expected_revision)
+            for name in names[1:]:  # what a move that was broken off left would come back
+                if (left := await self.store.read_record(name)) is not None:
+                    await self.store.delete_record(name, expected_revision=left.revision)
         except ConversationConflict:
             raise ConversationConflict(conversation_id) from None
 

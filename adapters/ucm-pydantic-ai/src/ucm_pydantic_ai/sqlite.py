@@ -60,11 +60,16 @@ class SQLiteConversationStore(ConversationStore):
     shares. ``busy_timeout`` is how long to wait for another process's write, in seconds. Nothing is opened before the
     first use; ``aclose`` closes.
 
-    What the operations raise besides the framework's errors is ``sqlite3.Error``.
+    Raises ConfigurationError for what names no file. What the operations raise besides the framework's errors is
+    ``sqlite3.Error``.
     """
 
     def __init__(self, path: str | Path, *, busy_timeout: float = 5.0) -> None:
-        self._path = Path(path)
+        if str(path) in {"", ":memory:"}:
+            raise ConfigurationError(
+                f"path is {str(path)!r}, and no file; name one, or take the framework's InMemoryConversationStore"
+            )
+        self._path = Path(path).absolute()  # wherever the process goes before the first use
         self._busy_timeout = busy_timeout
         self._pid = os.getpid()
         self._connection: sqlite3.Connection | None = None
