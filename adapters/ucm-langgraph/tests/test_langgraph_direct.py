@@ -189,6 +189,23 @@ class TestMiddleware:
             await talk("what did I say?")
         assert list(model.asked) == ["alice"]
 
+    @pytest.mark.parametrize("owned", [False, True], ids=["bare", "owned"])
+    async def test_what_another_says_is_kept_out_by_the_saver_alone(self, users: Users, owned: bool) -> None:
+        model, saver = ToolModel(), InMemorySaver()
+        kept = OwnedCheckpointer(saver) if owned else saver
+        made = agent(model, checkpointer=kept, middleware=[OwnerMiddleware()])
+        with users.running("alice"):
+            await made.ainvoke(ask("hello"), CONFIG)
+        with users.running("bob"):
+            if owned:
+                await made.ainvoke(ask("from bob"), CONFIG)
+            else:
+                with pytest.raises(CrossUserAccessError):
+                    await made.ainvoke(ask("from bob"), CONFIG)
+        assert ("bob" in model.asked) is owned
+        with users.running("alice"):
+            assert ("from bob" in said(await made.ainvoke(ask("again"), CONFIG))) is not owned
+
     async def test_a_tool_that_waits_for_a_person_is_not_called_by_another(self, users: Users) -> None:
         model = ToolModel()
         made = self.agent(model, checkpointer=InMemorySaver(), interrupt_before=["tools"])

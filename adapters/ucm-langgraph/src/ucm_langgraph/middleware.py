@@ -36,6 +36,9 @@ class OwnerMiddleware(AgentMiddleware[OwnedState, Any, Any]):
     The user in whose context a conversation begins is kept with its state, as a derived key. In any other user's
     context it does not go on, and no model is asked and no tool called: CrossUserAccessError, recorded. Outside of a
     context: ContextNotFoundError. Give it before other middleware.
+
+    What another user said is stored before that, in the conversation that was named: only ``OwnedCheckpointer`` keeps
+    others from writing there, and from reading its state.
     """
 
     state_schema = OwnedState
