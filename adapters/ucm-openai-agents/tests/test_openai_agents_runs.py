@@ -345,6 +345,8 @@ async def test_other_runs_go_on_when_one_fails() -> None:
         ({"input": []}, "neither a text"),
         ({"input": ["hello"]}, "neither a text"),
         ({"input": 7}, "neither a text"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "an item on OpenAI's server"),
+        ({"input": [{"role": "user", "content": "hi"}, {"id": "msg_1"}]}, "give the item itself"),
         ({"input": "hi", "max_turns": 0}, "max_turns"),
         ({"input": "hi", "max_turns": True}, "max_turns"),
         ({"input": "hi", "session_id": 7}, "session_id is a int"),

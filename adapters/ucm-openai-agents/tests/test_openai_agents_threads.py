@@ -124,7 +124,8 @@ async def test_a_thread_runs_as_its_user_with_the_span_of_its_call(slow: Slow) -
     assert sorted(seen) == sorted(users)
 
 
-async def test_a_state_of_alice_s_that_is_resumed_by_bob_calls_none_of_her_tools() -> None:
+@pytest.mark.parametrize("how", ["as it is", "as his own", "as his own, from execute_with_agent"])
+async def test_a_state_of_alice_s_that_is_resumed_by_bob_calls_none_of_her_tools(how: str) -> None:
     """Nor the model. For apps that call Runner themselves."""
     called: list[str] = []
 
@@ -134,19 +135,23 @@ async def test_a_state_of_alice_s_that_is_resumed_by_bob_calls_none_of_her_tools
         return "paid"
 
     agent = guard_agent(Agent[Any]("front", model=OfflineModel(), tools=[pay]))
-    manager = UserContextManager(secret=SECRET)
+    manager = UserContextManager(plugins=[OpenAIAgents()], secret=SECRET)
+    manager.register_agent("front", lambda _: agent, stateless=True)
     alice, bob = (manager.create_isolated_context(user) for user in ("alice", "bob"))
 
     async def begin() -> Any:
         async with managed_user_context(manager.create_isolated_context("alice")):
-            result = await Runner.run(agent, "pay()", context=alice)
+            if how.endswith("execute_with_agent"):
+                result = await manager.execute_with_agent("alice", "front", {"input": "pay()"})
+            else:
+                result = await Runner.run(agent, "pay()", context=alice)
             state = result.to_state()
             state.approve(result.interruptions[0])
             return state
 
     async def go_on(user: UserExecutionContext, state: Any) -> Any:
         async with managed_user_context(user):
-            return await Runner.run(agent, state)
+            return await Runner.run(agent, state, context=None if how == "as it is" else user)
 
     state = await begin()
     with pytest.raises(UserError) as caught:  # which the SDK makes of what a hook raises

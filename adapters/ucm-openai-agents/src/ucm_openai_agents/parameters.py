@@ -46,6 +46,11 @@ def checked_parameters(agent: str, given: Mapping[str, Any], *, has_sessions: bo
             "input is absent" if asked is None else "input is neither a text nor a list of input items, or empty",
             'give {"input": "what the user says"}',
         )
+    if not isinstance(asked, str) and any(map(_is_reference, cast("list[Any]", asked))):
+        refuse(
+            "input has a reference to an item on OpenAI's server, which is whoever's that names it",
+            "give the item itself, or a session_id, whose items belong to one user",
+        )
     if session_id is not None and not isinstance(session_id, str):
         refuse(f"session_id is a {type(session_id).__name__}", "give a text, or leave it out")
     if session_id is not None and not has_sessions:
@@ -58,6 +63,12 @@ def checked_parameters(agent: str, given: Mapping[str, Any], *, has_sessions: bo
 def _are_items(value: object) -> bool:
     items = cast("list[object]", value) if isinstance(value, list) else []
     return bool(items) and all(isinstance(item, dict) for item in items)
+
+
+def _is_reference(item: Mapping[str, Any]) -> bool:
+    """OpenAI's server takes one without a type for a reference as well."""
+    kind = item.get("type")
+    return kind == "item_reference" or (kind is None and "role" not in item)
 
 
 def _shown(name: object) -> str:

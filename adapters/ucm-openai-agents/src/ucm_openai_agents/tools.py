@@ -14,10 +14,17 @@ from typing import Any, Final, TypeGuard, cast, get_origin, get_type_hints
 from agents import FunctionTool, RunContextWrapper, Tool, UserError, function_tool
 from agents.tool_context import ToolContext
 
-from ucm_middleware import ContextNotFoundError, UserContextError, UserExecutionContext, current_context
+from ucm_middleware import (
+    ContextNotFoundError,
+    CrossUserAccessError,
+    UserContextError,
+    UserExecutionContext,
+    current_context,
+)
 from ucm_openai_agents.flow import Flow, current_flow
 
 _TELLS: Final = "__ucm_openai_agents_tells__"
+_BEGUN_BY: Final = "_ucm_openai_agents_begun_by"
 _CONTEXT: Final = "ucm_tool_context"  # the parameter that functions get which take no context themselves
 
 
@@ -29,6 +36,7 @@ def flow_of(wrapper: RunContextWrapper[Any]) -> Flow | None:
     """
     flow, owner = current_flow(), wrapper.context
     if flow is None:
+        _require_begun_by(wrapper)
         _require_owner(owner)
     elif owner is not flow.current.context:
         try:
@@ -36,7 +44,28 @@ def flow_of(wrapper: RunContextWrapper[Any]) -> Flow | None:
         except UserContextError as error:
             flow.refuse(error)
             raise
+    elif not hasattr(wrapper.usage, _BEGUN_BY):
+        setattr(wrapper.usage, _BEGUN_BY, owner.user_id)
     return flow
+
+
+def _require_begun_by(wrapper: RunContextWrapper[Any]) -> None:
+    """Raise CrossUserAccessError, recorded, where a ``RunState`` goes on that another user's run ended in.
+
+    ``Runner.run(agent, state, context=...)`` puts the new context in the place of the old one, and all that was said
+    stays. What it keeps as well is the usage, which tools' contexts share: that remembers whose it is.
+    """
+    owner = wrapper.context
+    if not isinstance(owner, UserExecutionContext):
+        return
+    begun_by = getattr(wrapper.usage, _BEGUN_BY, None)
+    if begun_by is None:
+        setattr(wrapper.usage, _BEGUN_BY, owner.user_id)
+    elif begun_by != owner.user_id:
+        if owner.host is not None:
+            owner.host.require_owner(begun_by, "state of a run")
+        # With a grant too, and in no context: what one user said is not to go on as another's.
+        raise CrossUserAccessError("state of a run: another user's run ended in it")
 
 
 def _require_owner(owner: object) -> None:
