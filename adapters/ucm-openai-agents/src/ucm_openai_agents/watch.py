@@ -6,7 +6,7 @@ latter. They keep nothing of a run and pass everything on, so that runs may shar
 """
 
 from collections.abc import Awaitable
-from typing import Any, Final, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from agents import Agent, AgentHookContext, AgentHooks, FunctionTool, ModelResponse, RunContextWrapper, Tool
 from agents.items import TResponseInputItem
@@ -14,12 +14,13 @@ from agents.tool_context import ToolContext
 
 from ucm_middleware import UserContextError, agent_run
 from ucm_openai_agents.flow import Flow, current_flow, enter_flow
+from ucm_openai_agents.framework import AGENT_OF_TOOL, require_insides
 from ucm_openai_agents.tools import flow_of, mark_telling, prepare_function, tells
 
 A = TypeVar("A", bound=Agent[Any])
 T = TypeVar("T")
 
-_AGENT_OF_TOOL: Final = "_agent_instance"  # the SDK's own name for it; it has no public one
+require_insides(FunctionTool)
 
 
 def guard_agent(agent: A) -> A:
@@ -33,7 +34,7 @@ def guard_agent(agent: A) -> A:
         agent.hooks = Watch(agent.hooks)
     for tool in agent.tools:
         if isinstance(tool, FunctionTool) and not tells(tool):
-            inner = getattr(tool, _AGENT_OF_TOOL, None)
+            inner = getattr(tool, AGENT_OF_TOOL, None)
             if is_agent(inner):
                 tool.on_invoke_tool = _AgentTool(tool.on_invoke_tool, inner)
             else:
