@@ -31,6 +31,7 @@ from offline import OfflineModel
 from support.events import connect
 from support.waiting import wait_until
 from ucm_google_adk import Answer, GoogleADK, OwnedSessionService, SharedStateError, UserContextPlugin
+from ucm_google_adk.toolsets import Toolsets
 from ucm_middleware import (
     AgentError,
     AgentParametersError,
@@ -235,6 +236,32 @@ class TestRuns:
         toolset.go_on.set()
         await slow
         assert toolset.closed == 1
+
+    async def test_all_toolsets_are_closed_also_of_a_run_that_is_cancelled_meanwhile(self) -> None:
+        closing, go_on, closed = asyncio.Event(), asyncio.Event(), asyncio.Queue[BaseToolset]()
+
+        class Slow(BaseToolset):
+            async def get_tools(self, readonly_context: Any = None) -> list[BaseTool]:
+                return []
+
+            async def close(self) -> None:
+                closing.set()
+                await go_on.wait()
+                closed.put_nowait(self)
+
+        both = Slow(), Slow()
+
+        async def use() -> None:
+            async with Toolsets().used(both):
+                pass
+
+        run = asyncio.create_task(use())
+        await closing.wait()
+        run.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await run
+        go_on.set()
+        assert {await closed.get() for _ in both} == set(both)
 
 
 async def wait_for_frames(client: Any, number: int) -> None:

@@ -1,5 +1,6 @@
 """The distribution as it is installed, and what it says of an ADK that is not as it should be."""
 
+import importlib
 import importlib.metadata
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points
@@ -40,6 +41,23 @@ def test_an_adk_that_is_too_old_or_absent_is_named(monkeypatch: pytest.MonkeyPat
     for fine in ("2.13.0", "2.14.1rc1", "3.0"):
         monkeypatch.setattr("ucm_google_adk.installed.version", lambda _, fine=fine: fine)
         require_adk()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "told"),
+    [
+        ("google.adk.runners.Runner", "_collect_toolset", "closes toolsets"),
+        ("google.adk.utils._sync_runner", "_get_tool_thread_pool", "runs tools in threads"),
+    ],
+)
+def test_an_adk_whose_inside_is_another_is_named(
+    monkeypatch: pytest.MonkeyPatch, owner: str, name: str, told: str
+) -> None:
+    for module in [module for module in sys.modules if module.split(".")[0] == "ucm_google_adk"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr(f"{owner}.{name}")
+    with pytest.raises(ImportError, match=rf"google-adk 2\..* {told} .*pip install 'google-adk==2\.13"):
+        importlib.import_module("ucm_google_adk")
 
 
 def test_the_manager_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Memories and artifacts: each user's own; and what ADK does by itself."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,8 @@ class TestArtifacts:
         during = Users(UserContextManager(secret=NEW, previous_secrets=[OLD]))
         with during.running("alice"):
             assert await owned.list_artifact_keys(app_name=APP, user_id="alice", session_id="chat")
+            several = [owned.load_artifact(**at, filename="notes.txt") for _ in range(3)]
+            assert [text_of(part) for part in await asyncio.gather(*several)] == ["two"] * 3
             assert await owned.save_artifact(**at, filename="notes.txt", artifact=data("three")) == 2
             assert text_of(await owned.load_artifact(**at, filename="user:notes.txt")) == "two"
             await owned.delete_artifact(**at, filename="left.txt")

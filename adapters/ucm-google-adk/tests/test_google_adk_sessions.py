@@ -1,5 +1,6 @@
 """Sessions and their state: each user's own, on memory, SQLite and PostgreSQL; and what ADK does by itself."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -116,6 +117,24 @@ class TestOwners:
                 assert {each.id for each in listed} == {"one", "two", unnamed.id}
                 assert {each.user_id for each in listed} == {user}
                 assert [each.state for each in listed if each.id == "one"] == [{"of": user}]
+
+    async def test_a_service_that_stores_all_of_the_state_again_lists_it_still(self, app: str, users: Users) -> None:
+        """As FirestoreSessionService does with each event."""
+
+        class Whole(InMemorySessionService):
+            async def append_event(self, session: Session, event: Event) -> Event:
+                appended = await super().append_event(session, event)
+                kept = {key: value for key, value in session.state.items() if not key.startswith(("user:", "temp:"))}
+                self.sessions[session.app_name][session.user_id][session.id].state = kept
+                return appended
+
+        owned = OwnedSessionService(Whole())
+        with users.running("alice"):
+            session = await owned.create_session(app_name=app, user_id="alice", session_id="chat", state={"n": 1})
+            await owned.append_event(session, said("hello", **{"n": 2, "temp:t": 3, "user:u": 4}))
+            assert session.state == {"n": 2, "temp:t": 3, "user:u": 4}
+            (listed,) = (await owned.list_sessions(app_name=app)).sessions
+            assert (listed.id, listed.state) == ("chat", {"n": 2, "user:u": 4})
 
     async def test_deleting_is_of_ones_own(self, service: BaseSessionService, app: str, users: Users) -> None:
         owned = OwnedSessionService(service)
@@ -323,6 +342,35 @@ class TestRotation:
             assert sorted(listed) == ["chat", "newer"]
         if app_state == "refuse":  # and nothing is left behind
             assert len((await service.list_sessions(app_name=app)).sessions) == 2
+
+    async def test_several_at_once_move_it_once(
+        self, service: BaseSessionService, app: str, before: Users, during: Users
+    ) -> None:
+        owned = OwnedSessionService(service)
+        with before.running("alice"):
+            session = await owned.create_session(app_name=app, user_id="alice", session_id="chat")
+            for number in range(3):
+                await owned.append_event(session, said(str(number)))
+        with during.running("alice"):
+            asked = [owned.get_session(app_name=app, user_id="alice", session_id="chat") for _ in range(3)]
+            assert [texts(found) for found in await asyncio.gather(*asked)] == [["0", "1", "2"]] * 3
+
+    async def test_one_that_another_process_begins_to_move_goes_on(
+        self, service: BaseSessionService, app: str, before: Users, during: Users, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        owned = OwnedSessionService(service)
+        with before.running("alice"):
+            session = await owned.create_session(app_name=app, user_id="alice", session_id="chat")
+            await owned.append_event(session, said("0"))
+        create = service.create_session
+
+        async def create_twice(**given: Any) -> Session:
+            await create(**given)
+            return await create(**given)
+
+        with during.running("alice"):
+            monkeypatch.setattr(service, "create_session", create_twice)
+            assert texts(await owned.get_session(app_name=app, user_id="alice", session_id="chat")) == ["0"]
 
     async def test_a_move_that_broke_off_goes_on(
         self, service: BaseSessionService, app: str, before: Users, during: Users, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from google.adk.artifacts import artifact_util
 from google.adk.artifacts.base_artifact_service import ArtifactVersion, BaseArtifactService, ensure_part
 from google.genai import types
 
-from ucm_google_adk.owners import Owner, Owners, aligned, require_same_user
+from ucm_google_adk.owners import Moves, Owner, Owners, aligned, require_same_user
 from ucm_middleware import ConfigurationError, UserExecutionContext
 
 
@@ -42,6 +42,7 @@ class OwnedArtifactService(BaseArtifactService):
             raise ConfigurationError("service keeps its artifacts apart already; give the one that it was made with")
         self._service = service
         self._owners = Owners()
+        self._moves = Moves()
 
     async def save_artifact(
         self,
@@ -142,7 +143,8 @@ class OwnedArtifactService(BaseArtifactService):
         """Where an artifact stands, after what was under earlier secrets has been moved there."""
         place = self._place(app_name, user_id, session_id, action)
         for user, session in place.earlier:
-            await self._move(place, user, session, filename)
+            async with self._moves.only_one(f"{app_name}\n{user}\n{session}\n{filename}"):
+                await self._move(place, user, session, filename)
         return place
 
     async def _move(self, place: _Place, user: str, session: str | None, filename: str) -> None:

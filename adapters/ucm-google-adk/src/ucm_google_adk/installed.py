@@ -20,5 +20,13 @@ def require_adk() -> None:
         raise ImportError(f"ucm-google-adk needs google-adk {_text(NEEDED)} or later, and found {found}: {_COMMAND}")
 
 
+def unknown_adk(what: str) -> ImportError:
+    """To be raised for an ADK whose inside is another than the adapter stands on."""
+    return ImportError(
+        f"google-adk {version('google-adk')} {what} in a way that this ucm-google-adk does not know; "
+        "install a later ucm-google-adk, or pip install 'google-adk==2.13.*'"
+    )
+
+
 def _text(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))

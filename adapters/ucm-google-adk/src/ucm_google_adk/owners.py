@@ -1,8 +1,9 @@
 """Who owns what is stored: the user of the context that the code runs in, under keys that no other user has."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from ucm_middleware import CrossUserAccessError, UserExecutionContext, current_context
 
@@ -71,6 +72,17 @@ class Owners:
             owner = Owner(context.user_id, context.candidate_keys(_USER, _ALL))
             self._known[context] = owner
         return context, owner
+
+
+class Moves:
+    """What is under way from the names under one secret to those under another: in this process, each thing once."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
+
+    def only_one(self, name: str) -> asyncio.Lock:
+        """For ``async with``, around a look at what stands under an earlier name and the move of it."""
+        return self._locks.setdefault((id(asyncio.get_running_loop()), name), asyncio.Lock())
 
 
 def require_same_user(context: UserExecutionContext, user_id: str | None, action: str) -> None:

@@ -24,11 +24,15 @@ from pydantic import ValidationError
 
 from ucm_google_adk.artifacts import OwnedArtifactService
 from ucm_google_adk.callbacks import UserContextPlugin
+from ucm_google_adk.installed import unknown_adk
 from ucm_google_adk.memory import OwnedMemoryService
 from ucm_google_adk.owners import require_same_user
 from ucm_google_adk.sessions import OwnedSessionService
 from ucm_google_adk.toolsets import Toolsets
 from ucm_middleware import AgentParametersError, AgentRun, UserContextError, hookimpl
+
+if not hasattr(Runner, "_collect_toolset"):
+    raise unknown_adk("closes toolsets")
 
 PARAMETERS: Final = ("message", "session_id", "state_delta", "run_config", "invocation_id")
 

@@ -20,7 +20,7 @@ from google.adk.sessions.state import State
 from pydantic import PrivateAttr
 
 from ucm_google_adk.errors import SharedStateError
-from ucm_google_adk.owners import Owner, Owners, aligned
+from ucm_google_adk.owners import Moves, Owner, Owners, aligned
 from ucm_middleware import ConfigurationError, InvalidContextError, UserExecutionContext
 
 AppState = Literal["refuse", "own"]
@@ -62,6 +62,7 @@ class OwnedSessionService(BaseSessionService):
         self._service = service
         self._own_apps = app_state == "own"
         self._owners = Owners()
+        self._moves = Moves()
 
     async def create_session(
         self,
@@ -120,14 +121,19 @@ class OwnedSessionService(BaseSessionService):
         context, owner = self._owners.current(session.user_id, "append_event")
         if event.partial:
             return event
-        self._check_state(event.actions.state_delta)
+        changed = tuple(event.actions.state_delta)
+        self._check_state(changed)
         stored = self._inside(context, owner, session)
+        # Some services store all of the state again.
+        stored.state = {**session.state, CLIENT_ID: session.id}
         try:
             appended = await self._service.append_event(stored, event)
         except SessionNotFoundError:
             raise SessionNotFoundError(f"Session {session.id} not found.") from None
-        if stored.events is not session.events or stored.state is not session.state:  # a service of another make
-            session.events, session.state = stored.events, stored.state
+        # No more than that: others may have changed the rest meanwhile.
+        session.state.update({key: stored.state[key] for key in changed if key in stored.state})
+        if stored.events is not session.events:  # a service of another make
+            session.events = stored.events
         session.last_update_time = stored.last_update_time
         return appended
 
@@ -152,10 +158,10 @@ class OwnedSessionService(BaseSessionService):
     ) -> OwnedSession:
         """A stored session as its user sees it, which it is checked to be."""
         owner.check_session(context, client_id, stored.id, stored.user_id)
-        # A copy, since what a service keeps may be this very object; from here on, both stand for one session.
         hidden = CLIENT_ID if self._own_apps else (CLIENT_ID, State.APP_PREFIX)
         state = {key: value for key, value in stored.state.items() if not key.startswith(hidden)}
-        stored = stored.model_copy(update={"state": state})
+        # A copy, since what a service keeps may be this very object; from here on, both stand for one session.
+        stored = stored.model_copy()
         session = OwnedSession.model_construct(
             id=client_id,
             app_name=app_name,
@@ -168,15 +174,15 @@ class OwnedSessionService(BaseSessionService):
         return session
 
     def _inside(self, context: UserExecutionContext, owner: Owner, session: Session) -> Session:
-        """The session as it is stored, over the same events and state."""
+        """The session as it is stored, over the same events."""
         name = owner.sessions(context, session.id)[0]
         stored = session._stored if isinstance(session, OwnedSession) else None
         if stored is None or stored.id != name or stored.user_id != owner.user:
             stored = Session(id=name, app_name=self._apps(context, owner, session.app_name)[0], user_id=owner.user)
             if isinstance(session, OwnedSession):
                 session._stored = stored
-        if stored.events is not session.events or stored.state is not session.state:
-            stored.events, stored.state = session.events, session.state
+        if stored.events is not session.events:
+            stored.events = session.events
         if stored.last_update_time != session.last_update_time:
             stored.last_update_time = session.last_update_time
         return stored
@@ -222,10 +228,11 @@ class OwnedSessionService(BaseSessionService):
         """The session as it is stored now. One under a previous secret is moved first."""
         current, *earlier = self._places(context, owner, app_name, owner.sessions(context, client_id))
         for user, app, name in earlier:
-            old = await self._service.get_session(app_name=app, user_id=user, session_id=name)
-            if old is not None:
-                owner.check_session(context, client_id, old.id, old.user_id)
-                await self._move(context, owner, app_name, client_id, old)
+            async with self._moves.only_one(name):
+                old = await self._service.get_session(app_name=app, user_id=user, session_id=name)
+                if old is not None:
+                    owner.check_session(context, client_id, old.id, old.user_id)
+                    await self._move(context, owner, app_name, client_id, old)
         user, app, name = current
         return await self._service.get_session(app_name=app, user_id=user, session_id=name, config=config)
 
@@ -240,9 +247,13 @@ class OwnedSessionService(BaseSessionService):
         if new is None:
             kept = {key: value for key, value in old.state.items() if not _is_shared(key)}
             inherited = await self._earlier_state(context, owner, app_name)
-            new = await self._service.create_session(
-                app_name=app, user_id=user, state={**inherited, **kept, CLIENT_ID: client_id}, session_id=name
-            )
+            state = {**inherited, **kept, CLIENT_ID: client_id}
+            try:
+                new = await self._service.create_session(app_name=app, user_id=user, state=state, session_id=name)
+            except AlreadyExistsError:  # by another process
+                new = await self._service.get_session(app_name=app, user_id=user, session_id=name)
+                if new is None:
+                    raise
         there = {event.id for event in new.events}
         for event in old.events:
             if event.id not in there:

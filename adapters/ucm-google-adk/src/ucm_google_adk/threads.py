@@ -4,11 +4,11 @@
 # pyright: reportPrivateUsage=false
 
 from collections.abc import Awaitable, Callable
-from importlib.metadata import version
 from typing import Any
 
 from google.adk.tools.tool_context import ToolContext
 
+from ucm_google_adk.installed import unknown_adk
 from ucm_middleware import ToolCall
 
 try:
@@ -18,10 +18,7 @@ try:
         _make_executor_sync_callable_runner,
     )
 except ImportError:
-    raise ImportError(
-        f"google-adk {version('google-adk')} runs tools in threads in a way that this ucm-google-adk does not know; "
-        "install a later ucm-google-adk, or pip install 'google-adk==2.13.*'"
-    ) from None
+    raise unknown_adk("runs tools in threads") from None
 
 
 def watch_threads(call: ToolCall, tool_context: ToolContext) -> None:

@@ -39,10 +39,11 @@ class Toolsets:
                 if not self._users[id(toolset)]:
                     del self._users[id(toolset)]
                     unused.append(toolset)
-            for toolset in unused:
-                await self._close(toolset)
+            # All at once: whoever waits may be cancelled.
+            if closing_now := [self._close(toolset) for toolset in unused]:
+                await asyncio.wait(closing_now)
 
-    async def _close(self, toolset: BaseToolset) -> None:
+    def _close(self, toolset: BaseToolset) -> "asyncio.Task[None]":
         async def close() -> None:
             try:
                 async with asyncio.timeout(_LONGEST):
@@ -54,4 +55,4 @@ class Toolsets:
                 self._closing.pop(id(toolset), None)
 
         self._closing[id(toolset)] = task = asyncio.create_task(close())
-        await asyncio.shield(task)
+        return task
