@@ -27,9 +27,13 @@ Make = Callable[[str], Session]
 class Store:
     """Where sessions are, and all that is in there."""
 
-    def __init__(self, make: Make, rows: Callable[[], list[tuple[str, str]]]) -> None:
+    def __init__(self, make: Make, rows: Callable[[], list[tuple[str, str]]], busy: list[str]) -> None:
         self.make = make
         self.rows = rows
+        self.busy = busy
+        """Who has every kind of tool called; the others have one. A server is asked by all, and what tools do is the
+        same on each store.
+        """
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -43,7 +47,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
             with closing(sqlite3.connect(path)) as connection:
                 return connection.execute(query).fetchall()
 
-        yield Store(lambda key: SQLiteSession(key, path), rows)
+        yield Store(lambda key: SQLiteSession(key, path), rows, USERS)
         return
     database: Database = request.getfixturevalue("database")
     engine = create_async_engine(database.owner.url("postgresql+asyncpg"), pool_size=10, max_overflow=0)
@@ -53,7 +57,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
         with psycopg.connect(database.owner.dsn) as connection:
             return connection.execute(query).fetchall()
 
-    yield Store(lambda key: SQLAlchemySession(key, engine=engine), postgres_rows)
+    yield Store(lambda key: SQLAlchemySession(key, engine=engine), postgres_rows, USERS[-7:])
     await engine.dispose()
 
 
@@ -62,18 +66,18 @@ def mixed(texts: list[str]) -> list[set[str]]:
     return [found for text in texts if len(found := set(SECRETS.findall(text))) > 1]
 
 
-def messages(user_id: str) -> list[str]:
-    return [f"{EVERYTHING}; say {secret_of(user_id)}", f"say again {secret_of(user_id)}"]
+def messages(user_id: str, what: str = EVERYTHING) -> list[str]:
+    return [f"{what}; say {secret_of(user_id)}", f"say again {secret_of(user_id)}"]
 
 
-@pytest.mark.timeout(240)  # it takes a few seconds, and a machine that others use has made it take a minute
+@pytest.mark.timeout(240)  # it takes seconds, and on a busy machine many
 async def test_nobody_sees_anything_of_another_s(store: Store) -> None:
     team = Team()
     manager = team.manager(OpenAIAgents(sessions=store.make))
     clients: dict[str, Client] = {}
 
     async def talk(user_id: str) -> None:
-        for message in messages(user_id):
+        for message in messages(user_id, EVERYTHING if user_id in store.busy else "recall()"):
             given = {"input": message, "session_id": "chat"}
             result = await manager.execute_with_agent(user_id, "front", given)
             assert set(SECRETS.findall(result.final_output)) == {user_id}
@@ -84,9 +88,9 @@ async def test_nobody_sees_anything_of_another_s(store: Store) -> None:
         await asyncio.gather(*map(talk, USERS))
 
     assert mixed(team.model.seen) == []
-    assert sum(secret_of("user-7") in seen for seen in team.model.seen) > 5  # and it was there to be seen
+    assert sum(secret_of(USERS[-1]) in seen for seen in team.model.seen) > 5  # and it was there to be seen
     assert {user_id for _, user_id in team.called} == set(USERS)
-    assert len(team.called) == len(USERS) * 6
+    assert len(team.called) == len(USERS) + len(store.busy) * 5
 
     kept: dict[str, list[str]] = {}
     for key, message in store.rows():
@@ -98,12 +102,13 @@ async def test_nobody_sees_anything_of_another_s(store: Store) -> None:
     for user_id, client in clients.items():
         events = "".join(client.frames)
         assert set(SECRETS.findall(events)) == {user_id}
-        assert events.count('"agent_started"') == events.count('"agent_completed"') == 4
+        runs = 4 if user_id in store.busy else 2
+        assert events.count('"agent_started"') == events.count('"agent_completed"') == runs
         trail = manager.get_audit_trail(user_id)
         assert trail is not None
         assert SECRETS.findall(repr(trail)) == []
     assert SECRETS.findall(repr([(span.name, dict(span.attributes or {}), span.events) for span in sdk.spans])) == []
-    assert len(sdk.named("invoke_agent helper")) == len(USERS)
+    assert len(sdk.named("invoke_agent helper")) == len(store.busy)
 
 
 async def test_bare_everybody_is_in_the_conversation_of_that_name(store: Store) -> None:
