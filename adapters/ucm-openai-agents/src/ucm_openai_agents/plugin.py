@@ -23,7 +23,8 @@ class OpenAIAgents:
     the SDK. ``run_config`` and ``hooks`` are for all runs.
 
     The SDK's own tracing is off for these runs, whatever is on in the process. With ``tracing`` each has a trace of its
-    own, whatever trace the code around is in, and without what was said unless ``run_config`` wants it.
+    own, whatever trace the code around is in, and without what was said. A ``run_config`` decides that for itself, by
+    ``trace_include_sensitive_data``, which the SDK sets where it is not given.
 
     Raises ConfigurationError for sessions that are none.
     """
