@@ -167,6 +167,7 @@ class Launch:
 
     def _expire(self, run: AgentRun) -> None:
         """The time is over."""
+        self._ends = min(self._ends, time.monotonic())  # uvloop's timers are early, by a millisecond at most
         self._timer = asyncio.get_running_loop().call_later(HANDLER_GRACE, self._leave_behind, context=Context())
         lifetime = run.context.lifetime
         if lifetime.is_open:
