@@ -15,6 +15,7 @@ from ucm_middleware import (
     AgentTimeoutError,
     ContextClosedError,
     CrossUserAccessError,
+    EventPolicy,
     HandleRevokedError,
     InvalidEventError,
     LedgerUnavailableError,
@@ -150,6 +151,19 @@ class TestWhatIsTold:
         with pytest.raises(LedgerUnavailableError):
             await manager.execute_with_agent("alice", "agent")
         assert called == []
+
+    async def test_a_name_as_long_as_an_event_may_be_does_not_hide_the_end(
+        self, manager: UserContextManager, ledger: RecordingLedger
+    ) -> None:
+        async def agent() -> None:
+            for spare in range(0, 800, 40):
+                with current_run().tool("x" * (EventPolicy().max_size - spare)):
+                    pass
+
+        stateless(manager, agent=agent)
+        await manager.execute_with_agent("alice", "agent")
+        told = [phase[0] for phase in phases(ledger)]
+        assert told.count("tool_executing") == told.count("tool_completed") == 20
 
     async def test_what_a_model_made_up_is_bounded_on_record(
         self, manager: UserContextManager, ledger: RecordingLedger

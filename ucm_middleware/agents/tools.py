@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, cast
 
 from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.redaction import text_for_record
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 Wrapped = TypeVar("Wrapped", bound=Callable[..., Any])
+
+MOST_SHOWN: Final = 256
+"""Characters of a tool's name and of a call's id in an event. Both come from a model, which may have written anything,
+and what the one event has room for, the one of the end must have too.
+"""
 
 
 class ToolCall:
@@ -92,10 +97,10 @@ class ToolCall:
         self._runs.tell_end(self._run, "tool_completed", shown, about, self._begun, reason)
 
     def _shown(self) -> dict[str, object]:
-        return {"tool": self.name, "call_id": self.call_id, "call": self.number}
+        call_id = None if self.call_id is None else self.call_id[:MOST_SHOWN]
+        return {"tool": self.name[:MOST_SHOWN], "call_id": call_id, "call": self.number}
 
     def _about(self) -> Data:
-        # Both come from a model, which may have written anything.
         about: Data = ("tool", text_for_record(self.name)), ("call", self.number)
         return about if self.call_id is None else (*about, ("call_id", text_for_record(self.call_id)))
 
