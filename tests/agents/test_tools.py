@@ -152,6 +152,22 @@ class TestWhatIsTold:
             await manager.execute_with_agent("alice", "agent")
         assert called == []
 
+    @pytest.mark.parametrize("text", ["x" * 100_000, "\x00" * 100_000, "\U0001f600" * 100_000, "half a pair: \ud83d"])
+    async def test_no_thought_is_too_much_for_an_event(
+        self, make_manager: MakeManager, ledger: RecordingLedger, text: str
+    ) -> None:
+        async def agent() -> None:
+            current_run().thinking(text)
+
+        manager = make_manager(ledger=ledger, events=EventPolicy(max_size=4096))
+        stateless(manager, agent=agent)
+        _, hers, _ = connect(manager, "a" * 128)
+        await manager.execute_with_agent("a" * 128, "agent")
+        await settled()
+        [thought] = [one["data"]["text"] for one in hers.envelopes if one["type"] == "agent_thinking"]
+        assert thought[:12] == text[:12]
+        assert phases(ledger, "a" * 128)[-1] == ("agent_completed", "agent")
+
     async def test_a_name_as_long_as_an_event_may_be_does_not_hide_the_end(
         self, manager: UserContextManager, ledger: RecordingLedger
     ) -> None:

@@ -63,11 +63,11 @@ class AgentRun:
 
     def thinking(self, text: str | None = None) -> None:
         """The agent asks its model: an "agent_thinking" event, with what it thinks where that is known. The text
-        goes to the user's connections, and on no record.
+        goes to the user's connections, as far as an event has room for it, and on no record.
         """
         self.require_here()
         if self._runs is not None:
-            self._runs.tell(self, "agent_thinking", NOTHING if text is None else {"text": text})
+            self._runs.tell(self, "agent_thinking", NOTHING if text is None else {"text": self._runs.fitting(text)})
 
     def tool(self, name: str, call_id: str | None = None) -> ToolCall:
         """A tool is about to be called: a "tool_executing" event. Whoever calls this sees to it that the call ends.

@@ -12,6 +12,7 @@ from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.errors import InvalidEventError
 from ucm_middleware.events.envelope import TO_ALL, Draft
 from ucm_middleware.events.hub import Hub, Sent
+from ucm_middleware.events.policy import LEAST_SIZE
 from ucm_middleware.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -95,6 +96,12 @@ class AgentRuns:
             self._trail.event_sent(run.context, run.context.user_id, about, is_full=is_full)
         finally:
             _close_slow(sent)
+
+    def fitting(self, text: str) -> str:
+        """As much of a model's text as an event has room for: none is a reason to end a run."""
+        # The ids may take half of the least event, and a character six bytes.
+        most = (self._hub.policy.max_size - LEAST_SIZE // 2) // 6
+        return text[:most] if text.isascii() else text[:most].encode(errors="replace").decode()
 
     def begin(self, context: "UserExecutionContext", agent_name: str) -> None:
         """A context is from now on that of a run: its span is named for the agent."""
