@@ -21,13 +21,13 @@ from ucm_middleware import (
     hookimpl,
     managed_user_context,
 )
-from ucm_middleware.agents import launching
+from ucm_middleware.agents import launch
 from ucm_middleware.testing import RecordingLedger
 
 
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "HANDLER_GRACE", 0.05)
+    monkeypatch.setattr(launch, "HANDLER_GRACE", 0.05)
 
 
 class Stubborn:

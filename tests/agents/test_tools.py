@@ -408,7 +408,7 @@ class TestStragglers:
     async def test_an_agent_that_ignores_its_cancellation_is_left_behind_and_listed(
         self, manager: UserContextManager, ledger: RecordingLedger, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ucm_middleware.agents.launching.HANDLER_GRACE", 0.05)
+        monkeypatch.setattr("ucm_middleware.agents.launch.HANDLER_GRACE", 0.05)
         monkeypatch.setattr("ucm_middleware.teardown.HANDLER_GRACE", 0.05)
         let_go = asyncio.Event()
         session = Session()

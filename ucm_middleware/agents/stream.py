@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ucm_middleware.agents.channel import Channel
-from ucm_middleware.agents.launching import Launch
+from ucm_middleware.agents.launch import Launch
 from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import ConfigurationError, UserContextError
 
