@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from support.agents import Waiting, always, phases, stateless
+from support.asgi import exchange, http_scope, status_of
 from support.contexts import MakeManager, running_as
 from ucm_middleware import (
     AgentError,
@@ -23,6 +24,7 @@ from ucm_middleware import (
     ManagerDrainingError,
     PluginError,
     UserContextManager,
+    UserContextMiddleware,
     UserExecutionContext,
     current_context,
     current_run,
@@ -31,12 +33,18 @@ from ucm_middleware import (
 )
 from ucm_middleware.audit import Row
 from ucm_middleware.testing import RecordingLedger
+from ucm_middleware.types import Receive, Scope, Send
 
 variable: ContextVar[str] = ContextVar("variable", default="unset")
 
 
 async def whoami(**given: Any) -> tuple[str, Mapping[str, Any]]:
     return current_context().user_id, given
+
+
+async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body"})
 
 
 class TestWhoRuns:
@@ -294,6 +302,22 @@ class TestHowManyAtOnce:
         waiting.go_on.set()
         assert await asyncio.gather(*runs) == ["done", "done"]
         assert (await manager.execute_with_agent("alice", "other"))[0] == "alice"
+
+    async def test_one_too_many_is_answered_with_429(self, make_manager: MakeManager) -> None:
+        manager = make_manager(agents=AgentPolicy(max_runs_per_user=1))
+        waiting = Waiting()
+        stateless(manager, agent=waiting)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await manager.execute_with_agent("alice", "agent")
+            await answering(scope, receive, send)
+
+        served = UserContextMiddleware(app, manager=manager, identify=lambda _: "alice")
+        first = asyncio.ensure_future(exchange(served, http_scope()))
+        await waiting.started.acquire()
+        assert status_of(await exchange(served, http_scope())) == 429
+        waiting.go_on.set()
+        assert status_of(await first) == 200
 
     @pytest.mark.parametrize("failing", ["raises", "expires", "no context"])
     async def test_one_that_did_not_go_well_leaves_its_place(self, make_manager: MakeManager, failing: str) -> None:
