@@ -1,0 +1,48 @@
+"""The planted bugs of examples/gallery on a real server, each in a process of its own: they keep what they leak."""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from examples.gallery import GALLERY, Bug
+from examples.gallery.drive import Drive, Received
+from ucm_middleware.testing.server import Server, start_server
+
+APPS = Path(__file__).parent / "apps"
+
+every_bug = pytest.mark.parametrize("bug", [pytest.param(bug, id=bug.name) for bug in GALLERY if bug.needs is None])
+"""Those that need no service."""
+
+
+@contextmanager
+def serve_bug(
+    bug: Bug, *, planted: bool, managed: bool, env: Mapping[str, str | None] | None = None
+) -> Generator[Server]:
+    """Serve the planted app or its clean twin, ``managed`` in the middleware; see `apps/gallery_app.py`."""
+    chosen = {
+        "GALLERY_BUG": bug.name,
+        "GALLERY_PLANTED": "yes" if planted else None,
+        "GALLERY_MANAGED": "yes" if managed else None,
+    }
+    options = ("--factory", "--loop", "asyncio")  # where all bugs show: uvloop spares `request_variable` the upload
+    with start_server("gallery_app:make", app_dir=APPS, env={**chosen, **(env or {})}, options=options) as server:
+        yield server
+
+
+def drive(bug: Bug, *, planted: bool, managed: bool, env: Mapping[str, str | None] | None = None) -> list[Received]:
+    """What the users were sent by such a server in the course of the bug's drive."""
+    with serve_bug(bug, planted=planted, managed=managed, env=env) as server, Drive(server.url) as users:
+        return users.run(bug.drive)
+
+
+def leaked(received: list[Received]) -> set[tuple[str, str]]:
+    """Who was sent whose key, other than their own: (receiver, victim)."""
+    return {(each.user, victim) for each in received for victim in each.keys_of - {each.user}}
+
+
+def assert_kept_apart(received: list[Received]) -> None:
+    """Each was sent their own key, so that there was something to mix up, and nobody another's."""
+    assert {user for each in received for user in each.keys_of & {each.user}} == {"alice", "bob"}
+    assert leaked(received) == set()
