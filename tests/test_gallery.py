@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.gallery import GALLERY, Bug
-from examples.gallery.drive import Drive
+from examples.gallery.drive import main
 from support.gallery import assert_kept_apart, drive, every_bug, leaked
 from ucm_middleware.testing import start_server
 
@@ -33,13 +33,19 @@ def test_the_clean_twin_shows_everybody_their_own(bug: Bug, managed: bool) -> No
     assert_kept_apart(drive(bug, planted=False, managed=managed))
 
 
-@pytest.mark.parametrize(("factory", "expected"), [("planted", {("bob", "alice")}), ("clean", set())])
-def test_a_server_is_given_an_app_by_its_name(factory: str, expected: set[tuple[str, str]]) -> None:
-    """As the README does, from the root of the repository."""
-    bug = GALLERY[0]
-    app = f"{bug.module}:{factory}"
-    with start_server(app, app_dir=ROOT, options=("--factory",)) as server, Drive(server.url) as users:
-        assert leaked(users.run(bug.drive)) == expected
+@pytest.mark.parametrize(("factory", "status"), [("planted", 1), ("clean", 0)])
+def test_the_command_of_the_readme_tells_them_apart(
+    factory: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that is given the app by its name, as in the README; the exit status says whether it leaked."""
+    with start_server(f"examples.gallery.global_cache:{factory}", app_dir=ROOT, options=("--factory",)) as server:
+        assert main("global_cache", server.url) == status
+    assert ("bob was sent the keys of alice" in capsys.readouterr().out) == bool(status)
+
+
+def test_the_command_names_the_bugs_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("global-cache", "http://127.0.0.1:1") == 2
+    assert "global_cache" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bug", [pytest.param(bug, id=bug.name) for bug in GALLERY])

@@ -34,7 +34,7 @@ def create_app(*, planted: bool, manager: UserContextManager | None = None) -> S
 
     async def buy(request: Request) -> JSONResponse:
         cart = Cart() if planted else OwnCart()
-        workspace(request)["cart"] = cart
+        workspace(request)["cart"] = cart.items
         cart.add(request.path_params["item"], load_account(signed_in(request)).to_json())
         return JSONResponse(cart.items)
 

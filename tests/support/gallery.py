@@ -2,13 +2,18 @@
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from examples.gallery import GALLERY, Bug
 from examples.gallery.drive import Drive, Received
 from ucm_middleware.testing.server import Server, start_server
+
+from .waiting import PATIENCE, wait_until
 
 APPS = Path(__file__).parent / "apps"
 
@@ -35,6 +40,50 @@ def drive(bug: Bug, *, planted: bool, managed: bool, env: Mapping[str, str | Non
     """What the users were sent by such a server in the course of the bug's drive."""
     with serve_bug(bug, planted=planted, managed=managed, env=env) as server, Drive(server.url) as users:
         return users.run(bug.drive)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found of two drives, one after the other.
+
+    `findings` are the checker's after the first, as text, with the contexts of all its requests still open. In the
+    second each context closes with its request. `events` is what is on record of both once all contexts have closed.
+    """
+
+    received: list[Received]
+    findings: list[str]
+    events: list[dict[str, Any]]
+
+
+def inspect(bug: Bug, *, planted: bool, env: Mapping[str, str | None] | None = None) -> Inspection:
+    """Take a bug's drive in the middleware twice, and have the manager say what it sees."""
+    inspected = {"GALLERY_INSPECTED": "yes", **(env or {})}
+    with serve_bug(bug, planted=planted, managed=True, env=inspected) as server:
+        with Drive(server.url) as users:
+            received = users.run(bug.drive)
+            findings = _get(server, "/_inspect")
+        with Drive(server.url) as users:
+            received += users.run(bug.drive)
+        return Inspection(received, findings, _closed(server))
+
+
+def _closed(server: Server) -> list[dict[str, Any]]:
+    """The trail of a server whose contexts have all closed."""
+    events: list[dict[str, Any]] = []
+
+    def all_closed() -> bool:
+        events[:] = _get(server, "/_trail")
+        kinds = [event["event"] for event in events]
+        return kinds.count("opened") == kinds.count("closed")
+
+    wait_until(all_closed, "all contexts are closed")
+    return events
+
+
+def _get(server: Server, path: str) -> Any:
+    answer = httpx.get(f"{server.url}{path}", timeout=PATIENCE, trust_env=False)
+    answer.raise_for_status()
+    return answer.json()
 
 
 def leaked(received: list[Received]) -> set[tuple[str, str]]:
