@@ -72,7 +72,7 @@ def create_app(*, planted: bool, manager: UserContextManager | None = None) -> S
             await engine.dispose()
 
     async def write_digest(session: AsyncSession, user: str) -> None:
-        await asyncio.sleep(0.05)  # waits for what is still being counted
+        await asyncio.sleep(0.2)  # waits for what is still being counted
         keys = await session.scalars(select(Key).order_by(Key.api_key))
         digests[user] = [{"of": key.user_id, "api_key": key.api_key, "calls": key.calls} for key in keys]
 

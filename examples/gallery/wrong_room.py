@@ -21,9 +21,9 @@ def create_app(*, planted: bool, manager: UserContextManager | None = None) -> S
         room = ROOMS.setdefault(profile if planted else (user, profile), [])
         workspace(socket)["room"] = room
         await socket.accept()
-        await socket.send_json({"settings": load_account(user).to_json()})
         room.append(socket)
         try:
+            await socket.send_json({"settings": load_account(user).to_json()})
             async for change in socket.iter_text():
                 message = {"change": change, "settings": load_account(user).to_json()}
                 for device in [*(other for other in room if other is not socket), socket]:
