@@ -11,6 +11,7 @@ from ucm_middleware.agents import (
 )
 from ucm_middleware.ambient import current_context
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.egress import EgressFilter, EgressPolicy, EgressSpanProcessor
 from ucm_middleware.environment import Environment, IsolatedEnvironment
 from ucm_middleware.errors import (
     AgentError,
@@ -23,6 +24,7 @@ from ucm_middleware.errors import (
     ContextLimitError,
     ContextNotFoundError,
     CrossUserAccessError,
+    EgressBlockedError,
     ErasureIncompleteError,
     HandleRevokedError,
     IdentityConflictError,
@@ -77,6 +79,10 @@ __all__ = [
     "CrossUserAccessError",
     "Delivery",
     "Dropped",
+    "EgressBlockedError",
+    "EgressFilter",
+    "EgressPolicy",
+    "EgressSpanProcessor",
     "Environment",
     "ErasureIncompleteError",
     "EventPolicy",

@@ -38,6 +38,7 @@ from ucm_middleware.sharing import Root, find_shared
 
 if TYPE_CHECKING:
     from ucm_middleware.agents.run import AgentRun
+    from ucm_middleware.egress.exchange import Exchange
 
 T = TypeVar("T")
 
@@ -75,6 +76,7 @@ class UserExecutionContext(ResourceHolder):
         "_created",
         "_db_session",
         "_environment",
+        "_exchange",
         "_handles",
         "_host",
         "_lineage",
@@ -99,6 +101,7 @@ class UserExecutionContext(ResourceHolder):
     _audit_metadata: dict[str, Any] | None
     _db_session: Any
     _environment: IsolatedEnvironment | None
+    _exchange: "Exchange"  # there where the egress guard looks at what is sent
     _handles: dict[int, Ownership] | None
     _host: ContextHost | None
     registry_keys: tuple[str | tuple[str, str], ...]  # filled in by the registry
@@ -396,6 +399,26 @@ class UserExecutionContext(ResourceHolder):
         handle = own(self, target, name)
         self.require_usable()  # it may have closed meanwhile, and its teardown has then not seen this handle
         return handle
+
+    def protect(self, value: str | bytes) -> None:
+        """Have the egress guard look for this value in what is sent to any other user.
+
+        For what was made at random, such as a session's token: the guard keeps a keyed hash, for the ``keep_seconds``
+        of its ``EgressPolicy``. A value that two users protect is both users'.
+
+        Raises InvalidContextError, without the value, for what is not token-shaped or has too little entropy,
+        ConfigurationError where there is no guard, CrossUserAccessError for code of another user, ContextClosedError
+        after teardown.
+        """
+        self.require_usable()
+        host = self._host
+        if host is None or host.egress is None:
+            raise ConfigurationError(
+                "there is no egress guard here to protect a value: open the context under a "
+                "UserContextManager(egress=EgressPolicy())"
+            )
+        host.require_owner(self._user_id, "protect")
+        host.egress.protect(self, value)
 
     # Life.
 

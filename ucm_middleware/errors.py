@@ -152,6 +152,10 @@ class OriginError(UserContextError):
     """A WebSocket handshake with cookies came from a page of a site that is not allowed."""
 
 
+class EgressBlockedError(UserContextError):
+    """What was being sent has a protected value of another user in it, and is broken off."""
+
+
 class ContextIsolationError(UserContextError):
     """Something would be, or is, reachable from the contexts of two users. ``findings`` names each by path."""
 

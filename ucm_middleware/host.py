@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ucm_middleware.agents.runs import AgentRuns
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.dispatch import Hooks
+    from ucm_middleware.egress.guard import EgressGuard
     from ucm_middleware.telemetry import Telemetry
 
 
@@ -23,6 +24,11 @@ class ContextHost(Protocol):
     keys: OwnerKeys
     hooks: "Hooks"
     telemetry: "Telemetry"
+
+    @property
+    def egress(self) -> "EgressGuard | None":
+        """What looks for protected values in what is sent; None where there is no such guard."""
+        ...
 
     def subkeys(self, purpose: str) -> tuple[bytes, ...]:
         """32 bytes for an adapter's own keyed hashes under each secret, the current one's first."""

@@ -21,6 +21,8 @@ from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.records import UserMention, mention
 from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.egress.guard import EgressGuard
+from ucm_middleware.egress.policy import EgressPolicy
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
     ConfigurationError,
@@ -68,6 +70,7 @@ class Hosting:
         telemetry: bool,
         events: EventPolicy,
         agents: AgentPolicy,
+        egress: EgressPolicy | None,
     ) -> None:
         self.ttl = checked_ttl(ttl)
         self.environment = environment
@@ -87,6 +90,8 @@ class Hosting:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
         self._hub = Hub(events, clock, self._sweeper.plan)
+        self._egress = None if egress is None else EgressGuard(egress, self._trail, clock, self._sweeper.plan)
+        self._hub.watch = self._egress
         self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, self._late, wanted=telemetry)
         self.agents = AgentRuns(self._hub, self._trail, self.telemetry)
         self._catalog = AgentCatalog()
@@ -106,6 +111,11 @@ class Hosting:
     def guard(self) -> Guard:
         """Who decides who may touch whose contexts."""
         return self._guard
+
+    @property
+    def egress(self) -> EgressGuard | None:
+        """What looks for protected values in what is sent; None without an ``EgressPolicy``."""
+        return self._egress
 
     # Coming to live here.
 
@@ -227,6 +237,8 @@ class Hosting:
     def _record_opening(self, context: UserExecutionContext, source: str, *, is_new: bool = True) -> None:
         try:
             self._trail.opened(context, source)
+            if self._egress is not None:
+                self._egress.learn_data(context)
             deadline = context._lifetime.deadline
             if deadline is not None:
                 self._sweeper.plan(deadline)
@@ -307,6 +319,8 @@ class Hosting:
                 raise IdentityConflictError(
                     "the context closed, or got another identity, at the same moment; open a new one"
                 )
+            if self._egress is not None:
+                self._egress.bound(anonymous_id, user_id)
             self._trail.bound(context, anonymous_id)
         finally:  # what failed after it has happened all the same, and under the old id nobody would find it again
             if context._websocket_client_id is not None:
@@ -347,6 +361,8 @@ class Hosting:
         closed = 0
         self._trail.tell_due()
         self._hub.sweep()
+        if self._egress is not None:
+            self._egress.table.sweep()
         while due := self._registry.take_due():
             for context in due:
                 closed += 1
@@ -415,7 +431,8 @@ class Hosting:
         return len(self.agents.stragglers)
 
     def _next_wake(self) -> float | None:
-        wakes = self._registry.next_wake(), self._trail.next_wake(), self._hub.next_wake()
+        forgets = None if self._egress is None else self._egress.table.next_wake()
+        wakes = self._registry.next_wake(), self._trail.next_wake(), self._hub.next_wake(), forgets
         return min((wake for wake in wakes if wake is not None), default=None)
 
     def _plan(self, deadline: float | None) -> None:

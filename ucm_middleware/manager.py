@@ -19,6 +19,7 @@ from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import mention
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.database import hold_transaction, require_transactions, run_in_transaction
+from ucm_middleware.egress.policy import EgressPolicy
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
     ContextExpiredError,
@@ -72,6 +73,8 @@ class UserContextManager(Hosting):
     user's contexts may be WebSocket connections: four fifths of them unless another number is given, so that requests
     find room. ``agents`` says how many runs of agents a user may have at once, and for how long.
 
+    With ``egress``, values that a user protects are looked for in what is sent to any other; None for no such guard.
+
     Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
 
@@ -99,6 +102,7 @@ class UserContextManager(Hosting):
         events: EventPolicy | None = None,
         max_connections_per_user: int | None = None,
         agents: AgentPolicy | None = None,
+        egress: EgressPolicy | None = None,
     ) -> None:
         per_user = checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
@@ -123,6 +127,7 @@ class UserContextManager(Hosting):
             telemetry=telemetry,
             events=EventPolicy() if events is None else events,
             agents=AgentPolicy() if agents is None else agents,
+            egress=egress,
         )
         self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
 

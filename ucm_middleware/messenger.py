@@ -69,7 +69,7 @@ class Messenger:
         draft = Draft(event, data, origin, narrowing, hub.policy)
         self._trail.require_room()
         sent = hub.send(user_id, draft)
-        is_full = any(lost.why != "gone" for lost in sent.dropped)
+        is_full = any(lost.why in ("full", "oldest") for lost in sent.dropped)
         try:
             self._trail.event_sent(actor, user_id, _recorded(draft, sent), is_full=is_full)
         finally:  # also when the ledger is in trouble

@@ -20,6 +20,9 @@ from ucm_middleware.audit.ledger import DurableLedger
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
+from ucm_middleware.egress.answers import Request, answer_for
+from ucm_middleware.egress.connections import WatchedMessages
+from ucm_middleware.egress.guard import EgressGuard
 from ucm_middleware.errors import LedgerUnavailableError
 from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
@@ -103,6 +106,7 @@ class UserContextMiddleware:
         self._ledger = self.manager._durable_ledger
         self._strict_ledger = self._ledger if self.manager.audit == "strict" else None
         self._begin = self._serve if self._ledger is None else self._serve_when_room
+        self._egress = self.manager.egress
         self.manager.serve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -216,11 +220,15 @@ class UserContextMiddleware:
                 await self._strict_ledger.durable()
             if self._is_wrapped:
                 receive = await self._wrapped(context, scope, receive)
-            if self._strict_ledger is None:
+            answer = None
+            if self._strict_ledger is not None:
+                answer = RecordedAnswer(context, self.manager._trail, self._strict_ledger, scope, app_send)
+                app_send = answer.send
+            if self._egress is None:
                 await self.app(scope, receive, app_send)
             else:
-                answer = RecordedAnswer(context, self.manager._trail, self._strict_ledger, scope, app_send)
-                await self.app(scope, receive, answer.send)
+                await self._run_guarded(self._egress, context, scope, receive, app_send)
+            if answer is not None:
                 await answer.finish()
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None
@@ -250,6 +258,19 @@ class UserContextMiddleware:
             leave(token)
             if ahead is not None:
                 ahead.stop()
+
+    async def _run_guarded(
+        self, guard: EgressGuard, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Run the app with the egress guard between it and the server."""
+        exchange = guard.exchange(context, scope)
+        kind = answer_for(guard) if scope["type"] == "http" else WatchedMessages
+        watched = kind(guard, context, exchange, send)
+        try:
+            await self.app(scope, Request(exchange, receive).receive, watched.send)
+            await watched.finish()
+        finally:
+            watched.tell()
 
     def _connected(
         self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send

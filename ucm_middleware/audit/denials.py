@@ -26,7 +26,7 @@ KINDS: Final = 1024
 
 OTHERS: Final = "others"
 
-Denial = Literal["denied", "refused"]
+Denial = Literal["denied", "egress", "refused"]
 Kind = tuple[str | None, Denial, str]
 """In whose trail, what, and the action or the word that says why."""
 

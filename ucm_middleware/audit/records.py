@@ -29,6 +29,7 @@ Event = Literal[
     "answered",
     "closed",
     "isolation_violated",
+    "egress",
     "erased",
 ]
 """What can happen; docs/reference/audit-records.md says for each what its record holds."""
@@ -64,7 +65,7 @@ Row = tuple[
 """The fields of a record, in order. Only what is read becomes a record: making one costs thrice what a tuple does."""
 
 
-MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "findings", "user_id", "users"})
+MENTIONING: Final = frozenset({"anonymous_id", "asked_for", "findings", "owners", "receiver", "user_id", "users"})
 """The members of ``data`` in which users are named. Elsewhere what looks like a subject is the application's."""
 
 

@@ -332,6 +332,8 @@ class AuditTrail:
         data: Data = ("count", number), ("first", iso(first)), ("last", iso(last))
         if event == "refused":
             self._about_nobody(event, "denied", word, user_id=user_id, data=data)
+        elif event == "egress":
+            self._about_nobody(event, "failed", data=(("where", word), *data))
         else:
             data = (("action", word), *data)
             if user_id == ANONYMOUS:
@@ -397,6 +399,21 @@ class AuditTrail:
             ):
                 data = ("path", text_for_record(path)), ("type", text_for_record(finding.type_name))
                 self._about_nobody("isolation_violated", "failed", user_id=user_id, data=data)
+
+    def egress(self, receiver_id: str, owners: Sequence[str], data: Data, *, is_blocked: bool) -> None:
+        """Another user's protected value was in what was sent to somebody, or would have been.
+
+        Who it was sent to, and whose it is, stands in nobody's trail. The owners' trails say that it happened, not to
+        whom it was sent; the receiver's says nothing, or it would tell who has guessed well.
+        """
+        if not self._denials.has_record((None, "egress", " ".join(str(value) for _, value in data))):
+            return
+        outcome: Outcome = "denied" if is_blocked else "failed"
+        mentions = [UserMention(owner) for owner in owners]
+        about: Data = (*data, ("receiver", UserMention(receiver_id)), ("owners", mentions))
+        self._about_nobody("egress", outcome, data=about)
+        for owner in owners:
+            self._about_nobody("egress", outcome, user_id=owner, data=data)
 
     def of(self, user_id: str) -> dict[str, Any] | None:
         """One user's trail, a copy; None for a user never seen. Fixed fields win over metadata of the same name."""

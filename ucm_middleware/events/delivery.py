@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-DropReason = Literal["full", "oldest", "gone"]
+DropReason = Literal["full", "oldest", "gone", "guarded"]
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
     """An event that a connection does not get. ``why``: "full", it did not keep up and is closed; "oldest", the event
-    made room for a newer one; "gone", the connection ended.
+    made room for a newer one; "gone", the connection ended; "guarded", the egress guard held the event back, which has
+    no number of its own then.
     """
 
     connection_id: str

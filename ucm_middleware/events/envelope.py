@@ -89,6 +89,11 @@ class Draft:
         self._tail = _encoded(data)
         self._size = self._checked_size(policy.max_size)
 
+    @property
+    def data_text(self) -> str:
+        """The data, as JSON."""
+        return self._tail
+
     def numbered(self, epoch: str, sequence: int, at: float) -> Event:
         """The event, with its place."""
         text = f'{self._head},"epoch":"{epoch}","sequence":{sequence},"data":{self._tail}}}'

@@ -6,7 +6,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextNotFoundError, InvalidContextError
@@ -52,6 +52,18 @@ class Sent:
         return Delivery(self.epoch, number, delivered, queued, tuple(dropped), self.kept)
 
 
+class Watch(Protocol):
+    """Looks at what is sent to users."""
+
+    def holds_back(self, user_id: str, text: str) -> bool:
+        """Whether an event with this data must not be sent."""
+        ...
+
+    def look_at(self, user_id: str, text: str) -> None:
+        """It was put in line: tell what is found in it."""
+        ...
+
+
 class Hub:
     """Thread-safe. One lock, which is held for the few steps that give an event its place and put it in line.
 
@@ -69,10 +81,12 @@ class Hub:
         "_plan",
         "_wake",
         "policy",
+        "watch",
     )
 
     def __init__(self, policy: EventPolicy, clock: Callable[[], float], plan: Callable[[float], None]) -> None:
         self.policy = policy
+        self.watch: Watch | None = None
         self._clock = clock
         self._plan = plan
         self.after_fork()
@@ -101,6 +115,9 @@ class Hub:
 
     def send(self, user_id: str, draft: Draft) -> Sent:
         """Put an event in line for each connection of the user that it is for, and keep it."""
+        watch = self.watch
+        if watch is not None and watch.holds_back(user_id, draft.data_text):
+            return self._held_back(user_id, draft)
         with self._lock:
             wake = self._wake
             channel = self._channel(user_id)
@@ -114,6 +131,22 @@ class Hub:
             self._plan(wake)  # not with the lock held: the sweeper has a lock of its own
         for connection, _ in sent.waiting:
             connection.outbox.wake()
+        if watch is not None:
+            watch.look_at(user_id, draft.data_text)
+        return sent
+
+    def _held_back(self, user_id: str, draft: Draft) -> Sent:
+        """An event that nobody gets: it takes no place in the order, where clients would miss it."""
+        with self._lock:
+            channel = self._channel(user_id)
+            number = channel.sequence
+            dropped = [
+                Dropped(connection.id, number, "guarded")
+                for connection in channel.connections.values()
+                if connection.gets(draft.narrowing)
+            ]
+            sent = Sent(draft.numbered(channel.epoch, number, self._clock()), channel.epoch, [], dropped, [], False)
+            self._forget_idle(user_id, channel)
         return sent
 
     def _put(self, connection: Connection, event: Event, sent: Sent) -> None:

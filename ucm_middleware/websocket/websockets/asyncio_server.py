@@ -28,6 +28,7 @@ from ucm_middleware.middleware import CONTEXT, UserContextMiddleware
 from ucm_middleware.refusal import close_reason, refusal_for
 from ucm_middleware.types import Message, Receive, Scope, Send
 from ucm_middleware.websocket.asgi import require_not_cut_off
+from ucm_middleware.websocket.websockets.guarded import Outgoing
 from ucm_middleware.websocket.websockets.handshake import (
     SWITCHING_PROTOCOLS,
     WITHOUT_CONNECTIONS,
@@ -231,7 +232,14 @@ class UserConnection(ServerConnection):
     async def send(self, message: Any, *, text: bool | None = None) -> None:
         if self._context is not None:
             require_not_cut_off(self._context)
-        await super().send(message, text=text)
+        guard = self.wrapped.middleware.manager.egress
+        if guard is None or self._context is None:
+            await super().send(message, text=text)
+            return
+        outgoing = Outgoing(guard, self._context, message)
+        if not await outgoing.must_stay_soon():
+            await super().send(outgoing.message, text=text)
+            outgoing.was_sent()
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         send, self._send = self._send, None

@@ -28,6 +28,7 @@ from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.refusal import Refusal, close_reason, refusal_for, refusal_for_reason
 from ucm_middleware.websocket.asgi import OPERATION, last_event, require_not_cut_off
 from ucm_middleware.websocket.limits import Meter
+from ucm_middleware.websocket.websockets.guarded import Outgoing
 from ucm_middleware.websocket.websockets.handshake import (
     SWITCHING_PROTOCOLS,
     limit_size,
@@ -87,6 +88,8 @@ class UserConnection(ServerConnection):
         context._lifetime.run_in_current_thread()
         self._after = last_event(scope["query_string"])
         ambient.set(context)
+        if (guard := self.wrapped.manager.egress) is not None:
+            guard.exchange(context, scope)
         if (spans := self.wrapped.manager.telemetry.spans) is not None:
             spans.enter(context)
             self._traced = spans.connect(context)
@@ -216,6 +219,8 @@ class UserConnection(ServerConnection):
         if self._traced is not None and spans is not None:
             spans.begin_message(context, self._traced)
         self._meter.count(data)
+        if self.wrapped.manager.egress is not None:
+            context._exchange.came(data)
         if self.wrapped.context_per_message:
             self._child = child = context.create_child_context(OPERATION)
             ambient.set(child)
@@ -233,8 +238,16 @@ class UserConnection(ServerConnection):
 
     def send(self, message: Any, *, text: bool | None = None) -> None:
         require_not_cut_off(self._opened)
-        with self._sending:
-            super().send(message, text=text)
+        guard = self.wrapped.manager.egress
+        if guard is None:
+            with self._sending:
+                super().send(message, text=text)
+            return
+        outgoing = Outgoing(guard, self._opened, message)
+        if not outgoing.must_stay():
+            with self._sending:
+                super().send(outgoing.message, text=text)
+            outgoing.was_sent()
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         context = self._context

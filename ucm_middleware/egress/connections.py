@@ -1,0 +1,66 @@
+"""WebSocket messages that an application sends itself; its events are looked at in the hub."""
+
+from collections.abc import Awaitable
+from typing import Any
+
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.egress.answers import answer_for
+from ucm_middleware.egress.exchange import Exchange
+from ucm_middleware.egress.guard import EgressGuard
+from ucm_middleware.types import Message, Send
+
+
+class WatchedMessages:
+    """A ``send`` for a connection: each message is looked at once it has left, or before where hits are held back. A
+    handshake that is denied is an answer as others are.
+    """
+
+    __slots__ = ("_answer", "_context", "_exchange", "_guard", "_send")
+
+    def __init__(self, guard: EgressGuard, context: UserExecutionContext, exchange: Exchange, send: Send) -> None:
+        self._guard = guard
+        self._context = context
+        self._exchange = exchange
+        self._send = send
+        self._answer = answer_for(guard)(guard, context, exchange, send)
+
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass a message on, if nothing that must be held back is in it."""
+        if message["type"] == "websocket.send":
+            return self._send_message(message)
+        if message["type"] == "websocket.close":
+            return self._send(message)
+        return self._answer.send(message)
+
+    async def _send_message(self, message: Message) -> None:
+        data = message.get("text") or message.get("bytes") or b""
+        if self._guard.policy.block:
+            if not is_held_back(self._guard, self._context, self._exchange, data):
+                await self._send(message)
+        else:
+            await self._send(message)
+            look_at(self._guard, self._context, self._exchange, data)
+
+    async def finish(self) -> None:
+        """The app has ended."""
+        await self._answer.finish()
+
+    def tell(self) -> None:
+        """The connection is over: tell what was found in an answer that denied it."""
+        self._answer.tell()
+
+
+def look_at(guard: EgressGuard, context: UserExecutionContext, exchange: Exchange, data: Any) -> bool:
+    """Look at a message that was sent, or would be. Whether there is another's value in it, which is on record then."""
+    text = data.encode(errors="replace") if isinstance(data, str) else bytes(data)
+    hits = guard.hits(text, context.user_id, exchange, "websocket")
+    if hits:
+        guard.report(context.user_id, hits, is_blocked=guard.policy.block)
+    if not (hits and guard.policy.block):
+        guard.learn(context, text)
+    return bool(hits)
+
+
+def is_held_back(guard: EgressGuard, context: UserExecutionContext, exchange: Exchange, data: Any) -> bool:
+    """Whether a message must not be sent."""
+    return guard.policy.block and look_at(guard, context, exchange, data)

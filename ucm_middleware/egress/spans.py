@@ -1,0 +1,69 @@
+"""A span processor for OpenTelemetry's SDK, by its shape: spans of one user with another's protected value in them."""
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, cast
+
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import ambient_context
+from ucm_middleware.egress.logs import Guarded
+
+_MOST_OPEN: Final = 10_000
+
+
+class EgressSpanProcessor:
+    """Give it to the SDK: ``provider.add_span_processor(EgressSpanProcessor(manager))``.
+
+    A span is the user's in whose context it began. What is found in its name, attributes and events when it ends is put
+    on record; a processor can hold nothing back.
+    """
+
+    def __init__(self, manager: Guarded) -> None:
+        self._manager = manager
+        self._open: dict[int, UserExecutionContext] = {}
+        self._lock = threading.Lock()
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        """A span begins."""
+        context = ambient_context()
+        if context is not None and self._manager.egress is not None:
+            with self._lock:
+                self._open[span.get_span_context().span_id] = context
+                while len(self._open) > _MOST_OPEN:
+                    del self._open[next(iter(self._open))]
+
+    def on_end(self, span: Any) -> None:
+        """A span has ended."""
+        with self._lock:
+            context = self._open.pop(span.get_span_context().span_id, None)
+        guard = self._manager.egress
+        if guard is None or context is None:
+            return
+        exchange = getattr(context._root, "_exchange", None)  # pyright: ignore[reportPrivateUsage]
+        texts = [("name", str(span.name)), *_texts(span.attributes)]
+        for event in span.events or ():
+            texts += [(f"event.{name}", text) for name, text in _texts(event.attributes)]
+        for name, text in texts:
+            hits = guard.hits(text.encode(errors="replace"), context.user_id, exchange, "span", name)
+            if hits:
+                guard.report(context.user_id, hits, is_blocked=False)
+
+    def _on_ending(self, span: Any) -> None:
+        """Asked by the SDK before a span ends; there is nothing to do."""
+
+    def shutdown(self) -> None:
+        """Nothing is kept that must be written."""
+        with self._lock:
+            self._open.clear()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Likewise."""
+        return True
+
+
+def _texts(attributes: Mapping[str, Any] | None) -> Iterable[tuple[str, str]]:
+    for name, value in (attributes or {}).items():
+        values = cast("Iterable[object]", value) if isinstance(value, list | tuple) else (value,)
+        for item in values:
+            if isinstance(item, str):
+                yield name, item

@@ -1,0 +1,158 @@
+"""The protected values of one application: a keyed digest of each, whose it is and until when. Never the value."""
+
+import threading
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from itertools import islice
+from secrets import token_bytes
+from typing import Final, NamedTuple
+
+from ucm_middleware.egress.tokens import Token, places, runs
+from ucm_middleware.forking import renewed_after_fork
+
+SLICE: Final = 1000
+"""How many are forgotten at a time, so that the lock is never held for long."""
+
+_DIGEST: Final = 16
+_HEAD: Final = _DIGEST + 12
+
+Bucket = bytes | tuple[bytes, ...]
+"""A value's row: digest, deadline in milliseconds of the clock, how far it reaches around its run, its owners. Several
+where values have the same run. As bytes, since a million objects would hold up each full garbage collection."""
+
+
+class Place(NamedTuple):
+    """A protected value in a text: where its run stands, under which key it is in the table, whose it is."""
+
+    start: int
+    end: int
+    key: int
+    owners: frozenset[str]
+
+
+class ProtectedValues:
+    """Thread-safe: whoever writes holds a lock, and looking up takes none. ``clock`` is monotonic, in seconds.
+
+    Values stand in the order of their deadlines, since all are kept for the same time: the first is the oldest.
+    """
+
+    __slots__ = ("__weakref__", "_clock", "_keep", "_key", "_lock", "_most", "_rows", "forgotten")
+
+    def __init__(self, most: int, keep_seconds: float, clock: Callable[[], float]) -> None:
+        self._most = most
+        self._keep = keep_seconds
+        self._clock = clock
+        self._key = token_bytes(32)
+        self._rows: dict[int, Bucket] = {}
+        self.forgotten = 0
+        """How many made room for newer ones."""
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """A child has the values of its parent, and a lock of its own."""
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, token: Token, owner: str, *, is_first: bool = False) -> bool:
+        """Protect a value for a user, besides those who own it; with ``is_first`` only where it is nobody's yet.
+
+        Returns whether it is that user's now.
+        """
+        key, digest = hash(token.run), self._digest(token.checked)
+        reach = token.before.to_bytes(2) + token.after.to_bytes(2)
+        with self._lock:
+            now = self._clock()
+            others: list[bytes] = []
+            owners = {owner}
+            for row in _rows(self._rows.pop(key, ())):
+                if not row.startswith(digest):
+                    others.append(row)
+                elif _deadline(row) > now:
+                    if is_first and owner not in _owners(row):
+                        self._rows[key] = row
+                        return False
+                    owners |= _owners(row)
+            deadline = int((now + self._keep) * 1000)
+            row = digest + deadline.to_bytes(8) + reach + "\0".join(sorted(owners)).encode()
+            self._rows[key] = (*others[-7:], row) if others else row
+            if len(self._rows) > self._most:
+                self.forgotten += 1
+                del self._rows[next(iter(self._rows))]
+        return True
+
+    def move(self, key: int, old_owner: str, new_owner: str) -> None:
+        """What an anonymous user protected is the user's that it turned out to be."""
+        with self._lock:
+            bucket = self._rows.get(key)
+            if bucket is not None:
+                moved = tuple(_with_owner(row, old_owner, new_owner) for row in _rows(bucket))
+                self._rows[key] = moved if isinstance(bucket, tuple) else moved[0]
+
+    def may_hold(self, data: bytes) -> bool:
+        """Whether a text has a run in it by which a value is found: the quick look, at each text that is sent."""
+        rows = self._rows
+        return bool(rows) and not rows.keys().isdisjoint(map(hash, runs(data)))
+
+    def keys_among(self, keys: set[int]) -> set[int]:
+        """Which of these hashes of runs values are found by."""
+        return keys & self._rows.keys() if keys else keys
+
+    def owners_of(self, key: int) -> frozenset[str]:
+        """Whose the values under a key are."""
+        return frozenset(owner for row in _rows(self._rows.get(key, ())) for owner in _owners(row))
+
+    def find(self, data: bytes) -> Iterator[Place]:
+        """Each protected value in a text."""
+        now = self._clock()
+        for match in places(data):
+            run = match[1]
+            for row in _rows(self._rows.get(hash(run), ())):
+                start, end = match.span(1)
+                before, after = int.from_bytes(row[24:26]), int.from_bytes(row[26:28])
+                checked = data[max(0, start - before) : end + after]
+                if _deadline(row) > now and self._digest(checked) == row[:_DIGEST]:
+                    yield Place(start, end, hash(run), _owners(row))
+
+    def sweep(self) -> None:
+        """Forget the values whose time is over, some at a time: others wait for the lock."""
+        while True:
+            with self._lock:
+                now = self._clock()
+                due = [key for key, bucket in islice(self._rows.items(), SLICE) if _deadline(_rows(bucket)[-1]) <= now]
+                for key in due:
+                    del self._rows[key]
+            if len(due) < SLICE:
+                return
+
+    def next_wake(self) -> float | None:
+        """When ``sweep`` has something to do. It takes no lock: whoever asks may hold one that others wait for."""
+        try:
+            oldest = next(iter(self._rows.values()), None)
+        except RuntimeError:  # it has just changed: look again soon
+            return self._clock() + 1.0
+        return None if oldest is None else _deadline(_rows(oldest)[-1]) + 0.001
+
+    def _digest(self, checked: bytes) -> bytes:
+        return blake2b(checked, digest_size=_DIGEST, key=self._key).digest()
+
+
+def _rows(bucket: "Bucket | tuple[()]") -> tuple[bytes, ...]:
+    return bucket if isinstance(bucket, tuple) else (bucket,)
+
+
+def _deadline(row: bytes) -> float:
+    return int.from_bytes(row[_DIGEST : _DIGEST + 8]) / 1000
+
+
+def _owners(row: bytes) -> frozenset[str]:
+    return frozenset(row[_HEAD:].decode().split("\0"))
+
+
+def _with_owner(row: bytes, old_owner: str, new_owner: str) -> bytes:
+    owners = _owners(row)
+    if old_owner not in owners:
+        return row
+    return row[:_HEAD] + "\0".join(sorted(owners - {old_owner} | {new_owner})).encode()
