@@ -204,7 +204,7 @@ PIECES = st.one_of(
 
 
 def reference(text: str, values: list[str]) -> set[str]:
-    """Which of these stand in a text: looked for one by one, between what is no letter or digit, or behind an escape."""
+    """Which of these stand in a text: one by one, between what is no letter or digit, or behind an escape."""
     found = set[str]()
     for value in values:
         token = token_of(value, 64)
