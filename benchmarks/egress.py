@@ -1,4 +1,4 @@
-"""What the egress guard costs: to look at a JSON response of 1 KB with a million protected values, and memory for each."""
+"""What the egress guard costs: a look at a JSON response of 1 KB with a million protected values; memory for each."""
 
 import json
 import secrets
