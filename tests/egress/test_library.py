@@ -1,7 +1,7 @@
 """Handlers of the websockets library, of both of its servers: what they send, whole and in fragments."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,7 +42,7 @@ def receivers(manager: UserContextManager) -> list[object]:
 
 
 async def test_asyncio(manager: UserContextManager) -> None:
-    async def fragments() -> Any:
+    async def fragments() -> AsyncIterator[str]:
         for half in HALVES:
             yield half
 
