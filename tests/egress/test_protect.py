@@ -139,3 +139,15 @@ def test_spans(manager: UserContextManager) -> None:
         span.add_event("seen", {"b": f"it was {TOKEN}"})
     assert found(manager) == [("span", "a", "bob", ["alice"]), ("span", "event.b", "bob", ["alice"])]
     provider.shutdown()
+
+
+def test_what_came_before_it_was_protected_is_no_hit_in_the_same_request(manager: UserContextManager) -> None:
+    guard = manager.egress
+    assert guard is not None
+    with running_as(manager, "bob") as bob:
+        exchange = guard.exchange(bob, {"type": "http", "path": f"/{TOKEN}"})
+        exchange.settle()
+    with running_as(manager, "alice") as alice:
+        alice.protect(TOKEN)
+    assert not guard.hits(TOKEN.encode(), "bob", exchange, "response")
+    assert guard.hits(TOKEN.encode(), "bob", None, "response")
