@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 
 from ucm_middleware.errors import InvalidContextError
 from ucm_middleware.isolation import Shared, copy_data
-from ucm_middleware.sharing import Finding, Root, find_shared
+from ucm_middleware.reachability import Finding, Root, find_shared
 
 SECRET = "s3cr3t-token"
 RESERVED = [
@@ -512,7 +512,7 @@ class TestFindShared:
     def test_names_what_two_owners_share_by_both_paths(
         self, alice: Callable[[Any], Any], bob: Callable[[Any], Any], paths: tuple[str, str]
     ) -> None:
-        for shared in ([1], {1: 2}, {1}, deque([1]), bytearray(b"a"), Thing(a=1), Slotted(1), threading.Lock()):
+        for shared in ([1], {1: 2}, {1}, deque([1]), bytearray(b"a"), Thing(a=1), Slotted(1)):
             roots = owners(alice=alice(shared), bob=bob(shared))
             found = find_shared(roots)
             name = type(shared).__name__

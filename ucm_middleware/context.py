@@ -34,7 +34,7 @@ from ucm_middleware.lifetime import CLOSED, CLOSING, OPEN, UNBOUND, CloseReason,
 from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, Resource, closing_resource, name_of
-from ucm_middleware.sharing import Root, find_shared
+from ucm_middleware.reachability import Root, find_shared
 
 if TYPE_CHECKING:
     from ucm_middleware.agents.run import AgentRun

@@ -45,7 +45,7 @@ from ucm_middleware.settings import (
     checked_limit,
     require_gil,
 )
-from ucm_middleware.sharing import IsolationReport, find_shared
+from ucm_middleware.reachability import IsolationReport, find_shared
 from ucm_middleware.transactions import IsolationLevel, StatementResult, checked_level
 
 logger = logging.getLogger(__name__)

@@ -45,7 +45,7 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import RESERVED_PREFIX, Core
 from ucm_middleware.lifetime import Journal as JournalPort
 from ucm_middleware.lifetime import Lifetime
-from ucm_middleware.sharing import Finding
+from ucm_middleware.reachability import Finding
 
 CUT_OFF: Final = frozenset({"expired", "revoked"})
 """The reasons to close a context that have a record of their own."""

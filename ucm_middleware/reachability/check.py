@@ -1,0 +1,110 @@
+"""The check as a whole: the walk, then the paths of what it found."""
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ucm_middleware.isolation import type_name
+from ucm_middleware.reachability.kinds import Kinds
+from ucm_middleware.reachability.paths import Path, Paths
+from ucm_middleware.reachability.report import Finding, IsolationReport, Root, Unseen
+from ucm_middleware.reachability.walk import Budget, Share, Walk
+
+WALKING: float = 0.75
+"""Of the time, how much is for the walk; the rest is for the paths of what it found."""
+
+
+def find_shared(
+    roots: Iterable[Root], user_id: str | None = None, *, shared_types: Iterable[type] = ()
+) -> list[Finding]:
+    """Every place where an owner's data lead into something mutable that an earlier owner reaches too.
+
+    Owners are taken in the order of their first root. A finding names the object, the first owner who reaches it and
+    the later one who came upon it. What lies below is not named again, unless that owner also gets there another way.
+    No findings means that no two owners share anything mutable.
+
+    An owned handle leads to its target in the data of another user alone: in the owner's, the context that made it has
+    the target among its roots. A context of another user is a finding, and is not looked into. With ``user_id``, all
+    owners are parts of that user.
+    """
+    check = Check([list(roots)], shared_types=shared_types, user_id=user_id)
+    return list(check.report().findings) if len(check.owners) > 1 or check.owners else []
+
+
+class Check:
+    """One look at contexts, each given by its roots. Budgets are seconds, and objects looked at."""
+
+    def __init__(
+        self,
+        contexts: Sequence[list[Root]],
+        *,
+        shared_types: Iterable[type] = (),
+        max_seconds: float = math.inf,
+        max_objects: float = math.inf,
+        user_id: str | None = None,
+    ) -> None:
+        self.contexts = contexts
+        self.owners: dict[str, list[Root]] = {}
+        for root in (root for roots in contexts for root in roots):
+            self.owners.setdefault(root.owner, []).append(root)
+        self._started = time.perf_counter()
+        self._deadline = self._started + max_seconds
+        budget = Budget(self._started + max_seconds * WALKING, max_objects)
+        self._walk = Walk(Kinds(shared_types), budget, user_id)
+
+    def report(self) -> IsolationReport:
+        """Take the look, once."""
+        walk = self._walk
+        skipped: set[str] = set()
+        for owner, roots in self.owners.items():
+            if walk.budget.is_spent:
+                skipped.add(owner)
+                continue
+            walk.through(owner, roots)
+            if not walk.marks[-1].is_complete:
+                skipped.add(owner)
+        paths = self._paths()
+        return IsolationReport(
+            contexts=len(self.contexts),
+            findings=tuple(self._finding(share, paths) for share in walk.shares),
+            objects=walk.objects,
+            seconds=time.perf_counter() - self._started,
+            skipped=sum(1 for roots in self.contexts if roots and roots[0].owner in skipped),
+            unseen=tuple(self._unseen(paths)),
+        )
+
+    def _paths(self) -> dict[int, Paths]:
+        wanted: dict[int, list[Any]] = {}
+        for share in self._walk.shares:
+            wanted.setdefault(share.second, []).append(share.value)
+            if share.first is not None:
+                wanted.setdefault(share.first, []).append(share.value)
+        for place, value in self._walk.examples.values():
+            wanted.setdefault(place, []).append(value)
+        return {
+            place: Paths(self._walk.marks[place], values, self._walk.kinds, self._deadline)
+            for place, values in wanted.items()
+        }
+
+    def _finding(self, share: Share, paths: dict[int, Paths]) -> Finding:
+        marks = self._walk.marks
+        if share.first is None:
+            first, owner = Path(f"{share.user_id}.context", ""), share.user_id
+        else:
+            first, owner = paths[share.first].to(share.value), marks[share.first].owner
+        second = paths[share.second].to(share.value)
+        return Finding(
+            first.text,
+            second.text,
+            type_name(share.value),
+            owner,
+            marks[share.second].owner,
+            first.opened,
+            second.opened,
+        )
+
+    def _unseen(self, paths: dict[int, Paths]) -> Iterable[Unseen]:
+        for kind, count in self._walk.unseen.items():
+            place, value = self._walk.examples[kind]
+            yield Unseen(type_name(value), count, paths[place].to(value).text)

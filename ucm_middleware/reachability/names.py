@@ -1,0 +1,183 @@
+"""How a step from an object to one that it holds is written in a path."""
+
+import asyncio
+import itertools
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import Context, ContextVar
+from typing import Any, Final
+
+from ucm_middleware.isolation import ELEMENT, key_text, path_text
+from ucm_middleware.reachability.kinds import Kinds, mro_of
+
+Step = tuple[int, Any]
+KEY: Final = 0  # [key], or [index]
+NAME: Final = 1  # .name
+TEXT: Final = 2  # as it is
+
+_DICT: Final[Step] = (NAME, "__dict__")
+
+
+def path_of(start: str, steps: Sequence[Step]) -> str:
+    """A path as text, from where it starts."""
+    texts: list[str] = []
+    for form, what in steps:
+        if form == NAME:
+            texts.append(f".{what}")
+        elif form == TEXT:
+            texts.append(what)
+        elif texts and texts[-1] == ".__dict__" and type(what) is str and what.isidentifier():
+            texts[-1] = f".{what}"
+        else:
+            texts.append(f"[{key_text(what)}]")
+    return path_text(start, [text for text in texts if text])
+
+
+def steps_between(parent: Any, child: Any, kinds: Kinds) -> list[Step]:
+    """The steps that lead from an object to one that it holds; ``<held>`` where C code does not name them."""
+    kind = kinds.of(parent)
+    if kind.owned:
+        return [(TEXT, "<target>")]
+    for base in mro_of(kind.type):
+        reader = _READERS.get(id(base))
+        if reader is not None:
+            for step in reader(parent, child):
+                return [step]
+    for name, get in kind.slots:
+        if _got(get, parent) is child:
+            return [(NAME, name)]
+    if kind.attributes is not None:
+        own = _got(kind.attributes, parent)
+        if own is child:
+            return [_DICT]
+        for step in _item(own, child):
+            return [_DICT, step]
+    return [(TEXT, "<held>")]
+
+
+def _got(get: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return get(value)
+    except AttributeError:  # a slot without a value
+        return None
+
+
+def _all_of(iterate: Callable[[Any], Iterable[Any]], value: Any) -> list[Any]:
+    """What ``iterate`` gives, taken in one go within C code: no other thread can change the container meanwhile."""
+    return list(itertools.chain.from_iterable(map(iterate, (value,))))
+
+
+def _position(values: list[Any], child: Any) -> int | None:
+    """Where an object is in a list. It is not asked whether it equals."""
+    try:
+        return list(map(id, values)).index(id(child))
+    except ValueError:
+        return None
+
+
+_keys: Final[Callable[[Any], Iterable[Any]]] = vars(dict)["keys"]
+_values: Final[Callable[[Any], Iterable[Any]]] = vars(dict)["values"]
+
+
+def _item(parent: Any, child: Any) -> Iterator[Step]:
+    keys = _all_of(_keys, parent)
+    place = _position(_all_of(_values, parent), child)
+    if place is not None and place < len(keys):
+        yield KEY, keys[place]
+    elif _position(keys, child) is not None:
+        yield TEXT, "<key>"
+
+
+def _indexed(kind: type) -> "_Reader":
+    iterate = vars(kind)["__iter__"]
+
+    def read(parent: Any, child: Any) -> Iterator[Step]:
+        place = _position(_all_of(iterate, parent), child)
+        if place is not None:
+            yield KEY, place
+
+    return read
+
+
+def _element(kind: type) -> "_Reader":
+    iterate = vars(kind)["__iter__"]
+
+    def read(parent: Any, child: Any) -> Iterator[Step]:
+        if _position(_all_of(iterate, parent), child) is not None:
+            yield TEXT, ELEMENT
+
+    return read
+
+
+def _function(parent: types.FunctionType, child: Any) -> Iterator[Step]:
+    for name, cell in zip(parent.__code__.co_freevars, parent.__closure__ or (), strict=True):
+        if cell is child:
+            yield TEXT, f"<variable {name}>"
+    for name in ("__defaults__", "__kwdefaults__"):
+        if getattr(parent, name) is child:
+            yield NAME, name
+
+
+def _passing(parent: Any, child: Any) -> Iterator[Step]:
+    yield TEXT, ""
+
+
+def _local(parent: Any, child: Any) -> Iterator[Step]:
+    yield TEXT, "<local>"
+
+
+def _weak(parent: Any, child: Any) -> Iterator[Step]:
+    if vars(weakref.ref)["__call__"](parent) is child:
+        yield TEXT, "()"
+
+
+def _variable(parent: Context, child: Any) -> Iterator[Step]:
+    for variable, value in list(parent.items()):
+        if value is child:
+            yield KEY, _name_of(variable)
+
+
+def _named(kind: type, *names: str) -> "_Reader":
+    """Of what C code computes, such as what a coroutine awaits."""
+    members = [(name, vars(kind)[name].__get__) for name in names]
+
+    def read(parent: Any, child: Any) -> Iterator[Step]:
+        for name, get in members:
+            if get(parent) is child:
+                yield NAME, name
+
+    return read
+
+
+_name_of: Final[Callable[[Any], str]] = vars(ContextVar)["name"].__get__
+_Reader = Callable[[Any, Any], Iterator[Step]]
+_READERS: Final[dict[int, _Reader]] = {
+    id(dict): _item,
+    **{id(kind): _indexed(kind) for kind in (list, tuple, deque)},
+    **{id(kind): _element(kind) for kind in (set, frozenset)},
+    id(types.FunctionType): _function,
+    id(types.BuiltinFunctionType): _named(types.BuiltinFunctionType, "__self__"),
+    id(types.MappingProxyType): _passing,
+    id(types.CellType): _passing,
+    id(weakref.ref): _weak,
+    id(Context): _variable,
+    id(asyncio.Task): _named(asyncio.Task, "_coro"),
+    id(asyncio.Future): _named(asyncio.Future, "_result", "_exception"),
+    id(types.FrameType): _local,
+    id(types.GeneratorType): lambda parent, child: _after(_yielded_from, _local, parent, child),
+    id(types.CoroutineType): lambda parent, child: _after(_awaited, _local, parent, child),
+    id(types.AsyncGeneratorType): lambda parent, child: _after(_async_awaited, _local, parent, child),
+    id(BaseException): _named(BaseException, "args", "__traceback__", "__cause__", "__context__"),
+}
+_yielded_from: Final = _named(types.GeneratorType, "gi_yieldfrom")
+_awaited: Final = _named(types.CoroutineType, "cr_await")
+_async_awaited: Final = _named(types.AsyncGeneratorType, "ag_await")
+
+
+def _after(first: _Reader, second: _Reader, parent: Any, child: Any) -> Iterator[Step]:
+    yield from first(parent, child)
+    yield from second(parent, child)
+
+
