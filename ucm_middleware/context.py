@@ -33,8 +33,8 @@ from ucm_middleware.keys import OwnerKeys, checked_names
 from ucm_middleware.lifetime import CLOSED, CLOSING, OPEN, UNBOUND, CloseReason, Lifetime
 from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
+from ucm_middleware.reachability import Boundary, Root, find_shared
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, Resource, closing_resource, name_of
-from ucm_middleware.reachability import Root, find_shared
 
 if TYPE_CHECKING:
     from ucm_middleware.agents.run import AgentRun
@@ -55,7 +55,7 @@ class Connection(Protocol):
     def scope(self) -> Any: ...
 
 
-class UserExecutionContext(ResourceHolder):
+class UserExecutionContext(ResourceHolder, Boundary):
     """One user's execution: immutable identity, data of its own, and resources that it releases when it closes.
 
     Made by the middleware and the manager; by hand with the constructor or ``from_request``. ``agent_context`` and
@@ -582,9 +582,9 @@ class UserExecutionContext(ResourceHolder):
         if not isinstance(parent, UserExecutionContext):
             return True
         # As if the parent were another user: a child must not share even with its parent, the session excepted.
-        roots = self._own_roots()
+        roots = [root for root in self._own_roots() if not root.stands]
         roots += [
-            Root(f"{root.owner} (parent)", root.label, root.value) for root in parent._own_roots() if not root.opaque
+            Root(f"{root.owner} (parent)", root.label, root.value) for root in parent._own_roots() if not root.stands
         ]
         if findings := find_shared(roots, self._user_id):
             raise ContextIsolationError(
@@ -601,18 +601,19 @@ class UserExecutionContext(ResourceHolder):
         return roots
 
     def _own_roots(self) -> list[Root]:
-        owner = self._user_id
+        owner, lifetime = self._user_id, self._lifetime
+        opened = lifetime.where()
         roots = [
-            Root(owner, f"{owner}.{name.removeprefix('_')}", value)
+            Root(owner, f"{owner}.{name.removeprefix('_')}", value, opened=opened)
             for name, value in (("agent_context", self._agent_context), ("audit_metadata", self._audit_metadata))
             if value
         ]
-        roots += [Root(owner, f"{owner}.{name}", value) for name, value in list(self.__dict__.items())]
-        if self._db_session is not None:
-            roots.append(Root(owner, f"{owner}.db_session", self._db_session, opaque=True))
-        roots += [Root(owner, f"{owner}.{name}", target, opaque=True) for name, target in self._lifetime.targets()]
+        roots += [Root(owner, f"{owner}.{name}", value, opened=opened) for name, value in list(self.__dict__.items())]
+        held = [*lifetime.targets(), ("db_session", self._db_session), ("variables", lifetime.variables)]
         for owned in list((self._handles or {}).values()):
-            roots += [Root(owner, f"{owner}.{owned.name}", target, opaque=True) for target in owned.targets()]
+            held += [(owned.name, target) for target in owned.targets()]
+        # Stands for a session and the like, which are what they are for: a child has its parent's.
+        roots += [Root(owner, f"{owner}.{name}", value, True, opened) for name, value in held if value is not None]
         return roots
 
     def metadata_given(self) -> dict[str, Any]:
@@ -795,6 +796,9 @@ class UserExecutionContext(ResourceHolder):
         return Release(self)
 
     def _wipe(self) -> Mapping[str, object] | None:
+        host = self._host
+        if host is not None and host.closing_inspector is not None and self._parent is None:
+            host.closing_inspector.context_closes(self)
         metadata = None
         if self._audit_metadata:
             metadata = self.metadata_given()

@@ -7,7 +7,7 @@ return coroutines un-awaited, and walks its lists anew at each call.
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterable, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
@@ -197,6 +197,24 @@ class BindSession(tuple[Implementation, ...]):
                 raise implementation.wrong(found, "None, at once, and raises an error to refuse the session")
 
 
+class SharedTypes(tuple[Implementation, ...]):
+    """``ucm_shared_types``: those of all of them."""
+
+    __slots__ = ()
+
+    def __call__(self) -> list[type]:
+        types: list[type] = []
+        for implementation in self:
+            found = _called(implementation)
+            if not isinstance(found, Iterable):
+                raise implementation.wrong(found, "an iterable of classes")
+            for one in cast("Iterable[object]", found):
+                if not isinstance(one, type):
+                    raise implementation.wrong(one, "an iterable of nothing but classes")
+                types.append(one)
+        return types
+
+
 class Notify(tuple[Implementation, ...], Generic[*Ts]):
     """The hooks that are told. What one of them raises is logged: it concerns neither the others nor the request."""
 
@@ -226,6 +244,7 @@ class Hooks:
     around_resource: "Around[UserExecutionContext, str]"
     around_agent_run: "Around[UserExecutionContext, str, Any]"
     bind_session: BindSession
+    shared_types: SharedTypes
     context_opened: "Notify[UserExecutionContext]"
     context_bound: "Notify[UserExecutionContext, str]"
     context_closed: "Notify[UserExecutionContext, CloseReason]"
@@ -246,6 +265,7 @@ class Hooks:
             around_resource=Around(found.get("ucm_around_resource", ())),
             around_agent_run=Around(found.get("ucm_around_agent_run", ())),
             bind_session=BindSession(found.get("ucm_bind_session", ())),
+            shared_types=SharedTypes(found.get("ucm_shared_types", ())),
             context_opened=Notify(found.get("ucm_context_opened", ())),
             context_bound=Notify(found.get("ucm_context_bound", ())),
             context_closed=Notify(found.get("ucm_context_closed", ())),

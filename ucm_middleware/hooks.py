@@ -9,7 +9,7 @@ implementation does not fit is refused before anything is served. What an implem
 asked and fails the request; only what a notification raises is logged, and nothing more.
 """
 
-from collections.abc import AsyncIterable, Awaitable, Mapping
+from collections.abc import AsyncIterable, Awaitable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -120,6 +120,17 @@ def ucm_bind_session(context: "UserExecutionContext", session: Any) -> None:
 
     Called where the session is used: in a thread without an event loop, in a callback of the driver, more than once.
     What it raises keeps the session from being handed out.
+    """
+
+
+# What a plugin says of its framework.
+
+
+@hookspec
+def ucm_shared_types() -> "Iterable[type]":
+    """The types whose objects users share by design, such as engines and pools: ``isolation_report`` stops at those.
+
+    Their subclasses are meant too. Asked once, when the manager is made.
     """
 
 

@@ -16,10 +16,19 @@ if TYPE_CHECKING:
     from ucm_middleware.telemetry import Telemetry
 
 
+class ClosingInspector(Protocol):
+    """Looks at what contexts that close share with others."""
+
+    def context_closes(self, context: "UserExecutionContext") -> None:
+        """The data of a context are about to be wiped. Never raises."""
+        ...
+
+
 class ContextHost(Protocol):
     """Told of each step in a context's life, and asked where a context cannot decide by itself."""
 
     agents: "AgentRuns"
+    closing_inspector: ClosingInspector | None
     ids: UnifiedIDManager
     keys: OwnerKeys
     hooks: "Hooks"

@@ -39,9 +39,11 @@ from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Guard
 from ucm_middleware.ids import UnifiedIDManager
+from ucm_middleware.inspector import Inspector
 from ucm_middleware.keys import OwnerKeys
 from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Journal, Lifetime
 from ucm_middleware.plugins import load_hooks
+from ucm_middleware.reachability import IsolationPolicy
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sweeper import Sweeper
@@ -71,6 +73,7 @@ class Hosting:
         events: EventPolicy,
         agents: AgentPolicy,
         egress: EgressPolicy | None,
+        isolation: IsolationPolicy,
     ) -> None:
         self.ttl = checked_ttl(ttl)
         self.environment = environment
@@ -89,6 +92,8 @@ class Hosting:
         if self._durable_ledger is not None:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
+        self._inspector = Inspector(isolation, self.hooks.shared_types(), self._registry.live, self._trail)
+        self.closing_inspector = self._inspector if isolation.sample > 0 else None
         self._hub = Hub(events, clock, self._sweeper.plan)
         self._egress = None if egress is None else EgressGuard(egress, self._trail, clock, self._sweeper.plan)
         self._hub.watch = self._egress

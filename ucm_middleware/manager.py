@@ -36,6 +36,8 @@ from ucm_middleware.guard import Everyone
 from ucm_middleware.hosting import Hosting
 from ucm_middleware.ids import checked_user_id, is_anonymous_id, validate_id
 from ucm_middleware.messenger import Messenger
+from ucm_middleware.reachability import IsolationPolicy, IsolationReport
+from ucm_middleware.reachability.policy import MAX_OBJECTS, MAX_SECONDS
 from ucm_middleware.registry import Key, Limits
 from ucm_middleware.settings import (
     check_audit,
@@ -45,7 +47,6 @@ from ucm_middleware.settings import (
     checked_limit,
     require_gil,
 )
-from ucm_middleware.reachability import IsolationReport, find_shared
 from ucm_middleware.transactions import IsolationLevel, StatementResult, checked_level
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ class UserContextManager(Hosting):
 
     ``events`` says which events may be sent, and how many may wait. ``max_connections_per_user`` is how many of a
     user's contexts may be WebSocket connections: four fifths of them unless another number is given, so that requests
-    find room. ``agents`` says how many runs of agents a user may have at once, and for how long.
+    find room. ``agents`` says how many runs of agents a user may have at once, and for how long. ``isolation`` says
+    what users share by design, and how often a context's data are compared with those of others when it closes.
 
     With ``egress``, values that a user protects are looked for in what is sent to any other; None for no such guard.
 
@@ -103,6 +105,7 @@ class UserContextManager(Hosting):
         max_connections_per_user: int | None = None,
         agents: AgentPolicy | None = None,
         egress: EgressPolicy | None = None,
+        isolation: IsolationPolicy | None = None,
     ) -> None:
         per_user = checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
@@ -128,6 +131,7 @@ class UserContextManager(Hosting):
             events=EventPolicy() if events is None else events,
             agents=AgentPolicy() if agents is None else agents,
             egress=egress,
+            isolation=IsolationPolicy() if isolation is None else isolation,
         )
         self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
 
@@ -483,17 +487,23 @@ class UserContextManager(Hosting):
         return {key: self._describe(context) for key, context in live}
 
     def validate_isolation(self) -> bool:
-        """True when no two users' live contexts share a mutable object. What they share, ``isolation_report`` names."""
+        """True when no two users' live contexts share a mutable object. What they share, ``isolation_report`` names.
+
+        Also False when the time and the objects that it has do not suffice to look at all of them.
+        """
         return bool(self.isolation_report())
 
-    def isolation_report(self) -> IsolationReport:
-        """Walk the containers, attributes and sessions of all live contexts, and name what two users share, by path."""
+    def isolation_report(
+        self, *, max_seconds: float | None = MAX_SECONDS, max_objects: int | None = MAX_OBJECTS
+    ) -> IsolationReport:
+        """Walk what is reachable from all live contexts, and name what two users share, by path.
+
+        It takes so many seconds, and looks at so many objects, at most; None for no limit. Other threads run meanwhile.
+        Raises ConfigurationError for a limit that is no number above 0, CrossUserAccessError in a user's context.
+        """
         self._guard.require_everyone("validate_isolation")
         contexts = [context for _, context in self._registry.live()]
-        findings = tuple(find_shared(root for context in contexts for root in context.isolation_roots()))
-        if findings:
-            self._trail.isolation_violated(findings)
-        return IsolationReport(len(contexts), findings)
+        return self._inspector.look(contexts, max_seconds, max_objects)
 
     def get_audit_trail(self, user_id: str) -> dict[str, Any] | None:
         """What is on record for one user, before and after their contexts closed; None for a user never seen."""

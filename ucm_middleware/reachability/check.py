@@ -28,8 +28,7 @@ def find_shared(
     the target among its roots. A context of another user is a finding, and is not looked into. With ``user_id``, all
     owners are parts of that user.
     """
-    check = Check([list(roots)], shared_types=shared_types, user_id=user_id)
-    return list(check.report().findings) if len(check.owners) > 1 or check.owners else []
+    return list(Check([list(roots)], shared_types=shared_types, user_id=user_id).report().findings)
 
 
 class Check:

@@ -34,8 +34,8 @@ class Boundary:
 class Kind:
     """What the objects of one type are to the walk.
 
-    ``expand`` is None for those that are read many at once. ``user_of`` is there for contexts, ``length`` for containers
-    of a class of the application's. ``native`` are types of extensions, of which nothing is known.
+    ``expand`` is None for those that are read many at once. ``user_of`` is there for contexts, ``length`` for
+    containers of a class of the application's. ``native`` are types of extensions, of which nothing is known.
     """
 
     __slots__ = ("attributes", "expand", "inert", "length", "mutable", "native", "owned", "slots", "type", "user_of")
@@ -99,7 +99,7 @@ def held_by(value: Any) -> list[Any]:
 
 def _function(value: types.FunctionType) -> list[Any]:
     # Not its globals, which are the process's.
-    return [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__]
+    return [*(value.__closure__ or ()), value.__defaults__, *(value.__kwdefaults__ or {}).values()]
 
 
 def _weak(value: Any) -> list[Any]:
@@ -227,9 +227,10 @@ def _is_inert(mro: tuple[type, ...], places: frozenset[int], shared: frozenset[i
 
 def _is_native(base: type) -> bool:
     """Whether a class is written in C: it has methods that are."""
-    return any(
-        id(type(item)) in _DESCRIPTORS and item.__objclass__ is base for item in list(names_of(base).values())
-    ) and base is not object
+    return (
+        any(id(type(item)) in _DESCRIPTORS and item.__objclass__ is base for item in list(names_of(base).values()))
+        and base is not object
+    )
 
 
 def _is_member(item: Any, base: type) -> bool:

@@ -115,9 +115,11 @@ def _function(parent: types.FunctionType, child: Any) -> Iterator[Step]:
     for name, cell in zip(parent.__code__.co_freevars, parent.__closure__ or (), strict=True):
         if cell is child:
             yield TEXT, f"<variable {name}>"
-    for name in ("__defaults__", "__kwdefaults__"):
-        if getattr(parent, name) is child:
-            yield NAME, name
+    if parent.__defaults__ is child:
+        yield NAME, "__defaults__"
+    for name, default in list((parent.__kwdefaults__ or {}).items()):
+        if default is child:
+            yield TEXT, f".__kwdefaults__[{name!r}]"
 
 
 def _passing(parent: Any, child: Any) -> Iterator[Step]:
@@ -179,5 +181,3 @@ _async_awaited: Final = _named(types.AsyncGeneratorType, "ag_await")
 def _after(first: _Reader, second: _Reader, parent: Any, child: Any) -> Iterator[Step]:
     yield from first(parent, child)
     yield from second(parent, child)
-
-

@@ -17,8 +17,8 @@ MAX_OBJECTS: Final = 20_000_000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IsolationPolicy:
     """``sample`` is the share of contexts, from 0 to 1, whose data are compared with those of all other live ones when
-    they close, before they are wiped. That takes ``max_seconds`` and ``max_objects`` at most, in the task that closes the
-    context. What is found is recorded and logged.
+    they close, before they are wiped. That takes ``max_seconds`` and ``max_objects`` at most, in the task that closes
+    the context; where there are very many others, it is some of them each time. What is found is recorded and logged.
 
     Objects of ``shared_types``, and of their subclasses, are shared by design and not looked into.
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Root:
     """Where the walk through an owner's data begins. ``label`` begins the paths: ``alice.agent_context``.
 
-    ``stands`` is for what an owner holds by itself, such as a session: then even a bare ``object()``, which nobody could
-    write to, must not be another's. ``opened`` says where the context was opened.
+    ``stands`` is for what an owner holds by itself, such as a session: then even a bare ``object()``, which nobody
+    could write to, must not be another's. ``opened`` says where the context was opened.
     """
 
     owner: str

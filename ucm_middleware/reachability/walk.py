@@ -6,7 +6,7 @@ No line of Python runs for an ordinary object. What is found is kept by its leve
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, filterfalse, repeat
 from operator import not_
@@ -52,8 +52,10 @@ class Marks:
 
 @dataclass(slots=True, eq=False)
 class Share:
-    """An object that two owners reach. ``first`` is the place of the earlier owner, None for whom nothing was walked of:
-    then it is that user's context itself, and ``user_id`` names the user."""
+    """An object that two owners reach. ``first`` and ``second`` are their places among the marks.
+
+    ``first`` is None where the object is another user's context itself; ``user_id`` names that user.
+    """
 
     value: Any
     first: int | None
@@ -62,7 +64,10 @@ class Share:
 
 
 class Walk:
-    """The walk through the data of several owners, one after the other. ``user_id`` is what all of them are parts of."""
+    """The walk through the data of several owners, one after the other.
+
+    ``user_id`` is the user that all of them are parts of.
+    """
 
     def __init__(self, kinds: Kinds, budget: Budget, user_id: str | None = None) -> None:
         self.kinds = kinds
@@ -98,7 +103,7 @@ class Walk:
                 found += self._new(marks, place, chunk)
         return found
 
-    def _read(self, marks: Marks, batch: Sequence[Any]) -> Iterator[list[Any]]:
+    def _read(self, marks: Marks, batch: Sequence[Any]) -> Iterator[Sequence[Any]]:
         kinds = list(map(id, map(type, batch)))
         # A single container may be larger than all that is left: then it is not opened at all.
         if sum(map(len, compress(batch, map(SIZED.__contains__, kinds)))) > self.budget.left:
@@ -124,9 +129,7 @@ class Walk:
             self.examples.setdefault(id(kind.type), (len(self.marks) - 1, value))
         return held
 
-    def _new(
-        self, marks: Marks, place: int, values: list[Any], bare: Iterable[Any] = ()
-    ) -> list[Any]:
+    def _new(self, marks: Marks, place: int, values: Sequence[Any], bare: Iterable[Any] = ()) -> list[Any]:
         """Which of these objects are to be walked on from: neither known of this owner, nor of an earlier one's."""
         self.objects += len(values)
         self.budget.left -= len(values)
@@ -197,6 +200,6 @@ def batches(values: Sequence[Any], size: int = BATCH) -> Iterator[Sequence[Any]]
         yield values[start : start + size]
 
 
-chunks: Final[Callable[[list[Any]], Iterator[list[Any]]]] = lambda values: (  # noqa: E731
-    iter((values,)) if len(values) <= CHUNK else (values[at : at + CHUNK] for at in range(0, len(values), CHUNK))
-)
+def chunks(values: list[Any]) -> Iterator[Sequence[Any]]:
+    """The same for what was read: mostly a single one."""
+    return iter((values,)) if len(values) <= CHUNK else batches(values, CHUNK)
