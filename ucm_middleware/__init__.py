@@ -57,7 +57,7 @@ from ucm_middleware.logs import UserContextFilter, add_user_context
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.middleware import UserContextMiddleware
 from ucm_middleware.principal import Principal
-from ucm_middleware.reachability import IsolationReport
+from ucm_middleware.reachability import IsolationPolicy, IsolationReport
 from ucm_middleware.starlette import authenticated_context, user_context
 from ucm_middleware.transactions import IsolationLevel, StatementResult, Transaction, TransactionLog
 
@@ -92,6 +92,7 @@ __all__ = [
     "InvalidEventError",
     "IsolatedEnvironment",
     "IsolationLevel",
+    "IsolationPolicy",
     "IsolationReport",
     "LedgerFileError",
     "LedgerUnavailableError",

@@ -132,6 +132,7 @@ def ucm_shared_types() -> "Iterable[type]":
 
     Their subclasses are meant too. Asked once, when the manager is made.
     """
+    return ()
 
 
 # Notifications: called in whichever thread it happens, after it happened.

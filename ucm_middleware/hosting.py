@@ -38,6 +38,7 @@ from ucm_middleware.events.policy import EventPolicy
 from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Guard
+from ucm_middleware.host import ClosingInspector
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.inspector import Inspector
 from ucm_middleware.keys import OwnerKeys
@@ -93,7 +94,7 @@ class Hosting:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
         self._inspector = Inspector(isolation, self.hooks.shared_types(), self._registry.live, self._trail)
-        self.closing_inspector = self._inspector if isolation.sample > 0 else None
+        self.closing_inspector: ClosingInspector | None = self._inspector if isolation.sample > 0 else None
         self._hub = Hub(events, clock, self._sweeper.plan)
         self._egress = None if egress is None else EgressGuard(egress, self._trail, clock, self._sweeper.plan)
         self._hub.watch = self._egress

@@ -1,6 +1,7 @@
 """What the objects of a type are to the walk: passed over, or walked, and how; and whether they can be written to."""
 
 import asyncio
+import decimal
 import gc
 import io
 import logging
@@ -146,9 +147,19 @@ _TRANSPARENT: Final = (
 # Nobody can write to these; the same goes for subclasses without attributes.
 _IMMUTABLE: Final = _ids(*_TRANSPARENT) - _MUTABLE
 _READ: Final = _ids(
-    *(*_TRANSPARENT, OrderedDict, defaultdict, bytearray, partial, types.SimpleNamespace, array, memoryview),
+    *(
+        *_TRANSPARENT,
+        OrderedDict,
+        defaultdict,
+        bytearray,
+        partial,
+        types.SimpleNamespace,
+        array,
+        memoryview,
+        decimal.Context,
+    ),
     *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, types.FrameType, types.TracebackType),
-    *(property, classmethod, staticmethod, super, BaseException, asyncio.Task, asyncio.Future, Context),
+    *(property, classmethod, staticmethod, super, BaseException, asyncio.Task, asyncio.Future, Context, decimal.Context),
     *(io.BytesIO, io.StringIO, io.FileIO, io.BufferedReader, io.BufferedWriter, io.TextIOWrapper),
 )
 """The types written in C all of whose content the collector knows, or that hold none."""
@@ -181,7 +192,6 @@ def _kind(kind: type, shared: frozenset[int]) -> Kind:
         # Only classes written in Python have __slots__; of others not known here anything must be expected.
         stateless = place in _IMMUTABLE or ("__slots__" in names_of(base) and not members)
         made.mutable = made.mutable or place in _MUTABLE or not (stateless or frozen)
-        made.native = made.native or (place not in _READ and _is_native(base))
         if made.expand is None:
             made.expand = _EXPANDED.get(place)
         if place not in _CONTAINERS:
@@ -193,6 +203,9 @@ def _kind(kind: type, shared: frozenset[int]) -> Kind:
         if place in SIZED and made.length is None and id(kind) not in SIZED:
             made.length = names_of(base).get("__len__")
             made.expand = held_by
+    # The layout is that of the nearest class written in C.
+    layout = next((base for base in mro if id(base) in _READ or _is_native(base)), None)
+    made.native = layout is not None and id(layout) not in _READ
     made.slots = tuple(slots)
     if made.attributes is not None and not made.mutable and made.expand is None:
         made.expand = _frozen(made.attributes)

@@ -153,8 +153,11 @@ def _named(kind: type, *names: str) -> "_Reader":
     return read
 
 
-_name_of: Final[Callable[[Any], str]] = vars(ContextVar)["name"].__get__
 _Reader = Callable[[Any, Any], Iterator[Step]]
+_yielded_from: Final = _named(types.GeneratorType, "gi_yieldfrom")
+_awaited: Final = _named(types.CoroutineType, "cr_await")
+_async_awaited: Final = _named(types.AsyncGeneratorType, "ag_await")
+_name_of: Final[Callable[[Any], str]] = vars(ContextVar)["name"].__get__
 _READERS: Final[dict[int, _Reader]] = {
     id(dict): _item,
     **{id(kind): _indexed(kind) for kind in (list, tuple, deque)},
@@ -173,9 +176,6 @@ _READERS: Final[dict[int, _Reader]] = {
     id(types.AsyncGeneratorType): lambda parent, child: _after(_async_awaited, _local, parent, child),
     id(BaseException): _named(BaseException, "args", "__traceback__", "__cause__", "__context__"),
 }
-_yielded_from: Final = _named(types.GeneratorType, "gi_yieldfrom")
-_awaited: Final = _named(types.CoroutineType, "cr_await")
-_async_awaited: Final = _named(types.AsyncGeneratorType, "ag_await")
 
 
 def _after(first: _Reader, second: _Reader, parent: Any, child: Any) -> Iterator[Step]:

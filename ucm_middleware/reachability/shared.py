@@ -37,10 +37,10 @@ INERT_NAMES: Final = frozenset(
         *("opentelemetry.sdk.trace.TracerProvider", "opentelemetry.sdk.trace.SpanProcessor"),
         *("opentelemetry.sdk.resources.Resource", "opentelemetry.sdk.trace.SpanLimits"),
         *("opentelemetry.sdk.util.instrumentation.InstrumentationScope",),
-        "opentelemetry.sdk.util.instrumentation.InstrumentationInfo",
+        *("opentelemetry.sdk.util.instrumentation.InstrumentationInfo", "unittest.mock._SentinelObject"),
     }
 )
-"""By name, so that none of them is imported here: servers, applications and what records spans."""
+"""By name, so that none of them is imported here: servers, applications, what records spans, constants."""
 
 PACKAGE: Final = f"{__name__.partition('.')[0]}."
 """This package's own objects: managers, what marks the ambient context. Contexts and handles are met before."""
