@@ -1,7 +1,6 @@
 """What the objects of a type are to the walk: passed over, or walked, and how; and whether they can be written to."""
 
 import asyncio
-import decimal
 import gc
 import io
 import logging
@@ -36,18 +35,32 @@ class Kind:
     """What the objects of one type are to the walk.
 
     ``expand`` is None for those that are read many at once. ``user_of`` is there for contexts, ``length`` for
-    containers of a class of the application's. ``native`` are types of extensions, of which nothing is known.
+    containers of a class of the application's. ``native`` are types of extensions, of which nothing is known;
+    one that ``hides`` tells the collector nothing.
     """
 
-    __slots__ = ("attributes", "expand", "inert", "length", "mutable", "native", "owned", "slots", "type", "user_of")
+    __slots__ = (
+        "attributes",
+        "expand",
+        "hides",
+        "inert",
+        "length",
+        "mutable",
+        "native",
+        "owned",
+        "slots",
+        "type",
+        "user_of",
+    )
 
     def __init__(self, kind: type, *, inert: bool = False, mutable: bool = False) -> None:
-        self.type = kind  # held, so that its id stays its own
+        self.made_for = kind  # held, so that its id stays its own
         self.inert = inert
         self.mutable = mutable
         self.expand: Expand | None = None
         self.length: Callable[[Any], int] | None = None
         self.native = False
+        self.hides = False
         self.owned = False
         self.user_of: Callable[[Any], str] | None = None
         self.attributes: Callable[[Any], Any] | None = None
@@ -131,6 +144,8 @@ def _ids(*kinds: Any) -> frozenset[int]:
 # What a class has, read from the type of types, so that neither the class nor its metaclass is asked.
 mro_of: Final[Callable[[type], tuple[type, ...]]] = vars(type)["__mro__"].__get__
 names_of: Final[Callable[[type], "types.MappingProxyType[str, Any]"]] = vars(type)["__dict__"].__get__
+_flags_of: Final[Callable[[type], int]] = vars(type)["__flags__"].__get__
+_HAS_GC: Final = 1 << 14
 _qualname_of: Final[Callable[[type], str]] = vars(type)["__qualname__"].__get__
 _DataclassParams: Final[Any] = vars(Finding)["__dataclass_params__"].__class__
 
@@ -156,10 +171,18 @@ _READ: Final = _ids(
         types.SimpleNamespace,
         array,
         memoryview,
-        decimal.Context,
     ),
     *(types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, types.FrameType, types.TracebackType),
-    *(property, classmethod, staticmethod, super, BaseException, asyncio.Task, asyncio.Future, Context, decimal.Context),
+    *(
+        property,
+        classmethod,
+        staticmethod,
+        super,
+        BaseException,
+        asyncio.Task,
+        asyncio.Future,
+        Context,
+    ),
     *(io.BytesIO, io.StringIO, io.FileIO, io.BufferedReader, io.BufferedWriter, io.TextIOWrapper),
 )
 """The types written in C all of whose content the collector knows, or that hold none."""
@@ -206,6 +229,7 @@ def _kind(kind: type, shared: frozenset[int]) -> Kind:
     # The layout is that of the nearest class written in C.
     layout = next((base for base in mro if id(base) in _READ or _is_native(base)), None)
     made.native = layout is not None and id(layout) not in _READ
+    made.hides = made.native and layout is not None and not _flags_of(layout) & _HAS_GC
     made.slots = tuple(slots)
     if made.attributes is not None and not made.mutable and made.expand is None:
         made.expand = _frozen(made.attributes)

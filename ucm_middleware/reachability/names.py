@@ -40,7 +40,7 @@ def steps_between(parent: Any, child: Any, kinds: Kinds) -> list[Step]:
     kind = kinds.of(parent)
     if kind.owned:
         return [(TEXT, "<target>")]
-    for base in mro_of(kind.type):
+    for base in mro_of(kind.made_for):
         reader = _READERS.get(id(base))
         if reader is not None:
             for step in reader(parent, child):

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import datetime
+import decimal
 import logging
 import pathlib
 import selectors
@@ -23,7 +24,7 @@ INERT: Final = frozenset(
             *(asyncio.AbstractEventLoop, asyncio.AbstractServer, selectors.BaseSelector),
             # They order what users do one after the other, and hold no data. Events, conditions and queues may tell.
             *(type(threading.Lock()), type(threading.RLock()), asyncio.Lock, asyncio.Semaphore),
-            *(threading.Semaphore, threading.Thread),
+            *(threading.Semaphore, threading.Thread, decimal.Context),
         ),
     )
 )

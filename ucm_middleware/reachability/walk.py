@@ -124,9 +124,9 @@ class Walk:
             marks.is_complete = False
             return []
         held = children_of(value, self.kinds)
-        if kind.native and all(item is kind.type for item in held):
-            self.unseen[id(kind.type)] += 1
-            self.examples.setdefault(id(kind.type), (len(self.marks) - 1, value))
+        if kind.native and (kind.hides or all(item is kind.made_for for item in held)):
+            self.unseen[id(kind.made_for)] += 1
+            self.examples.setdefault(id(kind.made_for), (len(self.marks) - 1, value))
         return held
 
     def _new(self, marks: Marks, place: int, values: Sequence[Any], bare: Iterable[Any] = ()) -> list[Any]:
