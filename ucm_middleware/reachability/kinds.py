@@ -40,16 +40,7 @@ class Kind:
     """
 
     __slots__ = (
-        "attributes",
-        "expand",
-        "hides",
-        "inert",
-        "length",
-        "mutable",
-        "native",
-        "owned",
-        "slots",
-        "type",
+        *("attributes", "expand", "hides", "inert", "length", "made_for", "mutable", "native", "owned", "slots"),
         "user_of",
     )
 
