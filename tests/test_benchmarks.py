@@ -207,6 +207,11 @@ class TestTimes:
             assert (done.returncode, done.stdout) == (2, "")
             assert "no owned handles" in done.stderr
 
+    def test_the_walk(self, tmp_path: Path) -> None:
+        found = figures("walk", "--rounds", "1", "--orders", "50", folder=tmp_path)
+        assert found["objects"] > 500
+        assert min(found["nothing shared"], found["one object shared"]) > 0
+
     def test_the_spans(self, tmp_path: Path) -> None:
         found = figures("tracing", "--rounds", "1", folder=tmp_path)
         assert found["traced_ratio"] > 1

@@ -120,11 +120,12 @@ def _frozen(attributes: Callable[[Any], Any]) -> Expand:
 
     def expand(value: Any) -> list[Any]:
         own: dict[str, Any] = attributes(value)
-        return [*(item for item in gc.get_referents(value) if item is not own), *dict.values(own)]
+        return [*(item for item in gc.get_referents(value) if item is not own), *_values_of(own)]
 
     return expand
 
 
+_values_of: Final[Callable[[Any], Iterable[Any]]] = vars(dict)["values"]
 _target_of: Final[Callable[[Any], Any]] = vars(weakref.ref)["__call__"]
 
 
@@ -132,6 +133,7 @@ def _ids(*kinds: Any) -> frozenset[int]:
     return frozenset(map(id, kinds))
 
 
+type_of: Final[Callable[[object], type[object]]] = type
 # What a class has, read from the type of types, so that neither the class nor its metaclass is asked.
 mro_of: Final[Callable[[type], tuple[type, ...]]] = vars(type)["__mro__"].__get__
 names_of: Final[Callable[[type], "types.MappingProxyType[str, Any]"]] = vars(type)["__dict__"].__get__
@@ -256,7 +258,7 @@ def _is_inert(mro: tuple[type, ...], places: frozenset[int], shared: frozenset[i
 def _is_native(base: type) -> bool:
     """Whether a class is written in C: it has methods that are."""
     return (
-        any(id(type(item)) in _DESCRIPTORS and item.__objclass__ is base for item in list(names_of(base).values()))
+        any(id(type_of(item)) in _DESCRIPTORS and item.__objclass__ is base for item in list(names_of(base).values()))
         and base is not object
     )
 

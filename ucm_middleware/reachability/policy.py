@@ -35,14 +35,17 @@ class IsolationPolicy:
             raise ConfigurationError(f"sample must be a number from 0 to 1, not {self.sample!r}")
         checked_budget(self.max_seconds, self.max_objects)
         types = cast("object", self.shared_types)
-        if not isinstance(types, (list, tuple)) or not all(isinstance(one, type) for one in self.shared_types):
+        if not isinstance(types, (list, tuple)) or not all(
+            isinstance(one, type) for one in cast("Sequence[object]", types)
+        ):
             raise ConfigurationError("shared_types must be a list or a tuple of classes")
 
 
 def checked_budget(max_seconds: float | None, max_objects: int | None) -> tuple[float, float]:
     """Both as numbers, None as infinity. Raises ConfigurationError for what is no number above 0."""
-    for name, given, kinds in (("max_seconds", max_seconds, (int, float)), ("max_objects", max_objects, (int,))):
-        if given is not None and (not isinstance(given, kinds) or isinstance(given, bool) or not given > 0):
+    limits: tuple[tuple[str, object], ...] = (("max_seconds", max_seconds), ("max_objects", max_objects))
+    for name, given in limits:
+        if given is not None and not (_is_number(given) and cast("float", given) > 0):
             raise ConfigurationError(f"{name} must be a number above 0, or None for no limit, not {given!r}")
     return (math.inf if max_seconds is None else max_seconds, math.inf if max_objects is None else max_objects)
 

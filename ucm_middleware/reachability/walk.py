@@ -13,7 +13,7 @@ from operator import not_
 from typing import Any, Final
 
 from ucm_middleware.handles import ownership_of
-from ucm_middleware.reachability.kinds import SIZED, Kinds
+from ucm_middleware.reachability.kinds import SIZED, Kinds, type_of
 from ucm_middleware.reachability.report import Root
 
 BATCH: Final = 512
@@ -107,7 +107,7 @@ class Walk:
         kinds = list(map(id, map(type, batch)))
         # A single container may be larger than all that is left: then it is not opened at all.
         if sum(map(len, compress(batch, map(SIZED.__contains__, kinds)))) > self.budget.left:
-            batch = [value for value in batch if id(type(value)) not in SIZED or len(value) <= self.budget.left]
+            batch = [value for value in batch if id(type_of(value)) not in SIZED or len(value) <= self.budget.left]
             marks.is_complete = False
             kinds = list(map(id, map(type, batch)))
         if self.kinds.special.isdisjoint(kinds):
