@@ -257,9 +257,9 @@ def _is_inert(mro: tuple[type, ...], places: frozenset[int], shared: frozenset[i
 
 def _is_native(base: type) -> bool:
     """Whether a class is written in C: it has methods that are."""
-    return (
-        any(id(type_of(item)) in _DESCRIPTORS and item.__objclass__ is base for item in list(names_of(base).values()))
-        and base is not object
+    members: list[Any] = list(names_of(base).values())
+    return base is not object and any(
+        id(type_of(item)) in _DESCRIPTORS and item.__objclass__ is base for item in members
     )
 
 
