@@ -259,7 +259,9 @@ def _is_native(base: type) -> bool:
     """Whether a class is written in C: it has methods that are."""
     members: list[Any] = list(names_of(base).values())
     return base is not object and any(
-        id(type_of(item)) in _DESCRIPTORS and item.__objclass__ is base for item in members  # pyright: ignore[reportUnknownArgumentType]
+        id(type_of(item)) in _DESCRIPTORS  # pyright: ignore[reportUnknownArgumentType]
+        and item.__objclass__ is base
+        for item in members
     )
 
 
