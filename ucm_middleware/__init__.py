@@ -10,6 +10,7 @@ from ucm_middleware.agents import (
     current_run,
 )
 from ucm_middleware.ambient import current_context
+from ucm_middleware.census import CensusPolicy
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.egress import EgressFilter, EgressPolicy, EgressSpanProcessor
 from ucm_middleware.environment import Environment, IsolatedEnvironment
@@ -21,6 +22,7 @@ from ucm_middleware.errors import (
     ContextClosedError,
     ContextExpiredError,
     ContextIsolationError,
+    ContextLeakError,
     ContextLimitError,
     ContextNotFoundError,
     CrossUserAccessError,
@@ -69,11 +71,13 @@ __all__ = [
     "AgentRun",
     "AgentStream",
     "AgentTimeoutError",
+    "CensusPolicy",
     "ConfigurationError",
     "ContextClosedError",
     "ContextExpiredError",
     "ContextFirewall",
     "ContextIsolationError",
+    "ContextLeakError",
     "ContextLimitError",
     "ContextNotFoundError",
     "CrossUserAccessError",

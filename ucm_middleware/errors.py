@@ -164,6 +164,21 @@ class ContextIsolationError(UserContextError):
         self.findings = tuple(findings)
 
 
+class ContextLeakError(ContextIsolationError):
+    """A context has closed, and something that was started in it goes on, or keeps it. ``holders`` says what, one text
+    each; ``opened_at`` where the context was opened.
+    """
+
+    def __init__(self, request_id: str, opened_at: str, holders: Sequence[str]) -> None:
+        super().__init__(
+            f"context {request_id}, opened by {opened_at}, is closed and still held by {'; '.join(holders)}; end it "
+            "with the request, start it in an empty contextvars.Context(), or name it in CensusPolicy(allow=[...])"
+        )
+        self.request_id = request_id
+        self.opened_at = opened_at
+        self.holders = tuple(holders)
+
+
 class CrossUserAccessError(ContextIsolationError):
     """Code that runs for one user asked for what is not that user's. Foreign and missing look the same, on purpose."""
 

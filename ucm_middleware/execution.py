@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ucm_middleware.ambient import Ambient, ambient_grant, enter, leave
+from ucm_middleware.census.census import Census, references
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
 from ucm_middleware.errors import ContextClosedError, CrossUserAccessError, InvalidContextError
@@ -69,12 +70,13 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     CrossUserAccessError outside of a ``privileged`` block.
     """
 
-    __slots__ = ("_context", "_leave_span", "_token")
+    __slots__ = ("_context", "_leave_span", "_references", "_token")
 
     def __init__(self, context: UserExecutionContext) -> None:
         self._context = validate_user_context(context)
         self._token: Ambient | None = None
         self._leave_span: Callable[[], None] | None = None
+        self._references = 0
 
     def __enter__(self) -> UserExecutionContext:
         require_entry(self._context)
@@ -82,16 +84,22 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         host = self._context.host
         if host is not None and (spans := host.telemetry.spans) is not None:
             self._leave_span = spans.enter(self._context)
+        self._references = references(self._context)
         return self._context
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        census = self._suspecting()
         try:
             self._context.close(reason_of(error), error)
         finally:
             self._leave()
+            if census is not None:
+                census.suspect(self._context, None, 0)
         self._raise_failures(error)
+        if census is not None and error is None:
+            census.require_nothing(self._context)
 
     async def __aenter__(self) -> UserExecutionContext:
         context = self.__enter__()
@@ -104,13 +112,24 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         lifetime = self._context.lifetime
         lifetime.task = None
         interrupted = lifetime.absorb_interrupt()
+        census = self._suspecting()
         try:
             await self._context.aclose(reason_of(error), error)
         finally:
             self._leave()
+            if census is not None:
+                census.suspect(self._context, None, 0)
         if interrupted and isinstance(error, asyncio.CancelledError):
             raise ContextClosedError(self._context.request_id, lifetime.where(), lifetime.reason or "closed") from error
         self._raise_failures(error)
+        if census is not None and error is None:
+            census.require_nothing(self._context)
+
+    def _suspecting(self) -> Census | None:
+        """The manager's census, when there are more references to the context than at the block's beginning."""
+        host = self._context.host
+        census = None if host is None else host.census
+        return census if census is not None and references(self._context) > self._references else None
 
     def _leave(self) -> None:
         token, self._token = self._token, None

@@ -10,6 +10,7 @@ from ucm_middleware.lifetime import Journal
 
 if TYPE_CHECKING:
     from ucm_middleware.agents.runs import AgentRuns
+    from ucm_middleware.census.census import Census
     from ucm_middleware.context import UserExecutionContext
     from ucm_middleware.dispatch import Hooks
     from ucm_middleware.egress.guard import EgressGuard
@@ -29,6 +30,7 @@ class ContextHost(Protocol):
 
     agents: "AgentRuns"
     closing_inspector: ClosingInspector | None
+    census: "Census | None"
     ids: UnifiedIDManager
     keys: OwnerKeys
     hooks: "Hooks"

@@ -20,6 +20,8 @@ from ucm_middleware.audit.ledger import DurableLedger, Ledger, NoLedger
 from ucm_middleware.audit.memory import MemoryLedger
 from ucm_middleware.audit.records import UserMention, mention
 from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
+from ucm_middleware.census.census import Census
+from ucm_middleware.census.policy import CensusPolicy
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.egress.guard import EgressGuard
 from ucm_middleware.egress.policy import EgressPolicy
@@ -75,6 +77,7 @@ class Hosting:
         agents: AgentPolicy,
         egress: EgressPolicy | None,
         isolation: IsolationPolicy,
+        census: CensusPolicy,
     ) -> None:
         self.ttl = checked_ttl(ttl)
         self.environment = environment
@@ -100,6 +103,8 @@ class Hosting:
         self._hub.watch = self._egress
         self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, self._late, wanted=telemetry)
         self.agents = AgentRuns(self._hub, self._trail, self.telemetry)
+        action = census.action or ("record" if environment.is_production else "warn")
+        self.census = None if action == "off" else Census(census, action, self._trail)
         self._catalog = AgentCatalog()
         self._launcher = Launcher(agents, self._catalog, self.agents, self._guard, self.hooks, self._trail)
         self.after_fork()

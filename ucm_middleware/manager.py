@@ -17,6 +17,7 @@ from ucm_middleware.agents.stream import AgentStream
 from ucm_middleware.ambient import Grant
 from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import mention
+from ucm_middleware.census.policy import CensusPolicy
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.database import hold_transaction, require_transactions, run_in_transaction
 from ucm_middleware.egress.policy import EgressPolicy
@@ -74,8 +75,8 @@ class UserContextManager(Hosting):
     user's contexts may be WebSocket connections: four fifths of them unless another number is given, so that requests
     find room. ``agents`` says how many runs of agents a user may have at once, and for how long. ``isolation`` says
     what users share by design, and how often a context's data are compared with those of others when it closes.
-
-    With ``egress``, values that a user protects are looked for in what is sent to any other; None for no such guard.
+    ``census`` says what is done about that which outlives its request. With ``egress``, values that a user protects are
+    looked for in what is sent to any other; None for no such guard.
 
     Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
@@ -106,6 +107,7 @@ class UserContextManager(Hosting):
         agents: AgentPolicy | None = None,
         egress: EgressPolicy | None = None,
         isolation: IsolationPolicy | None = None,
+        census: CensusPolicy | None = None,
     ) -> None:
         per_user = checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
@@ -132,6 +134,7 @@ class UserContextManager(Hosting):
             agents=AgentPolicy() if agents is None else agents,
             egress=egress,
             isolation=IsolationPolicy() if isolation is None else isolation,
+            census=CensusPolicy() if census is None else census,
         )
         self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
 

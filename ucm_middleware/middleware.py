@@ -17,6 +17,7 @@ from ucm_middleware.admission import REFUSED, Admission, Refused
 from ucm_middleware.ambient import leave
 from ucm_middleware.answers import RecordedAnswer
 from ucm_middleware.audit.ledger import DurableLedger
+from ucm_middleware.census.census import expected_in, references
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
@@ -103,6 +104,7 @@ class UserContextMiddleware:
         self.message_limits = MessageLimits(max_message_size, message_rate)
         hooks = self.manager.hooks
         self._is_wrapped = bool(hooks.around_context or hooks.around_message)
+        self._census = self.manager.census
         self._ledger = self.manager._durable_ledger
         self._strict_ledger = self._ledger if self.manager.audit == "strict" else None
         self._begin = self._serve if self._ledger is None else self._serve_when_room
@@ -189,11 +191,18 @@ class UserContextMiddleware:
             found = None if waiting is None else await waiting
             if found is None and self.manager.hooks.identify:
                 found = await self.manager.hooks.identify(HTTPConnection(scope))
-            context = self._admission.open_for(found, scope[BOUNDARY].context, scope["type"] == "websocket")
+            # No name for the context here: it would be one reference more than the census expects.
+            running = self._run(
+                self._admission.open_for(found, scope[BOUNDARY].context, scope["type"] == "websocket"),
+                scope,
+                receive,
+                send,
+                sent,
+            )
         except REFUSED as error:
             await self._refuse(error, scope, send)
         else:
-            await self._run(context, scope, receive, send, sent)
+            await running
 
     async def _run(
         self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch
@@ -258,6 +267,12 @@ class UserContextMiddleware:
             leave(token)
             if ahead is not None:
                 ahead.stop()
+            if self._census is not None:
+                expected = expected_in(scope, context, CONTEXT)
+                if references(context) > expected:
+                    self._census.suspect(context, scope, expected)
+        if self._census is not None and self._census.action == "raise":
+            self._census.require_nothing(context)
 
     async def _run_guarded(
         self, guard: EgressGuard, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send

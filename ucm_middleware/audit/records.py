@@ -30,6 +30,7 @@ Event = Literal[
     "closed",
     "isolation_violated",
     "egress",
+    "outlived",
     "erased",
 ]
 """What can happen; docs/reference/audit-records.md says for each what its record holds."""

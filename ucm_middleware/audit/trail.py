@@ -71,6 +71,9 @@ ANONYMOUS: Final = RESERVED_PREFIX
 SHOWN_FINDINGS: Final = 100
 """How many breaches of isolation one look puts on record."""
 
+SHOWN_HOLDERS: Final = 20
+"""How many of what holds one closed context are put on record."""
+
 SETTLE_TIMEOUT: Final = 10.0
 """Seconds that synchronous code waits in strict mode for a record to be durable."""
 
@@ -414,6 +417,14 @@ class AuditTrail:
         self._about_nobody("egress", outcome, data=about)
         for owner in owners:
             self._about_nobody("egress", outcome, user_id=owner, data=data)
+
+    def outlived(self, context: UserExecutionContext, kinds: Sequence[str], holders: Sequence[str]) -> None:
+        """A context has closed, and something still holds it: what, by kind and in words."""
+        data = (
+            ("kinds", sorted(set(kinds))),
+            ("holders", [text_for_record(holder) for holder in holders[:SHOWN_HOLDERS]]),
+        )
+        self._about(context, "outlived", "failed", data=data)
 
     def of(self, user_id: str) -> dict[str, Any] | None:
         """One user's trail, a copy; None for a user never seen. Fixed fields win over metadata of the same name."""

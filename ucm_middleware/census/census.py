@@ -1,0 +1,189 @@
+"""The census: after the teardown of a context, what still holds it, and what is done about that."""
+
+import asyncio
+import logging
+import sys
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping
+from contextvars import Context
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
+from typing import Any, Final, NamedTuple
+
+from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.census.holder import Holder, running
+from ucm_middleware.census.policy import CensusAction, CensusPolicy
+from ucm_middleware.census.referrers import Search
+from ucm_middleware.census.survey import survey
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import ContextLeakError
+
+logger = logging.getLogger(__name__)
+
+SHARE: Final = 20
+"""After a look, so many times its duration pass before the next: together they take a twentieth of the loop's time."""
+
+SETTLING: Final = 1.0
+"""Seconds that what no task, timer or thread explains has to go, by a garbage collection, before it is searched for."""
+
+SEARCH_SECONDS: Final = 0.1
+"""How long one look searches the heap, give or take one pass over it."""
+
+SUSPECTS: Final = 1000
+"""How many contexts wait for a look at most; of more, the oldest are let go unseen."""
+
+_COUNTING: Final = 3
+"""The references that counting adds: the caller's name for the context, its name here, and the argument."""
+
+_GENERATORS: Final = (GeneratorType, AsyncGeneratorType, CoroutineType)
+
+
+class Suspect(NamedTuple):
+    """A context that had more references than it should. It is not kept by this; the server keeps its scope anyhow.
+
+    ``scope`` is None for a context that the application made: that it goes on referring to it is its own affair.
+    """
+
+    context: "weakref.ref[UserExecutionContext]"
+    scope: Mapping[str, Any] | None
+    expected: int
+    is_settled: bool = False
+
+
+class Census:
+    """Counts the references to each context that has closed, and looks closer where there are too many.
+
+    The count is exact: where nothing that a request started goes on, only its scope refers to the context. Whatever
+    began in the request has a copy of its ``contextvars.Context``, which refers to it once more. What has only to be
+    let go of yet, such as the loop's last callback, is gone a turn of the loop later: so the closer look comes then,
+    one for all suspects of that turn.
+    """
+
+    __slots__ = ("_allowed", "_is_planned", "_next", "_searches", "_suspects", "_trail", "action")
+
+    def __init__(self, policy: CensusPolicy, action: CensusAction, trail: AuditTrail) -> None:
+        self.action = action
+        self._allowed = frozenset(policy.allow)
+        self._searches = policy.search
+        self._trail = trail
+        self._suspects: deque[Suspect] = deque(maxlen=SUSPECTS)
+        self._is_planned = False
+        self._next = 0.0
+
+    def suspect(self, context: UserExecutionContext, scope: Mapping[str, Any] | None, expected: int) -> None:
+        """Look at a context that has closed, soon; under "cancel" at once too. ``expected`` is how many references it
+        may have by then.
+        """
+        if self.action == "cancel" and (holders := self._running_in(context)):
+            self._tell(context, holders)
+            return
+        self._suspects.append(Suspect(weakref.ref(context), scope, expected))
+        self._plan(0.0)
+
+    def require_nothing(self, context: UserExecutionContext) -> None:
+        """Under "raise", look at once: ContextLeakError when something runs in the context."""
+        if self.action == "raise" and (holders := self._running_in(context)):
+            self._tell(context, holders)
+            raise ContextLeakError(context.request_id, context.lifetime.where(), [str(one) for one in holders])
+
+    def _plan(self, wait: float) -> None:
+        if self._is_planned:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a thread without an event loop
+            self._look()
+            return
+        self._is_planned = True
+        # In an empty Context: a handle keeps its own, and what is counted here is who keeps a context.
+        wait = max(wait, self._next - time.monotonic())
+        if wait > 0:
+            loop.call_later(wait, self._look, context=Context())
+        else:
+            loop.call_soon(self._look, context=Context())
+
+    def _look(self) -> None:
+        began = time.perf_counter()
+        self._is_planned = False
+        suspects, self._suspects = self._suspects, deque(maxlen=SUSPECTS)
+        held = {context: suspect for suspect in suspects if (context := _still_held(suspect)) is not None}
+        if not held:
+            return
+        try:
+            for context, holders in self._holders(held).items():
+                self._tell(context, holders)
+        except Exception:
+            logger.exception("what still holds a context could not be told")
+        self._next = time.monotonic() + SHARE * (time.perf_counter() - began)
+        if self._suspects:
+            self._plan(SETTLING)
+
+    def _holders(self, held: Mapping[UserExecutionContext, Suspect]) -> dict[UserExecutionContext, list[Holder]]:
+        running_in = survey(held)
+        found = {context: left for context, one in running_in.items() if (left := self._not_allowed(one))}
+        if not self._searches:
+            return found
+        deadline = time.perf_counter() + SEARCH_SECONDS
+        for context, suspect in held.items():
+            if context in running_in:
+                continue
+            if not suspect.is_settled:
+                self._suspects.append(suspect._replace(is_settled=True))
+            elif (seconds := deadline - time.perf_counter()) > 0:
+                holder = search(context, suspect.scope, seconds, without=(held,))
+                if holder is not None and (holders := self._not_allowed((holder,))):
+                    found[context] = holders
+        return found
+
+    def _running_in(self, context: UserExecutionContext) -> list[Holder]:
+        return self._not_allowed(survey((context,)).get(context, ()))
+
+    def _not_allowed(self, holders: Iterable[Holder]) -> list[Holder]:
+        return [holder for holder in holders if holder.name not in self._allowed]
+
+    def _tell(self, context: UserExecutionContext, holders: list[Holder]) -> None:
+        texts = [str(holder) for holder in holders]
+        if self.action == "cancel":
+            for cancel in [holder.cancel for holder in holders if holder.cancel is not None]:
+                cancel()
+        self._trail.outlived(context, [holder.kind for holder in holders], texts)
+        if self.action == "warn":
+            about = f"context {context.request_id}, opened by {context.lifetime.where()}, is closed and still held by"
+            warnings.warn(f"{about} {'; '.join(texts)}", ResourceWarning, stacklevel=2)
+
+
+def references(context: UserExecutionContext) -> int:
+    """How many references there are to a context, besides the caller's one name for it."""
+    return sys.getrefcount(context) - _COUNTING
+
+
+def expected_in(scope: Mapping[str, Any], context: UserExecutionContext, key: str) -> int:
+    """How many references a scope has to its context: under the key, and in its state."""
+    return (scope.get(key) is context) + (scope["state"].get("user_context") is context)
+
+
+def search(
+    context: UserExecutionContext, scope: Mapping[str, Any] | None, seconds: float, without: Iterable[object] = ()
+) -> Holder | None:
+    """What refers to a context, by a path from a global. None for what only waits for the garbage collector."""
+    of_the_server = () if scope is None else (scope, scope.get("state"))
+    trace = Search(seconds=seconds, without=(*without, *of_the_server)).back_from(context)
+    if trace is None:
+        return None
+    path = str(trace.up_to(Context))
+    for value in trace.objects:
+        if type(value) in _GENERATORS:
+            name, where = running(value)
+            return Holder("generator", name, f"{where}, kept in {path}" if where else f"{path}")
+        if type(value).__name__ == "_WorkItem":
+            return Holder("executor job", path)
+    return None if scope is None else Holder("reference", path)
+
+
+def _still_held(suspect: Suspect) -> UserExecutionContext | None:
+    context = suspect.context()
+    if context is None or references(context) <= suspect.expected:
+        return None
+    return context

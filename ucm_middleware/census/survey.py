@@ -1,0 +1,157 @@
+"""What runs in a context: the tasks, timers and threads that began in it and go on.
+
+Each of them has a copy of the Context in which it was started, and so the ambient variable that says whose it is. They
+are found where the interpreter keeps them; what is found nowhere else, ``referrers`` looks for.
+"""
+
+import asyncio
+import concurrent.futures.thread
+import functools
+import gc
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any, Final
+
+from ucm_middleware.census.holder import Holder, module_of, place, running
+from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import ambient
+from ucm_middleware.isolation import type_name
+
+DEPTH: Final = 4
+"""How far from a thread's local variables its Context may be: behind a partial, in an executor's work item."""
+
+_OF_THE_LOOP: Final = ("asyncio", "anyio", "uvloop", "concurrent", "threading", "trio")
+"""Packages whose callbacks are part of something else: the timer of a sleep is its task's."""
+
+_HELD_BY_THREADS: Final = (
+    functools.partial,
+    BuiltinFunctionType,
+    tuple,
+    dict,
+    threading.Thread,
+    concurrent.futures.thread._WorkItem,  # pyright: ignore[reportPrivateUsage]
+)
+
+_coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
+
+Holders = dict[UserExecutionContext, list[Holder]]
+
+
+def survey(contexts: Iterable[UserExecutionContext]) -> Holders:
+    """What runs in which of these contexts, seen from the event loop, if any, that runs here."""
+    wanted = set(contexts)
+    found: Holders = defaultdict(list)
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        loop = None
+    seen = [*_threads()]
+    if loop is not None:
+        seen += [*_tasks(loop), *_timers(loop)]
+    for context, holder in seen:
+        if context in wanted:
+            found[context].append(holder)
+    return found
+
+
+def _whose(variables: Context | None) -> UserExecutionContext | None:
+    inside = None if variables is None else variables.get(ambient)
+    return None if inside is None else inside.context
+
+
+def _context_of(value: object) -> Context | None:
+    """The Context among what a task or a handle refers to: before Python 3.12 a task does not tell."""
+    return next((one for one in gc.get_referents(value) if type(one) is Context), None)
+
+
+def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionContext, Holder]]:
+    here = asyncio.current_task(loop)
+    for task in asyncio.all_tasks(loop):
+        if task is here or (context := _whose(_context_of(task))) is None:
+            continue
+        name, where = running(_coroutine_of(task))
+        yield context, Holder("task", name, where, task.cancel)
+
+
+def _timers(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionContext, Holder]]:
+    for handle in _handles(loop):
+        if handle.cancelled() or (context := _whose(_context_of(handle))) is None:
+            continue
+        name, where = _callback(handle)
+        if name.partition(".")[0].lstrip("_") not in _OF_THE_LOOP:
+            yield context, Holder("timer", name, where, handle.cancel)
+
+
+def _handles(loop: asyncio.AbstractEventLoop) -> list[Any]:
+    """What waits in a loop: asyncio keeps it in a heap, uvloop in a set that only the garbage collector sees."""
+    scheduled = getattr(loop, "_scheduled", None)
+    if scheduled is not None:
+        return [*scheduled]
+    kept = [one for one in gc.get_referents(loop) if type(one) in (set, list)]
+    return [one for each in kept for one in list(each) if type(one).__name__ == "TimerHandle"]
+
+
+def _callback(handle: object) -> tuple[str, str]:
+    """The name of what a handle will call, and where that is written."""
+    function: Any = getattr(handle, "_callback", None)
+    if function is None:  # uvloop's
+        function = next((one for one in gc.get_referents(handle) if callable(one)), None)
+    while type(function) is functools.partial:
+        function = function.func
+    if type(function) is MethodType:
+        function = function.__func__
+    if type(function) is FunctionType:
+        code = function.__code__
+        return f"{function.__module__}.{function.__qualname__}", f"{code.co_filename}:{code.co_firstlineno}"
+    if type(function) is BuiltinFunctionType:
+        owner: object = function.__self__
+        module = type(owner).__module__ if type(owner) is not ModuleType else function.__module__
+        return f"{module}.{function.__qualname__}", ""
+    return type_name(function), ""
+
+
+def _threads() -> Iterator[tuple[UserExecutionContext, Holder]]:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, top in sys._current_frames().items():  # pyright: ignore[reportPrivateUsage] - there is no public way
+        if ident == threading.get_ident():
+            continue
+        for context in _contexts_of(top):
+            frame = _of_the_application(top)
+            name = f"{names.get(ident, ident)!r} in {module_of(frame)}.{frame.f_code.co_qualname}"
+            yield context, Holder("thread", name, place(frame))
+
+
+def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
+    found: set[UserExecutionContext] = set()
+    frame: FrameType | None = top
+    while frame is not None:
+        for value in list(frame.f_locals.values()):
+            if (context := _whose(_variables_in(value, DEPTH))) is not None:
+                found.add(context)
+        frame = frame.f_back
+    return found
+
+
+def _variables_in(value: object, depth: int) -> Context | None:
+    if type(value) is Context:
+        return value
+    if depth and issubclass(type(value), _HELD_BY_THREADS):
+        for one in gc.get_referents(value):
+            found = _variables_in(one, depth - 1)
+            if found is not None:
+                return found
+    return None
+
+
+def _of_the_application(top: FrameType) -> FrameType:
+    """The innermost frame that is none of the standard library's."""
+    frame: FrameType | None = top
+    while frame is not None:
+        if module_of(frame).partition(".")[0] not in sys.stdlib_module_names:
+            return frame
+        frame = frame.f_back
+    return top
