@@ -3,9 +3,11 @@
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.census.referrers import holder_path
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.reachability import Check, IsolationPolicy, IsolationReport
 from ucm_middleware.reachability.policy import checked_budget
@@ -38,7 +40,13 @@ class Inspector:
         """Compare these contexts with each other. Raises ConfigurationError for a limit that is no number above 0."""
         seconds, objects = checked_budget(max_seconds, max_objects)
         roots = [context.isolation_roots() for context in contexts]
-        check = Check(roots, shared_types=self._shared_types, max_seconds=seconds, max_objects=objects)
+        check = Check(
+            roots,
+            shared_types=self._shared_types,
+            max_seconds=seconds,
+            max_objects=objects,
+            holder=partial(holder_path, without=(UserExecutionContext,)),
+        )
         report = check.report()
         if report.findings:
             self._trail.isolation_violated(report.findings)

@@ -57,12 +57,13 @@ class Trace:
         return Trace(self.name, self.objects[:length])
 
 
-def holder_path(value: object, *, seconds: float = 0.25) -> str | None:
+def holder_path(value: object, seconds: float = 0.25, *, without: Iterable[type] = ()) -> str | None:
     """What keeps an object alive, as a path from a module's global or a class: ``shop.CACHE['profile']``.
 
-    None where there is none, and where none was found in so many seconds. It does not lead through contexts.
+    None where there is none, and where none was found in so many seconds. It does not lead through objects of the types
+    ``without``.
     """
-    trace = Search(seconds=seconds).back_from(value)
+    trace = Search(seconds=seconds, never=without).back_from(value)
     return None if trace is None else str(trace)
 
 

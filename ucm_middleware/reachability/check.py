@@ -2,14 +2,20 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 from ucm_middleware.isolation import type_name
 from ucm_middleware.reachability.kinds import Kinds
 from ucm_middleware.reachability.paths import Path, Paths
 from ucm_middleware.reachability.report import Finding, IsolationReport, Root, Unseen
 from ucm_middleware.reachability.walk import Budget, Share, Walk
+
+Holder = Callable[[object, float], str | None]
+"""What keeps an object alive, as a path from a global, found within so many seconds."""
+
+HOLDING: Final = 0.25
+"""How many seconds that takes at most for one object, give or take one pass over the heap."""
 
 WALKING: float = 0.75
 """Of the time, how much is for the walk; the rest is for the paths of what it found."""
@@ -32,7 +38,10 @@ def find_shared(
 
 
 class Check:
-    """One look at contexts, each given by its roots. Budgets are seconds, and objects looked at."""
+    """One look at contexts, each given by its roots. Budgets are seconds, and objects looked at.
+
+    ``holder`` is asked what keeps a shared object alive.
+    """
 
     def __init__(
         self,
@@ -42,6 +51,7 @@ class Check:
         max_seconds: float = math.inf,
         max_objects: float = math.inf,
         user_id: str | None = None,
+        holder: Holder | None = None,
     ) -> None:
         self.contexts = contexts
         self.owners: dict[str, list[Root]] = {}
@@ -50,6 +60,7 @@ class Check:
         self._started = time.perf_counter()
         self._deadline = self._started + max_seconds
         budget = Budget(self._started + max_seconds * WALKING, max_objects)
+        self._holder = holder
         self._walk = Walk(Kinds(shared_types), budget, user_id)
 
     def report(self) -> IsolationReport:
@@ -101,7 +112,12 @@ class Check:
             marks[share.second].owner,
             first.opened,
             second.opened,
+            self._held_by(share.value),
         )
+
+    def _held_by(self, value: object) -> str | None:
+        seconds = min(self._deadline - time.perf_counter(), HOLDING)
+        return None if self._holder is None or seconds <= 0 else self._holder(value, seconds)
 
     def _unseen(self, paths: dict[int, Paths]) -> Iterable[Unseen]:
         for kind, count in self._walk.unseen.items():

@@ -22,7 +22,8 @@ class Root:
 class Finding:
     """One mutable object that two owners reach, by a shortest path from each, and where their contexts were opened.
 
-    A path for which the time did not suffice ends with ``...``.
+    ``held_by`` is a path to it from a module's global or a class, where there is one and the time sufficed:
+    ``shop.CACHE['dashboard']``. Another path for which the time did not suffice ends with ``...``.
     """
 
     first_path: str
@@ -32,9 +33,11 @@ class Finding:
     second_owner: str
     first_opened: str = ""
     second_opened: str = ""
+    held_by: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.first_path} is {self.second_path} ({self.type_name})"
+        held = "" if self.held_by is None else f", which is {self.held_by}"
+        return f"{self.first_path} is {self.second_path} ({self.type_name}){held}"
 
 
 @dataclass(frozen=True, slots=True)

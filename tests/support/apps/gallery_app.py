@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from examples.gallery import GALLERY
 from examples.gallery.common import USERS
-from ucm_middleware import EVERYONE, UserContextManager
+from ucm_middleware import EVERYONE, CensusPolicy, EgressPolicy, UserContextManager
 
 
 class Inspector:
@@ -60,6 +60,11 @@ class Inspector:
 def make() -> ASGIApp:
     """The app, alone or, with GALLERY_MANAGED, in the middleware; with GALLERY_INSPECTED behind an inspector too."""
     bug = next(bug for bug in GALLERY if bug.name == os.environ["GALLERY_BUG"])
-    manager = UserContextManager() if "GALLERY_MANAGED" in os.environ else None
+    manager = None
+    if "GALLERY_MANAGED" in os.environ:
+        manager = UserContextManager(
+            census=CensusPolicy(action="record"),
+            egress=EgressPolicy(fields=["api_key"]),
+        )
     app: ASGIApp = import_module(bug.module).create_app(planted="GALLERY_PLANTED" in os.environ, manager=manager)
     return Inspector(app, manager) if manager is not None and "GALLERY_INSPECTED" in os.environ else app
