@@ -286,6 +286,7 @@ class UserContextMiddleware:
             await watched.finish()
         finally:
             watched.tell()
+            guard.end(context)
 
     def _connected(
         self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send

@@ -169,7 +169,8 @@ def search(
 ) -> Holder | None:
     """What refers to a context, by a path from a global. None for what only waits for the garbage collector."""
     of_the_server = () if scope is None else (scope, scope.get("state"))
-    trace = Search(seconds=seconds, without=(*without, *of_the_server)).back_from(context)
+    ends = (asyncio.AbstractEventLoop,)  # no global holds the one that runs
+    trace = Search(seconds=seconds, ends=ends, without=(*without, *of_the_server)).back_from(context)
     if trace is None:
         return None
     path = str(trace.up_to(Context))

@@ -4,7 +4,6 @@ It runs none of the application's code. The interpreter goes through all objects
 milliseconds for each million of them, in which nothing else runs.
 """
 
-import asyncio
 import functools
 import gc
 import itertools
@@ -122,7 +121,7 @@ class Search:
             return self._modules[id(value)]
         if issubclass(type(value), type):
             return f"{_module_name(value)}.{_qualname(value)}"
-        if issubclass(type(value), (asyncio.AbstractEventLoop, *self._ends)):
+        if issubclass(type(value), self._ends):
             return f"<{type_name(value)}>"
         return None
 

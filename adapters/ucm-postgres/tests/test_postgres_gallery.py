@@ -6,7 +6,7 @@ The others are tested in tests/test_gallery.py.
 import pytest
 
 from examples.gallery import GALLERY
-from support.gallery import assert_kept_apart, drive, leaked
+from support.gallery import assert_kept_apart, drive, inspect, leaked
 from support.postgres import PostgresServer
 
 (BUG,) = (bug for bug in GALLERY if bug.needs == "GALLERY_POSTGRES")
@@ -29,3 +29,20 @@ def test_the_clean_twin_shows_everybody_their_own(postgres_server: PostgresServe
         received = drive(BUG, planted=False, managed=managed, env={"GALLERY_POSTGRES": database.owner.dsn})
 
     assert_kept_apart(received)
+
+
+def test_the_guard_names_the_row_that_bob_is_shown(postgres_server: PostgresServer) -> None:
+    with postgres_server.database(notes=False) as database:
+        inspection = inspect(BUG, planted=True, env={"GALLERY_POSTGRES": database.owner.dsn})
+
+    hits = [event for event in inspection.events if event["event"] == "egress" and "receiver" in event]
+    assert {(hit["receiver"], hit["route"], hit["field"]) for hit in hits} == {("bob", "/notices", "$[0].api_key")}
+    assert inspection.findings == []  # what is shared is a setting in the database
+
+
+def test_nothing_is_named_of_the_clean_twin(postgres_server: PostgresServer) -> None:
+    with postgres_server.database(notes=False) as database:
+        inspection = inspect(BUG, planted=False, env={"GALLERY_POSTGRES": database.owner.dsn})
+
+    assert inspection.findings == []
+    assert not [event for event in inspection.events if event["outcome"] != "ok"]
