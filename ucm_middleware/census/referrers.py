@@ -22,13 +22,16 @@ from typing import Any, Final
 
 from ucm_middleware.isolation import type_name
 from ucm_middleware.reachability.kinds import Kinds
-from ucm_middleware.reachability.names import NAME, TEXT, Step, path_of, steps_between
+from ucm_middleware.reachability.names import KEY, NAME, TEXT, Step, path_of, steps_between
 
 STEPS: Final = 14
 """How many steps back are taken at most."""
 
 WIDTH: Final = 1000
 """How many objects a step goes back from at most."""
+
+SHOWN_KEY: Final = 16
+"""How long a key may be that is shown in a path."""
 
 _module_dict: Final[Any] = vars(ModuleType)["__dict__"].__get__
 _module_name: Final[Any] = vars(type)["__module__"].__get__
@@ -46,7 +49,7 @@ class Trace:
     objects: tuple[object, ...]
 
     def __str__(self) -> str:
-        steps = _steps(self.objects)
+        steps = [_without_secret(step) for step in _steps(self.objects)]
         is_module = type(self.objects[0]) is dict
         return path_of(self.name, [_ATTRIBUTES, *steps] if is_module and steps else steps)
 
@@ -162,6 +165,13 @@ def _steps(way: Sequence[Any]) -> list[Step]:
             is_of_class = issubclass(type(holder), type) and type(held) is dict
             steps += [_ATTRIBUTES] if is_of_class else steps_between(holder, held, kinds)
     return steps
+
+
+def _without_secret(step: Step) -> Step:
+    """A step by a long key, which may be a session's token, says only that it is one: these paths stand in logs."""
+    form, what = step
+    is_long = form == KEY and type(what) in (str, bytes) and len(what) > SHOWN_KEY
+    return (TEXT, f"[<{type_name(what)}>]") if is_long else step
 
 
 def _of_function(function: FunctionType, held: object) -> list[Step]:
