@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from inspect import isawaitable
+from sys import getrefcount
 from typing import Any, Final
 
 from starlette.requests import HTTPConnection
@@ -17,7 +18,6 @@ from ucm_middleware.admission import REFUSED, Admission, Refused
 from ucm_middleware.ambient import leave
 from ucm_middleware.answers import RecordedAnswer
 from ucm_middleware.audit.ledger import DurableLedger
-from ucm_middleware.census.census import expected_in, references
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
@@ -43,6 +43,12 @@ CONTEXT: Final = "ucm_middleware.context"
 """The scope key of the context."""
 
 _SHUT_DOWN: Final = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+
+
+_LET_GO: Final = 4
+"""References to a context that nothing but its scope holds: there under its key and in the state, and as the name and
+the argument of who counts.
+"""
 
 
 class Watch:
@@ -268,9 +274,9 @@ class UserContextMiddleware:
             if ahead is not None:
                 ahead.stop()
             if self._census is not None:
-                expected = expected_in(scope, context, CONTEXT)
-                if references(context) > expected:
-                    self._census.suspect(context, scope, expected)
+                del ahead, receive, send, app_send  # some of them hold the context
+                if getrefcount(context) != _LET_GO:
+                    self._census.count(context, scope, CONTEXT)
         if self._census is not None and self._census.action == "raise":
             self._census.require_nothing(context)
 

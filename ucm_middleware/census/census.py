@@ -72,6 +72,12 @@ class Census:
         self._is_planned = False
         self._next = 0.0
 
+    def count(self, context: UserExecutionContext, scope: Mapping[str, Any], key: str) -> None:
+        """Suspect a context that more refers to than its scope, which has it under ``key`` and in its state."""
+        expected = (scope.get(key) is context) + (scope["state"].get("user_context") is context)
+        if references(context) - 1 > expected:  # the caller has a name for it too
+            self.suspect(context, scope, expected)
+
     def suspect(self, context: UserExecutionContext, scope: Mapping[str, Any] | None, expected: int) -> None:
         """Look at a context that has closed, soon; under "cancel" at once too. ``expected`` is how many references it
         may have by then.
@@ -157,11 +163,6 @@ class Census:
 def references(context: UserExecutionContext) -> int:
     """How many references there are to a context, besides the caller's one name for it."""
     return sys.getrefcount(context) - _COUNTING
-
-
-def expected_in(scope: Mapping[str, Any], context: UserExecutionContext, key: str) -> int:
-    """How many references a scope has to its context: under the key, and in its state."""
-    return (scope.get(key) is context) + (scope["state"].get("user_context") is context)
 
 
 def search(
