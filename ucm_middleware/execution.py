@@ -96,7 +96,7 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         finally:
             self._leave()
             if census is not None:
-                census.suspect(self._context, None, 0)
+                census.suspect(self._context, None)
         self._raise_failures(error)
         if census is not None and error is None:
             census.require_nothing(self._context)
@@ -118,7 +118,7 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         finally:
             self._leave()
             if census is not None:
-                census.suspect(self._context, None, 0)
+                census.suspect(self._context, None)
         if interrupted and isinstance(error, asyncio.CancelledError):
             raise ContextClosedError(self._context.request_id, lifetime.where(), lifetime.reason or "closed") from error
         self._raise_failures(error)

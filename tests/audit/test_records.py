@@ -780,8 +780,8 @@ class TestMetadata:
             assert len((record.reason or "").encode()) < 10_000
 
 
-ELSEWHERE = {"answered", "erased"}
-"""What strict mode and the erasing of a user write, which are tested there."""
+ELSEWHERE = {"answered", "egress", "erased", "outlived"}
+"""What strict mode, the guard, the erasing of a user and the census write, which are tested there."""
 
 
 async def everything(ledger: RecordingLedger) -> None:

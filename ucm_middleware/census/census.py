@@ -1,6 +1,7 @@
 """The census: after the teardown of a context, what still holds it, and what is done about that."""
 
 import asyncio
+import gc
 import logging
 import sys
 import time
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from contextvars import Context
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.census.holder import Holder, running
@@ -37,18 +38,24 @@ SUSPECTS: Final = 1000
 _COUNTING: Final = 3
 """The references that counting adds: the caller's name for the context, its name here, and the argument."""
 
+_SCOPE: Final = frozenset({"ucm_middleware.context", "user_context"})
+"""The keys under which a scope, and the state in it, have the context."""
+
+_LOOPS: Final = (asyncio.AbstractEventLoop,)
+"""No global holds the loop that runs, and it holds its executor."""
+
 _GENERATORS: Final = (GeneratorType, AsyncGeneratorType, CoroutineType)
 
 
 class Suspect(NamedTuple):
-    """A context that had more references than it should. It is not kept by this; the server keeps its scope anyhow.
+    """A context that had more references than it should. It is not kept by this.
 
-    ``scope`` is None for a context that the application made: that it goes on referring to it is its own affair.
+    ``expected`` is how many it may have while the server keeps its scope; None for a context that the application made:
+    that it goes on referring to it is its own affair.
     """
 
     context: "weakref.ref[UserExecutionContext]"
-    scope: Mapping[str, Any] | None
-    expected: int
+    expected: int | None
     is_settled: bool = False
 
 
@@ -76,16 +83,14 @@ class Census:
         """Suspect a context that more refers to than its scope, which has it under ``key`` and in its state."""
         expected = (scope.get(key) is context) + (scope["state"].get("user_context") is context)
         if references(context) - 1 > expected:  # the caller has a name for it too
-            self.suspect(context, scope, expected)
+            self.suspect(context, expected)
 
-    def suspect(self, context: UserExecutionContext, scope: Mapping[str, Any] | None, expected: int) -> None:
-        """Look at a context that has closed, soon; under "cancel" at once too. ``expected`` is how many references it
-        may have by then.
-        """
+    def suspect(self, context: UserExecutionContext, expected: int | None) -> None:
+        """Look at a context that has closed, soon; under "cancel" at once too. ``expected`` is that of a Suspect."""
         if self.action == "cancel" and (holders := self._running_in(context)):
             self._tell(context, holders)
             return
-        self._suspects.append(Suspect(weakref.ref(context), scope, expected))
+        self._suspects.append(Suspect(weakref.ref(context), expected))
         self._plan(0.0)
 
     def require_nothing(self, context: UserExecutionContext) -> None:
@@ -138,7 +143,7 @@ class Census:
             if not suspect.is_settled:
                 self._suspects.append(suspect._replace(is_settled=True))
             elif (seconds := deadline - time.perf_counter()) > 0:
-                holder = search(context, suspect.scope, seconds, without=(held,))
+                holder = search(context, seconds, is_request=suspect.expected is not None, without=(held,))
                 if holder is not None and (holders := self._not_allowed((holder,))):
                     found[context] = holders
         return found
@@ -166,26 +171,31 @@ def references(context: UserExecutionContext) -> int:
 
 
 def search(
-    context: UserExecutionContext, scope: Mapping[str, Any] | None, seconds: float, without: Iterable[object] = ()
+    context: UserExecutionContext, seconds: float, *, is_request: bool, without: Iterable[object] = ()
 ) -> Holder | None:
-    """What refers to a context, by a path from a global. None for what only waits for the garbage collector."""
-    of_the_server = () if scope is None else (scope, scope.get("state"))
-    ends = (asyncio.AbstractEventLoop,)  # no global holds the one that runs
-    trace = Search(seconds=seconds, ends=ends, without=(*without, *of_the_server)).back_from(context)
+    """What refers to a context, by a path from a global. None for what only waits for the garbage collector, and for
+    the scope, which the server keeps as long as it likes.
+    """
+    scopes: list[object] = [one for one in gc.get_referrers(context) if _is_scope(one)]
+    trace = Search(seconds=seconds, ends=_LOOPS, without=(*without, scopes, *scopes)).back_from(context)
     if trace is None:
         return None
     path = str(trace.up_to(Context))
     for value in trace.objects:
         if type(value) in _GENERATORS:
             name, where = running(value)
-            return Holder("generator", name, f"{where}, kept in {path}" if where else f"{path}")
+            return Holder("generator", name, f"{where}, kept in {path}" if where else path)
         if type(value).__name__ == "_WorkItem":
             return Holder("executor job", path)
-    return None if scope is None else Holder("reference", path)
+    is_held = is_request and not issubclass(type(trace.objects[0]), _LOOPS)
+    return Holder("reference", path) if is_held else None
+
+
+def _is_scope(value: Any) -> bool:
+    return type(value) is dict and not _SCOPE.isdisjoint(cast("dict[object, object]", value))
 
 
 def _still_held(suspect: Suspect) -> UserExecutionContext | None:
     context = suspect.context()
-    if context is None or references(context) <= suspect.expected:
-        return None
-    return context
+    # It has fewer references when the server has let go of the scope meanwhile, and may be held all the same.
+    return None if context is None or references(context) == suspect.expected else context

@@ -116,9 +116,9 @@ def _callback(handle: object) -> tuple[str, str]:
 
 def _threads() -> Iterator[tuple[UserExecutionContext, Holder]]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, top in sys._current_frames().items():  # pyright: ignore[reportPrivateUsage] - there is no public way
-        if ident == threading.get_ident():
-            continue
+    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage] - there is no public way
+    del frames[threading.get_ident()]  # this one, which would refer to itself
+    for ident, top in frames.items():
         for context in _contexts_of(top):
             frame = _of_the_application(top)
             name = f"{names.get(ident, ident)!r} in {module_of(frame)}.{frame.f_code.co_qualname}"

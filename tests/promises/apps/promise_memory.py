@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -211,7 +212,7 @@ async def report(request: Request) -> JSONResponse:
         return JSONResponse(
             {
                 "isolated": manager.validate_isolation(),
-                "findings": [str(finding) for finding in manager.isolation_report().findings],
+                "findings": [str(replace(finding, held_by=None)) for finding in manager.isolation_report().findings],
             }
         )
 
