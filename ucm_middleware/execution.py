@@ -80,25 +80,27 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
 
     def __enter__(self) -> UserExecutionContext:
         require_entry(self._context)
+        self._references = references(self._context)
         self._token = enter(self._context)
         host = self._context.host
         if host is not None and (spans := host.telemetry.spans) is not None:
             self._leave_span = spans.enter(self._context)
-        self._references = references(self._context)
         return self._context
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        census = self._suspecting()
+        census, before = self._census(), references(self._context)
         try:
             self._context.close(reason_of(error), error)
         finally:
+            let_go = before - references(self._context)
             self._leave()
-            if census is not None:
+            is_held = census is not None and self._is_held(let_go)
+            if census is not None and is_held:
                 census.suspect(self._context, None)
         self._raise_failures(error)
-        if census is not None and error is None:
+        if census is not None and is_held and error is None:
             census.require_nothing(self._context)
 
     async def __aenter__(self) -> UserExecutionContext:
@@ -112,24 +114,30 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
         lifetime = self._context.lifetime
         lifetime.task = None
         interrupted = lifetime.absorb_interrupt()
-        census = self._suspecting()
+        census, before = self._census(), references(self._context)
         try:
             await self._context.aclose(reason_of(error), error)
         finally:
+            let_go = before - references(self._context)
             self._leave()
-            if census is not None:
+            is_held = census is not None and self._is_held(let_go)
+            if census is not None and is_held:
                 census.suspect(self._context, None)
         if interrupted and isinstance(error, asyncio.CancelledError):
             raise ContextClosedError(self._context.request_id, lifetime.where(), lifetime.reason or "closed") from error
         self._raise_failures(error)
-        if census is not None and error is None:
+        if census is not None and is_held and error is None:
             census.require_nothing(self._context)
 
-    def _suspecting(self) -> Census | None:
-        """The manager's census, when there are more references to the context than at the block's beginning."""
-        host = self._context.host
-        census = None if host is None else host.census
-        return census if census is not None and references(self._context) > self._references else None
+    def _census(self) -> Census | None:
+        host = self._context.host  # a closed context has none
+        return None if host is None else host.census
+
+    def _is_held(self, let_go: int) -> bool:
+        """Whether there are more references to the context than before the block, but for those that the close
+        ``let_go``. Inside of the block that does not show: its Context shares the reference with those of its tasks.
+        """
+        return references(self._context) > self._references - let_go
 
     def _leave(self) -> None:
         token, self._token = self._token, None

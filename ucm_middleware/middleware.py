@@ -273,11 +273,11 @@ class UserContextMiddleware:
             leave(token)
             if ahead is not None:
                 ahead.stop()
+            is_held = False
             if self._census is not None:
                 del ahead, receive, send, app_send  # some of them hold the context
-                if getrefcount(context) != _LET_GO:
-                    self._census.count(context, scope, CONTEXT)
-        if self._census is not None and self._census.action == "raise":
+                is_held = getrefcount(context) != _LET_GO and self._census.count(context, scope, CONTEXT)
+        if is_held and self._census is not None:
             self._census.require_nothing(context)
 
     async def _run_guarded(

@@ -17,7 +17,7 @@ from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.census.holder import Holder, running
 from ucm_middleware.census.policy import CensusAction, CensusPolicy
 from ucm_middleware.census.referrers import Search
-from ucm_middleware.census.survey import survey
+from ucm_middleware.census.survey import cancelled_timers, survey
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextLeakError
 
@@ -29,7 +29,7 @@ SHARE: Final = 20
 SETTLING: Final = 1.0
 """Seconds that what no task, timer or thread explains has to go, by a garbage collection, before it is searched for."""
 
-SEARCH_SECONDS: Final = 0.1
+SEARCH_SECONDS: Final = 0.5
 """How long one look searches the heap, give or take one pass over it."""
 
 SUSPECTS: Final = 1000
@@ -79,24 +79,29 @@ class Census:
         self._is_planned = False
         self._next = 0.0
 
-    def count(self, context: UserExecutionContext, scope: Mapping[str, Any], key: str) -> None:
-        """Suspect a context that more refers to than its scope, which has it under ``key`` and in its state."""
+    def count(self, context: UserExecutionContext, scope: Mapping[str, Any], key: str) -> bool:
+        """Suspect a context that more refers to than its scope, which has it under ``key`` and in its state. Returns
+        whether it is suspected.
+        """
         expected = (scope.get(key) is context) + (scope["state"].get("user_context") is context)
         if references(context) - 1 > expected:  # the caller has a name for it too
             self.suspect(context, expected)
+            return True
+        return False
 
     def suspect(self, context: UserExecutionContext, expected: int | None) -> None:
-        """Look at a context that has closed, soon; under "cancel" at once too. ``expected`` is that of a Suspect."""
-        if self.action == "cancel" and (holders := self._running_in(context)):
+        """Look at a context that has closed, soon; under "cancel" and "raise" at once too. ``expected`` is as of a
+        Suspect.
+        """
+        if self.action in {"cancel", "raise"} and (holders := self._running_in(context)):
             self._tell(context, holders)
             return
         self._suspects.append(Suspect(weakref.ref(context), expected))
         self._plan(0.0)
 
     def require_nothing(self, context: UserExecutionContext) -> None:
-        """Under "raise", look at once: ContextLeakError when something runs in the context."""
+        """Under "raise": ContextLeakError when something runs in a context that was suspected."""
         if self.action == "raise" and (holders := self._running_in(context)):
-            self._tell(context, holders)
             raise ContextLeakError(context.request_id, context.lifetime.where(), [str(one) for one in holders])
 
     def _plan(self, wait: float) -> None:
@@ -122,11 +127,11 @@ class Census:
         held = {context: suspect for suspect in suspects if (context := _still_held(suspect)) is not None}
         if not held:
             return
-        try:
-            for context, holders in self._holders(held).items():
+        for context, holders in self._holders(held).items():
+            try:
                 self._tell(context, holders)
-        except Exception:
-            logger.exception("what still holds a context could not be told")
+            except Exception:  # the trail's, and a warning that is an error
+                logger.exception("what still holds a context could not be told")
         self._next = time.monotonic() + SHARE * (time.perf_counter() - began)
         if self._suspects:
             self._plan(SETTLING)
@@ -136,14 +141,18 @@ class Census:
         found = {context: left for context, one in running_in.items() if (left := self._not_allowed(one))}
         if not self._searches:
             return found
+        passed_over = cancelled_timers()
         deadline = time.perf_counter() + SEARCH_SECONDS
         for context, suspect in held.items():
             if context in running_in:
                 continue
             if not suspect.is_settled:
                 self._suspects.append(suspect._replace(is_settled=True))
-            elif (seconds := deadline - time.perf_counter()) > 0:
-                holder = search(context, seconds, is_request=suspect.expected is not None, without=(held,))
+            elif (seconds := deadline - time.perf_counter()) <= 0:
+                self._suspects.append(suspect)
+            else:
+                is_request = suspect.expected is not None
+                holder = search(context, seconds, is_request=is_request, without=(held, *passed_over))
                 if holder is not None and (holders := self._not_allowed((holder,))):
                     found[context] = holders
         return found
@@ -180,15 +189,17 @@ def search(
     trace = Search(seconds=seconds, ends=_LOOPS, without=(*without, scopes, *scopes)).back_from(context)
     if trace is None:
         return None
-    path = str(trace.up_to(Context))
+    if not is_request and not any(type(value) is Context for value in trace.objects):
+        return None
     for value in trace.objects:
         if type(value) in _GENERATORS:
             name, where = running(value)
-            return Holder("generator", name, f"{where}, kept in {path}" if where else path)
-        if type(value).__name__ == "_WorkItem":
-            return Holder("executor job", path)
-    is_held = is_request and not issubclass(type(trace.objects[0]), _LOOPS)
-    return Holder("reference", path) if is_held else None
+            kept = f"kept in {trace.up_to(type(value))}"
+            return Holder("generator", name, f"{where}, {kept}" if where else kept)
+    path = str(trace.up_to(Context))
+    if any(type(value).__name__ == "_WorkItem" for value in trace.objects):
+        return Holder("executor job", path)
+    return None if issubclass(type(trace.objects[0]), _LOOPS) else Holder("reference", path)
 
 
 def _is_scope(value: Any) -> bool:
@@ -197,5 +208,6 @@ def _is_scope(value: Any) -> bool:
 
 def _still_held(suspect: Suspect) -> UserExecutionContext | None:
     context = suspect.context()
-    # It has fewer references when the server has let go of the scope meanwhile, and may be held all the same.
-    return None if context is None or references(context) == suspect.expected else context
+    if context is None or suspect.is_settled:  # the server may have let go of the scope by then, and so of the count
+        return context
+    return None if references(context) == suspect.expected else context

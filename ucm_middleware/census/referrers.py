@@ -177,4 +177,5 @@ def _without_secret(step: Step) -> Step:
 def _of_function(function: FunctionType, held: object) -> list[Step]:
     if held is function.__closure__:
         return []
-    return [(NAME, name) for name in ("__defaults__", "__kwdefaults__") if getattr(function, name) is held]
+    names = ("__defaults__", "__kwdefaults__", "__dict__")
+    return [(NAME, name) for name in names if getattr(function, name) is held]

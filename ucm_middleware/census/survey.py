@@ -27,6 +27,9 @@ DEPTH: Final = 4
 _OF_THE_LOOP: Final = ("asyncio", "anyio", "uvloop", "concurrent", "threading", "trio")
 """Packages whose callbacks are part of something else: the timer of a sleep is its task's."""
 
+_AGENTS: Final = "ucm_middleware.agents."
+"""What runs of agents leave behind is listed, and told, as their stragglers."""
+
 _HELD_BY_THREADS: Final = (
     functools.partial,
     BuiltinFunctionType,
@@ -58,6 +61,17 @@ def survey(contexts: Iterable[UserExecutionContext]) -> Holders:
     return found
 
 
+def cancelled_timers() -> list[object]:
+    """The timers of the event loop that runs here, if any, that will call nothing any more. The loop keeps them, and
+    each its Context, until their time has come: so does every ``asyncio.timeout``.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return []
+    return [handle for handle in _handles(loop) if handle.cancelled()]
+
+
 def _whose(variables: Context | None) -> UserExecutionContext | None:
     inside = None if variables is None else variables.get(ambient)
     return None if inside is None else inside.context
@@ -74,6 +88,8 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionConte
         if task is here or (context := _whose(_context_of(task))) is None:
             continue
         name, where = running(_coroutine_of(task))
+        if name.startswith(_AGENTS):
+            continue
         yield context, Holder("task", name, where, task.cancel)
 
 
@@ -119,10 +135,21 @@ def _threads() -> Iterator[tuple[UserExecutionContext, Holder]]:
     frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage] - there is no public way
     del frames[threading.get_ident()]  # this one, which would refer to itself
     for ident, top in frames.items():
+        if _is_of_an_agent(top):
+            continue
         for context in _contexts_of(top):
             frame = _of_the_application(top)
             name = f"{names.get(ident, ident)!r} in {module_of(frame)}.{frame.f_code.co_qualname}"
             yield context, Holder("thread", name, place(frame))
+
+
+def _is_of_an_agent(top: FrameType) -> bool:
+    frame: FrameType | None = top
+    while frame is not None:
+        if module_of(frame).startswith(_AGENTS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
