@@ -20,6 +20,8 @@ from ucm_middleware import (
     managed_user_context,
 )
 
+pytestmark = pytest.mark.ucm_leaks("what is left running is what these tests are about")
+
 
 def outlived(manager: UserContextManager, user: str = "alice") -> list[dict[str, Any]]:
     with manager.privileged(reason="the test asks", users=[user]):
@@ -213,3 +215,18 @@ async def test_looks_are_a_twentieth_of_the_time_and_none_is_forgotten(manager: 
 def test_a_wrong_policy_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         CensusPolicy(**settings)
+
+
+def test_a_loop_that_ends_before_the_look_takes_no_later_look_along(manager: UserContextManager) -> None:
+    async def leave_a_task(number: int) -> None:
+        async with managed_user_context(manager.create_isolated_context(f"user{number}")):
+            tasks.append(asyncio.create_task(asyncio.sleep(3600)))
+
+    async def leave_and_wait() -> None:
+        await leave_a_task(3)
+        await asyncio.to_thread(wait_until, lambda: bool(outlived(manager, "user3")), "it is on record")
+
+    tasks: list[asyncio.Task[None]] = []
+    for number in range(3):  # after the first look, the next is too early in these loops
+        asyncio.run(leave_a_task(number))
+    asyncio.run(leave_and_wait())

@@ -23,13 +23,12 @@ HOLDERS = {
     "generator": r"generator census_app\.reads, at .*census_app\.py:\d+, kept in census_app\.keep\[\d+\]",
     "reference": r"reference census_app\.keep\[\d+\]",
     "block": r"task census_app\.sleeps, at .*",
-    "child": r"reference census_app\.keep\[\d+\]\._parent",
 }
-KINDS = {"job": "executor job", "block": "task", "child": "reference"}
+KINDS = {"job": "executor job", "block": "task"}
 
 CLEAN = (
     *(f"{name}/twin" for name in HOLDERS),
-    *("worker", "timeout", "agent"),
+    *("child", "worker", "timeout", "agent"),
     *("task/empty", "cycle", "plain", "sync", "stream", "background", "error", "gathered", "nowhere"),
     *("depends/sync", "depends/async", "depends/yield", "depends/yield-sync"),
 )

@@ -68,7 +68,7 @@ class Census:
     one for all suspects of that turn.
     """
 
-    __slots__ = ("_allowed", "_is_planned", "_next", "_searches", "_suspects", "_trail", "action")
+    __slots__ = ("_allowed", "_next", "_planned_in", "_searches", "_suspects", "_trail", "action")
 
     def __init__(self, policy: CensusPolicy, action: CensusAction, trail: AuditTrail) -> None:
         self.action = action
@@ -76,7 +76,7 @@ class Census:
         self._searches = policy.search
         self._trail = trail
         self._suspects: deque[Suspect] = deque(maxlen=SUSPECTS)
-        self._is_planned = False
+        self._planned_in: asyncio.AbstractEventLoop | None = None  # one that has ended takes its plan along
         self._next = 0.0
 
     def count(self, context: UserExecutionContext, scope: Mapping[str, Any], key: str) -> bool:
@@ -105,14 +105,14 @@ class Census:
             raise ContextLeakError(context.request_id, context.lifetime.where(), [str(one) for one in holders])
 
     def _plan(self, wait: float) -> None:
-        if self._is_planned:
-            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # a thread without an event loop
             self._look()
             return
-        self._is_planned = True
+        if self._planned_in is loop:
+            return
+        self._planned_in = loop
         # In an empty Context: a handle keeps its own, and what is counted here is who keeps a context.
         wait = max(wait, self._next - time.monotonic())
         if wait > 0:
@@ -122,7 +122,7 @@ class Census:
 
     def _look(self) -> None:
         began = time.perf_counter()
-        self._is_planned = False
+        self._planned_in = None
         suspects, self._suspects = self._suspects, deque(maxlen=SUSPECTS)
         held = {context: suspect for suspect in suspects if (context := _still_held(suspect)) is not None}
         if not held:

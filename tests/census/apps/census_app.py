@@ -257,11 +257,6 @@ async def block_twin() -> None:
 
 @app.get("/child")
 async def child() -> None:
-    keep.append(current_context().create_child_context("part"))
-
-
-@app.get("/child/twin")
-async def child_twin() -> None:
     async with managed_user_context(current_context().create_child_context("part")):
         await asyncio.sleep(0)
 
