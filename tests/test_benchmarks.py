@@ -211,6 +211,7 @@ class TestTimes:
         found = figures("walk", "--rounds", "1", "--orders", "50", folder=tmp_path)
         assert found["objects"] > 500
         assert min(found["nothing shared"], found["one object shared"]) > 0
+
     def test_the_census(self, tmp_path: Path) -> None:
         found = figures("census", "--rounds", "1", folder=tmp_path)
         assert {"off_us", "record_us", "added_us", "ratio"} <= set(found)

@@ -516,7 +516,8 @@ class TestFindShared:
             roots = owners(alice=alice(shared), bob=bob(shared))
             found = find_shared(roots)
             name = type(shared).__name__
-            assert found == [Finding(f"alice.data{paths[0]}", f"bob.data{paths[1]}", name, "alice", "bob")]
+            places = {"first_place": "alice.data", "second_place": "bob.data"}
+            assert found == [Finding(f"alice.data{paths[0]}", f"bob.data{paths[1]}", name, "alice", "bob", **places)]
             assert str(found[0]) == f"alice.data{paths[0]} is bob.data{paths[1]} ({name})"
 
     def test_does_not_look_behind_a_marker_or_a_class_or_a_module(self) -> None:

@@ -4,9 +4,13 @@ import asyncio
 import contextvars
 import gc
 import io
+import ipaddress
 import logging
+import os
 import random
 import ssl
+import struct
+import sys
 import threading
 import types
 import weakref
@@ -14,27 +18,39 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.message import EmailMessage
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
+import wrapt
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.requests import Request
+from starlette.responses import Response
 
-from ucm_middleware import IsolationPolicy, UserContextManager, create_isolated_execution_context, hookimpl
-from ucm_middleware.errors import ConfigurationError, PluginError
-from ucm_middleware.reachability import Check, IsolationReport, Root, find_shared
+from ucm_middleware import (
+    IsolationPolicy,
+    UserContextManager,
+    create_isolated_execution_context,
+    hookimpl,
+    managed_user_context,
+)
+from ucm_middleware.errors import ConfigurationError, CrossUserAccessError, PluginError
+from ucm_middleware.reachability import Check, IsolationReport, Root, Source, find_shared
 
 
 def looked(alice: Any, bob: Any, **settings: Any) -> IsolationReport:
     """The look at two contexts, with one root each."""
-    roots = [[Root("alice", "alice.data", alice, opened="a.py:1")], [Root("bob", "bob.data", bob, opened="b.py:2")]]
-    return Check(roots, **settings).report()
+    roots = [Root("alice", "alice.data", alice, opened="a.py:1"), Root("bob", "bob.data", bob, opened="b.py:2")]
+    sources = [Source(root.owner, partial(list, [root])) for root in roots]
+    return Check(sources, **settings).report()
 
 
 def shown(alice: Any, bob: Any, **settings: Any) -> list[str]:
@@ -175,15 +191,15 @@ class TestTheBudget:
         assert whole
         assert whole.objects > 150_000
 
-    def test_a_container_larger_than_what_is_left_is_not_opened(self) -> None:
+    def test_a_container_larger_than_what_is_left_is_read_as_far_as_it_goes(self) -> None:
         class ListOfOurs(list[int]):
             def __len__(self) -> int:
                 return 0
 
         for huge in ([0] * 1_000_000, dict.fromkeys(range(1_000_000)), ListOfOurs([0] * 1_000_000)):
             report = looked([huge], [1], max_objects=10_000)
-            assert report.objects < 100
-            assert report.skipped == 1
+            assert report.objects < 20_000
+            assert report.skipped == 2
 
     def test_no_time_is_no_look(self) -> None:
         shared: list[int] = []
@@ -346,6 +362,15 @@ class Frozen:
     content: Any
 
 
+@dataclass
+class Thawed:
+    content: Any = None
+
+
+class DictOfOurs(dict[Any, Any]):
+    """Has attributes too."""
+
+
 def _closure(items: list[Any]) -> Any:
     held = items[0] if items else None
     return lambda: held
@@ -373,6 +398,7 @@ MADE: dict[str, tuple[Callable[[list[Any]], Any], int, bool]] = {
     "weak": (lambda items: weakref.ref(items[0]) if items and type(items[0]) is Node else 0, 1, False),
 }
 FILLED: dict[str, Callable[[], Any]] = {"list": list, "dict": dict, "deque": deque, "node": Node, "attributes": Node}
+FILLED |= {"dataclass": Thawed, "dict of ours": DictOfOurs, "attributes of dict": DictOfOurs}
 Plan = list[tuple[str, list[int]]]
 PLANS = st.lists(
     st.tuples(st.sampled_from([*MADE, *FILLED]), st.lists(st.integers(0, 14), max_size=4)), min_size=1, max_size=15
@@ -396,11 +422,13 @@ def build(plan: Plan) -> tuple[list[Any], dict[int, tuple[bool, list[int]]]]:
             held = [target % len(plan) for target in targets]
             items = [objects[target] for target in held]
             match kind:
-                case "dict":
+                case "dict" | "dict of ours":
                     objects[number].update(enumerate(items))
                 case "node":
                     objects[number].slot = items
-                case "attributes":
+                case "dataclass":
+                    objects[number].content = tuple(items)
+                case "attributes" | "attributes of dict":
                     objects[number].__dict__.update({f"a{at}": item for at, item in enumerate(items)})
                 case _:
                     objects[number].extend(items)
@@ -420,7 +448,43 @@ def reached(start: list[int], edges: dict[int, tuple[bool, list[int]]]) -> set[i
     return found
 
 
+def met(start: list[int], edges: dict[int, tuple[bool, list[int]]], first: dict[int, str]) -> set[int]:
+    """The same, but not beyond what is mutable and somebody else's."""
+    cut = {number: (True, [] if number in first and mutable else held) for number, (mutable, held) in edges.items()}
+    return reached(start, cut)
+
+
+def itself(value: Any) -> int:
+    """The id of what users share where they share that: of a view, the dict that it shows."""
+    return id(gc.get_referents(value)[0] if type(value) is types.MappingProxyType else value)
+
+
 class TestRandomGraphs:
+    @given(PLANS, st.lists(st.lists(st.integers(0, 14), max_size=3), min_size=2, max_size=4))
+    def test_each_share_is_found_with_both_its_owners(self, plan: Plan, starts: list[list[int]]) -> None:
+        objects, edges = build(plan)
+        first: dict[int, str] = {}
+        expected: set[tuple[int, str, str]] = set()
+        sources: list[Source] = []
+        for owner, some in zip(("alice", "bob", "carol", "dave"), starts, strict=False):
+            start = [number % len(plan) for number in some]
+            for number in met(start, edges, first):
+                if number in first and edges[number][0]:
+                    expected.add((itself(objects[number]), first[number], owner))
+            for number in met(start, edges, first):
+                first.setdefault(number, owner)
+            data = [objects[number] for number in start]
+            sources.append(Source(owner, partial(list, [Root(owner, f"{owner}.data", data)])))
+        check = Check(sources)
+        assert len(check.report().findings) == len(expected)
+        marks = check._walk.marks
+        found = {
+            (id(one.value), marks[one.first].owner, marks[one.second].owner)
+            for one in check._walk.shares
+            if one.first is not None
+        }
+        assert found == expected
+
     @given(PLANS, st.lists(st.integers(0, 14), max_size=3), st.lists(st.integers(0, 14), max_size=3))
     def test_isolated_is_what_shares_nothing_mutable(self, plan: Plan, alices: list[int], bobs: list[int]) -> None:
         objects, edges = build(plan)
@@ -452,3 +516,125 @@ def test_the_walk_itself_leaves_nothing_behind() -> None:
     assert seen() is None
     assert len(report.findings) == 1
     assert find_shared([]) == []
+
+
+class TestAttacks:
+    def test_the_time_holds_for_a_huge_container(self) -> None:
+        """Counted in items, not by the clock: a walk out of time reads no more than a slice of it."""
+        huge = dict.fromkeys(range(1_000_000))
+        sources = [Source("alice", partial(list, [Root("alice", "alice.data", huge)]))]
+        check = Check(sources, max_seconds=3600)
+        budget = check._walk.budget
+        reads = 0
+
+        def late(self: Any) -> bool:
+            nonlocal reads
+            reads += 1
+            return reads > 4
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(budget), "is_spent", property(late))
+            report = check.report()
+        assert report.objects < 20_000
+        assert not report.is_complete
+
+    def test_very_many_findings_end_the_walk(self) -> None:
+        shared = [[number] for number in range(5000)]
+        report = looked(shared, list(shared))
+        assert (len(report.findings), report.is_complete) == (1000, False)
+
+    def test_what_everybody_reaches_does_not_hide_the_rest(self) -> None:
+        everybodys: list[int] = []
+        two: list[int] = []
+        roots = [Root(f"u{at}", f"u{at}.data", [everybodys]) for at in range(1500)]
+        roots += [Root(f"v{at}", f"v{at}.data", [two]) for at in range(2)]
+        found = find_shared(roots)
+        assert len(found) == 101
+        assert str(found[-1]) == "v0.data[0] is v1.data[0] (list)"
+
+    def test_an_exception_leads_neither_to_its_callers_nor_to_the_module(self) -> None:
+        def fail() -> Exception:
+            try:
+                raise ValueError([1])
+            except ValueError as error:
+                return error
+
+        assert shown(fail(), fail()) == []
+
+    async def test_a_task_that_leaves_the_set_of_all_tasks_does_not_lead_into_it(self) -> None:
+        tasks: set[Any] = set()
+        for _ in "ab":
+            task = asyncio.create_task(asyncio.sleep(0))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            task.add_done_callback(id)
+        one, other = tasks
+        found = shown(one, other)
+        await asyncio.gather(one, other)
+        assert found == []
+
+    def test_a_partial_is_everybodys_but_not_what_it_holds(self) -> None:
+        items: list[int] = []
+        one, other = partial(int, base=16), partial(print, items)
+        assert shown(one, [one]) == []
+        assert shown(other, [other]) == ["alice.data.args[0] is bob.data[0].args[0] (list)"]
+
+    def test_constants_and_the_processes_own_are_not_named(self) -> None:
+        for one in (
+            sys.stdout,
+            os.environ,
+            ipaddress.ip_address("::1"),
+            itemgetter(1),
+            struct.Struct("i"),
+            SecretStr("a"),
+        ):
+            assert shown([one], {"a": one}) == []
+        assert shown(EmailMessage(), EmailMessage()) == []
+
+    def test_a_class_that_claims_to_have_a_dict(self) -> None:
+        items: list[int] = []
+        assert len(shown(wrapt.ObjectProxy(items), wrapt.ObjectProxy(items))) == 1
+
+    def test_middleware_is_the_applications_and_an_answer_is_not(self) -> None:
+        class Middleware:
+            def __init__(self, app: Any) -> None:
+                self.app = app
+
+            async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
+
+        middleware, answer = Middleware(None), Response()
+        assert shown([middleware], [middleware]) == []
+        assert shown([answer], [answer]) == ["alice.data[0] is bob.data[0] (Response)"]
+
+    def test_a_context_is_found_by_all_others_and_not_by_its_own_user(self) -> None:
+        contexts = [create_isolated_execution_context(user) for user in ("alice", "bob")]
+        assert shown(contexts, [*contexts]) == [
+            "bob.context is alice.data[1] (UserExecutionContext)",
+            "alice.context is bob.data[0] (UserExecutionContext)",
+        ]
+        for context in contexts:
+            context.close()
+
+    def test_no_users_trail_has_another_users_keys(self) -> None:
+        manager = UserContextManager()
+        everybody = {"bob@example.com": [1]}
+        alice, bob = (manager.create_isolated_context(user) for user in ("alice", "bob"))
+        alice.agent_context["all"] = everybody
+        bob.agent_context["mine"] = everybody["bob@example.com"]
+        report = manager.isolation_report()
+        assert "bob@example.com" in report.findings[0].first_path
+        trails = [repr(manager.get_audit_trail(user)) for user in ("alice", "bob")]
+        assert "alice.agent_context['all']" in trails[0]
+        assert "bob.agent_context['mine']" in trails[1]
+        assert "bob" not in trails[0]
+        assert "alice" not in trails[1]
+        manager.cleanup_all_contexts()
+
+    def test_is_refused_within_a_users_context(self) -> None:
+        manager = UserContextManager()
+        with (
+            managed_user_context(manager.create_isolated_context("alice")),
+            pytest.raises(CrossUserAccessError),
+        ):
+            manager.isolation_report()
+        manager.cleanup_all_contexts()

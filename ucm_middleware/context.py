@@ -604,7 +604,7 @@ class UserExecutionContext(ResourceHolder, Boundary):
         owner, lifetime = self._user_id, self._lifetime
         opened = lifetime.where()
         roots = [
-            Root(owner, f"{owner}.{name.removeprefix('_')}", value, opened=opened)
+            Root(owner, f"{owner}.{name}", value, opened=opened, is_named_by_owner=True)
             for name, value in (("agent_context", self._agent_context), ("audit_metadata", self._audit_metadata))
             if value
         ]

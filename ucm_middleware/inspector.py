@@ -2,6 +2,7 @@
 
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.census.referrers import holder_path
 from ucm_middleware.context import UserExecutionContext
-from ucm_middleware.reachability import Check, IsolationPolicy, IsolationReport
+from ucm_middleware.reachability import Check, IsolationPolicy, IsolationReport, Source
 from ucm_middleware.reachability.policy import checked_budget
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,15 @@ MOST_OTHERS = 1000
 """Live contexts that one that closes is compared with; others each time."""
 
 
+LOGGED = 10
+"""Findings of one look that are logged; there is a record of the others."""
+
+
 class Inspector:
-    """Takes the looks of one manager, and puts what is found on record."""
+    """Takes the looks of one manager, and puts what is found on record.
+
+    ``applications`` are the ASGI applications that its middlewares wrap.
+    """
 
     def __init__(
         self,
@@ -33,21 +41,30 @@ class Inspector:
         self._live = live
         self._trail = trail
         self._random = random.Random()
+        self.applications: list[object] = []
 
     def look(
-        self, contexts: Iterable[UserExecutionContext], max_seconds: float | None, max_objects: int | None
+        self, max_seconds: float | None, max_objects: int | None, closing: UserExecutionContext | None = None
     ) -> IsolationReport:
-        """Compare these contexts with each other. Raises ConfigurationError for a limit that is no number above 0."""
+        """Compare all live contexts with each other; one that is closing with some of them, and it comes first.
+
+        Raises ConfigurationError for a limit that is no number above 0.
+        """
         seconds, objects = checked_budget(max_seconds, max_objects)
-        roots = [context.isolation_roots() for context in contexts]
-        check = Check(
-            roots,
+        started = time.perf_counter()
+        contexts = [context for _, context in self._live()]
+        if closing is not None:
+            others = [other for other in contexts if other is not closing]
+            contexts = [closing, *self._random.sample(others, min(len(others), MOST_OTHERS))]
+        report = Check(
+            [Source(context.user_id, context.isolation_roots) for context in contexts],
             shared_types=self._shared_types,
+            applications=self.applications,
             max_seconds=seconds,
             max_objects=objects,
+            started=started,
             holder=partial(holder_path, without=(UserExecutionContext,)),
-        )
-        report = check.report()
+        ).report()
         if report.findings:
             self._trail.isolation_violated(report.findings)
         return report
@@ -57,13 +74,11 @@ class Inspector:
         if self._random.random() >= self._policy.sample:
             return
         try:
-            others = [other for _, other in self._live() if other is not context]
-            some = self._random.sample(others, min(len(others), MOST_OTHERS))
-            report = self.look([context, *some], self._policy.max_seconds, self._policy.max_objects)
+            report = self.look(self._policy.max_seconds, self._policy.max_objects, context)
         except Exception:
             logger.exception("what %r shares with others could not be looked at", context)
             return
-        for finding in report.findings:
+        for finding in report.findings[:LOGGED]:
             # The types alone: paths hold ids and keys of users, and stand in their own trails.
             logger.error(
                 "contexts of two users share a %s; opened at %s and at %s",

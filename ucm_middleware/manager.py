@@ -505,8 +505,7 @@ class UserContextManager(Hosting):
         Raises ConfigurationError for a limit that is no number above 0, CrossUserAccessError in a user's context.
         """
         self._guard.require_everyone("validate_isolation")
-        contexts = [context for _, context in self._registry.live()]
-        return self._inspector.look(contexts, max_seconds, max_objects)
+        return self._inspector.look(max_seconds, max_objects)
 
     def get_audit_trail(self, user_id: str) -> dict[str, Any] | None:
         """What is on record for one user, before and after their contexts closed; None for a user never seen."""

@@ -115,6 +115,7 @@ class UserContextMiddleware:
         self._strict_ledger = self._ledger if self.manager.audit == "strict" else None
         self._begin = self._serve if self._ledger is None else self._serve_when_room
         self._egress = self.manager.egress
+        self.manager._inspector.applications.append(app)
         self.manager.serve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

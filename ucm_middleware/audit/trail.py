@@ -384,8 +384,8 @@ class AuditTrail:
     def isolation_violated(self, findings: Sequence[Finding]) -> None:
         """Two users' contexts were found to share something.
 
-        What is nobody's says which users and what kind of thing. The paths, in which there are ids and keys of theirs,
-        stand in their own trails, each in its own.
+        What is nobody's says which users and what kind of thing. Where it hangs in each one's own data stands in their
+        own trails: not the whole path, for the one who reaches the other's data reaches the other's keys too.
         """
         shared = [
             {
@@ -397,8 +397,8 @@ class AuditTrail:
         self._about_nobody("isolation_violated", "failed", data=(("findings", shared[:SHOWN_FINDINGS]),))
         for finding in findings[:SHOWN_FINDINGS]:
             for user_id, path in (
-                (finding.first_owner, finding.first_path),
-                (finding.second_owner, finding.second_path),
+                (finding.first_owner, finding.first_place),
+                (finding.second_owner, finding.second_place),
             ):
                 data = ("path", text_for_record(path)), ("type", text_for_record(finding.type_name))
                 self._about_nobody("isolation_violated", "failed", user_id=user_id, data=data)

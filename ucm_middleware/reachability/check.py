@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from ucm_middleware.isolation import type_name
 from ucm_middleware.reachability.kinds import Kinds
 from ucm_middleware.reachability.paths import Path, Paths
 from ucm_middleware.reachability.report import Finding, IsolationReport, Root, Unseen
+from ucm_middleware.reachability.shared import ends_of
 from ucm_middleware.reachability.walk import Budget, Share, Walk
 
 Holder = Callable[[object, float], str | None]
@@ -34,53 +36,68 @@ def find_shared(
     the target among its roots. A context of another user is a finding, and is not looked into. With ``user_id``, all
     owners are parts of that user.
     """
-    return list(Check([list(roots)], shared_types=shared_types, user_id=user_id).report().findings)
+    sources = [Source(root.owner, partial(list[Root], (root,))) for root in roots]
+    return list(Check(sources, shared_types=shared_types, user_id=user_id).report().findings)
+
+
+class Source(NamedTuple):
+    """A context: whose it is, and what gives its roots, which is called when its turn comes."""
+
+    owner: str
+    roots: Callable[[], list[Root]]
 
 
 class Check:
-    """One look at contexts, each given by its roots. Budgets are seconds, and objects looked at.
+    """One look at contexts. Budgets are seconds, from ``started`` on, and objects looked at.
 
-    ``holder`` is asked what keeps a shared object alive.
+    ``applications`` are the ASGI applications that serve: the walk ends there. ``holder`` is asked what keeps a shared
+    object alive.
     """
 
     def __init__(
         self,
-        contexts: Sequence[list[Root]],
+        contexts: Sequence[Source],
         *,
         shared_types: Iterable[type] = (),
+        applications: Iterable[object] = (),
         max_seconds: float = math.inf,
         max_objects: float = math.inf,
         user_id: str | None = None,
         holder: Holder | None = None,
+        started: float | None = None,
     ) -> None:
-        self.contexts = contexts
-        self.owners: dict[str, list[Root]] = {}
-        for root in (root for roots in contexts for root in roots):
-            self.owners.setdefault(root.owner, []).append(root)
-        self._started = time.perf_counter()
+        self.owners: dict[str, list[Source]] = {}
+        for source in contexts:
+            self.owners.setdefault(source.owner, []).append(source)
+        self._contexts = len(contexts)
+        self._started = time.perf_counter() if started is None else started
         self._deadline = self._started + max_seconds
         budget = Budget(self._started + max_seconds * WALKING, max_objects)
         self._holder = holder
-        self._walk = Walk(Kinds(shared_types), budget, user_id)
+        self._walk = Walk(Kinds(shared_types), budget, user_id, ends_of(applications))
 
     def report(self) -> IsolationReport:
         """Take the look, once."""
         walk = self._walk
-        skipped: set[str] = set()
-        for owner, roots in self.owners.items():
-            if walk.budget.is_spent:
-                skipped.add(owner)
-                continue
-            walk.through(owner, roots)
-            if not walk.marks[-1].is_complete:
-                skipped.add(owner)
+        skipped = 0
+        for owner, sources in self.owners.items():
+            roots: list[Root] = []
+            for source in sources:
+                if walk.budget.is_spent:
+                    break
+                roots += source.roots()
+            else:
+                walk.through(owner, roots)
+                if walk.marks[-1].is_complete:
+                    continue
+            skipped += len(sources)
         paths = self._paths()
         return IsolationReport(
-            contexts=len(self.contexts),
+            contexts=self._contexts,
             findings=tuple(self._finding(share, paths) for share in walk.shares),
             objects=walk.objects,
             seconds=time.perf_counter() - self._started,
-            skipped=sum(1 for roots in self.contexts if roots and roots[0].owner in skipped),
+            skipped=skipped,
             unseen=tuple(self._unseen(paths)),
         )
 
@@ -100,7 +117,8 @@ class Check:
     def _finding(self, share: Share, paths: dict[int, Paths]) -> Finding:
         marks = self._walk.marks
         if share.first is None:
-            first, owner = Path(f"{share.user_id}.context", ""), share.user_id
+            start = f"{share.user_id}.context"
+            first, owner = Path(start, "", start), share.user_id
         else:
             first, owner = paths[share.first].to(share.value), marks[share.first].owner
         second = paths[share.second].to(share.value)
@@ -112,6 +130,8 @@ class Check:
             marks[share.second].owner,
             first.opened,
             second.opened,
+            first.place,
+            second.place,
             self._held_by(share.value),
         )
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from ucm_middleware.handles import Handle, OwnedMethod
 from ucm_middleware.isolation import SCALARS
 from ucm_middleware.reachability.report import Finding
-from ucm_middleware.reachability.shared import INERT, INERT_NAMES, PACKAGE, TYPING
+from ucm_middleware.reachability.shared import INERT, INERT_NAMES, PACKAGES, TYPING, mro_of, names_of
 
 Expand = Callable[[Any], list[Any]]
 """Reads what an object holds, where the collector is not asked for many objects at once."""
@@ -34,14 +34,14 @@ class Boundary:
 class Kind:
     """What the objects of one type are to the walk.
 
-    ``expand`` is None for those that are read many at once. ``user_of`` is there for contexts, ``length`` for
-    containers of a class of the application's. ``native`` are types of extensions, of which nothing is known;
-    one that ``hides`` tells the collector nothing.
+    ``expand`` is None for those that are read many at once. ``user_of`` is there for contexts, ``length`` and
+    ``iterators``, which give all that one holds, for containers. ``native`` are types of
+    extensions, of which nothing is known; one that ``hides`` tells the collector nothing.
     """
 
     __slots__ = (
-        *("attributes", "expand", "hides", "inert", "length", "made_for", "mutable", "native", "owned", "slots"),
-        "user_of",
+        *("attributes", "expand", "hides", "inert", "iterators", "length", "made_for", "mutable", "native", "owned"),
+        *("slots", "user_of"),
     )
 
     def __init__(self, kind: type, *, inert: bool = False, mutable: bool = False) -> None:
@@ -50,6 +50,7 @@ class Kind:
         self.mutable = mutable
         self.expand: Expand | None = None
         self.length: Callable[[Any], int] | None = None
+        self.iterators: tuple[Callable[[Any], Iterable[Any]], ...] = ()
         self.native = False
         self.hides = False
         self.owned = False
@@ -115,6 +116,27 @@ def _variables(value: Context) -> list[Any]:
     return list(value.values())
 
 
+def _built_in_method(value: types.BuiltinFunctionType) -> list[Any]:
+    # A task forgets itself by `done.discard` in the set of all tasks of its server or application, and reads nothing.
+    if type(value.__self__) is set and value.__name__ == "discard":
+        return []
+    return gc.get_referents(value)
+
+
+def _frame(value: types.FrameType) -> list[Any]:
+    # Neither who called it, up to the server's loop, nor what is the module's.
+    others = _ids(value.f_back, value.f_globals, value.f_builtins)
+    return [item for item in gc.get_referents(value) if id(item) not in others]
+
+
+def _partial(value: Any) -> list[Any]:
+    # Of the dicts, which nobody writes to, only what they hold: one partial may be everybody's, as a function is.
+    given = keywords_of(value)
+    others = _ids(given, partial_attributes_of(value))
+    own = [item for item in gc.get_referents(value) if id(item) not in others]
+    return [*own, *args_of(value), *_values_of(given)]
+
+
 def _frozen(attributes: Callable[[Any], Any]) -> Expand:
     """Of a frozen dataclass the dict is left out: nobody writes to it, as to the object."""
 
@@ -126,6 +148,9 @@ def _frozen(attributes: Callable[[Any], Any]) -> Expand:
 
 
 _values_of: Final[Callable[[Any], Iterable[Any]]] = vars(dict)["values"]
+args_of: Final[Callable[[Any], tuple[Any, ...]]] = vars(partial)["args"].__get__
+keywords_of: Final[Callable[[Any], dict[str, Any]]] = vars(partial)["keywords"].__get__
+partial_attributes_of: Final[Callable[[Any], Any]] = vars(partial)["__dict__"].__get__
 _target_of: Final[Callable[[Any], Any]] = vars(weakref.ref)["__call__"]
 
 
@@ -134,9 +159,6 @@ def _ids(*kinds: Any) -> frozenset[int]:
 
 
 type_of: Final[Callable[[object], type[object]]] = type
-# What a class has, read from the type of types, so that neither the class nor its metaclass is asked.
-mro_of: Final[Callable[[type], tuple[type, ...]]] = vars(type)["__mro__"].__get__
-names_of: Final[Callable[[type], "types.MappingProxyType[str, Any]"]] = vars(type)["__dict__"].__get__
 _flags_of: Final[Callable[[type], int]] = vars(type)["__flags__"].__get__
 _HAS_GC: Final = 1 << 14
 _qualname_of: Final[Callable[[type], str]] = vars(type)["__qualname__"].__get__
@@ -151,6 +173,7 @@ _TRANSPARENT: Final = (
     *(*CONTAINERS, *SCALARS, slice, types.GenericAlias, types.UnionType, types.MethodType, types.MethodWrapperType),
     *(types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType, types.CellType),
     *(types.MappingProxyType, types.FunctionType, types.BuiltinFunctionType, weakref.ref, Token),
+    partial,
 )
 # Nobody can write to these; the same goes for subclasses without attributes.
 _IMMUTABLE: Final = _ids(*_TRANSPARENT) - _MUTABLE
@@ -160,7 +183,6 @@ _READ: Final = _ids(
         OrderedDict,
         defaultdict,
         bytearray,
-        partial,
         types.SimpleNamespace,
         array,
         memoryview,
@@ -183,6 +205,9 @@ _EXPANDED: Final[dict[int, Expand]] = {
     id(types.FunctionType): _function,
     id(weakref.ref): _weak,
     id(Context): _variables,
+    id(types.FrameType): _frame,
+    id(types.BuiltinFunctionType): _built_in_method,
+    id(partial): _partial,
 }
 _DESCRIPTORS: Final = _ids(types.WrapperDescriptorType, types.MethodDescriptorType)
 
@@ -216,9 +241,12 @@ def _kind(kind: type, shared: frozenset[int]) -> Kind:
                     made.attributes = member.__get__
                 else:
                     slots.append((member.__name__, member.__get__))
-        if place in SIZED and made.length is None and id(kind) not in SIZED:
-            made.length = names_of(base).get("__len__")
-            made.expand = held_by
+        if place in _CONTAINERS:
+            names = names_of(base)
+            made.length = names["__len__"]
+            made.iterators = (names["keys"], names["values"]) if base is dict else (names["__iter__"],)
+            if id(kind) not in SIZED:
+                made.expand = held_by
     # The layout is that of the nearest class written in C.
     layout = next((base for base in mro if id(base) in _READ or _is_native(base)), None)
     made.native = layout is not None and id(layout) not in _READ
@@ -250,8 +278,19 @@ def _is_inert(mro: tuple[type, ...], places: frozenset[int], shared: frozenset[i
         return True
     for base in mro:
         module = names_of(base).get("__module__")
-        if type(module) is str and (module.startswith(PACKAGE) or f"{module}.{_qualname_of(base)}" in INERT_NAMES):
+        if type(module) is str and (module.startswith(PACKAGES) or f"{module}.{_qualname_of(base)}" in INERT_NAMES):
             return True
+    return _takes(mro, "__call__", ("scope", "receive", "send")) and _takes(mro, "__init__", ("app",))
+
+
+def _takes(mro: tuple[type, ...], name: str, arguments: tuple[str, ...]) -> bool:
+    """Whether a method written in Python has these arguments first, as those of an ASGI middleware do."""
+    for base in mro:
+        method = names_of(base).get(name)
+        if method is not None:
+            return (
+                type(method) is types.FunctionType and method.__code__.co_varnames[1 : 1 + len(arguments)] == arguments
+            )
     return False
 
 

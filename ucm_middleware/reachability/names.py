@@ -1,16 +1,19 @@
 """How a step from an object to one that it holds is written in a path."""
 
 import asyncio
-import itertools
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import Context, ContextVar
+from functools import partial
+from itertools import compress, count, repeat
+from operator import is_
 from typing import Any, Final
 
 from ucm_middleware.isolation import ELEMENT, key_text, path_text
-from ucm_middleware.reachability.kinds import Kinds, mro_of
+from ucm_middleware.reachability.kinds import Kinds, args_of, keywords_of
+from ucm_middleware.reachability.shared import mro_of
 
 Step = tuple[int, Any]
 KEY: Final = 0  # [key], or [index]
@@ -52,8 +55,9 @@ def steps_between(parent: Any, child: Any, kinds: Kinds) -> list[Step]:
         own = _got(kind.attributes, parent)
         if own is child:
             return [_DICT]
-        for step in _item(own, child):
-            return [_DICT, step]
+        if type(own) is dict:  # C code may give anything for one
+            for step in _item(own, child):
+                return [_DICT, step]
     return [(TEXT, "<held>")]
 
 
@@ -64,29 +68,25 @@ def _got(get: Callable[[Any], Any], value: Any) -> Any:
         return None
 
 
-def _all_of(iterate: Callable[[Any], Iterable[Any]], value: Any) -> list[Any]:
-    """What ``iterate`` gives, taken in one go within C code: no other thread can change the container meanwhile."""
-    return list(itertools.chain.from_iterable(map(iterate, (value,))))
-
-
-def _position(values: list[Any], child: Any) -> int | None:
-    """Where an object is in a list. It is not asked whether it equals."""
-    try:
-        return list(map(id, values)).index(id(child))
-    except ValueError:
-        return None
-
-
 _keys: Final[Callable[[Any], Iterable[Any]]] = vars(dict)["keys"]
 _values: Final[Callable[[Any], Iterable[Any]]] = vars(dict)["values"]
+_NOTHING: Final = object()
+
+
+def _beside(names: Iterable[Any], values: Iterable[Any], child: Any) -> Any:
+    """The name that stands beside an object, which is not asked whether it equals; one call of C code, so that no
+    other thread can change the container meanwhile."""
+    try:
+        return next(compress(names, map(is_, values, repeat(child))), _NOTHING)
+    except RuntimeError:  # one has changed it just before
+        return _NOTHING
 
 
 def _item(parent: Any, child: Any) -> Iterator[Step]:
-    keys = _all_of(_keys, parent)
-    place = _position(_all_of(_values, parent), child)
-    if place is not None and place < len(keys):
-        yield KEY, keys[place]
-    elif _position(keys, child) is not None:
+    key = _beside(_keys(parent), _values(parent), child)
+    if key is not _NOTHING:
+        yield KEY, key
+    elif _beside(_keys(parent), _keys(parent), child) is not _NOTHING:
         yield TEXT, "<key>"
 
 
@@ -94,8 +94,8 @@ def _indexed(kind: type) -> "_Reader":
     iterate = vars(kind)["__iter__"]
 
     def read(parent: Any, child: Any) -> Iterator[Step]:
-        place = _position(_all_of(iterate, parent), child)
-        if place is not None:
+        place = _beside(count(), iterate(parent), child)
+        if place is not _NOTHING:
             yield KEY, place
 
     return read
@@ -105,7 +105,7 @@ def _element(kind: type) -> "_Reader":
     iterate = vars(kind)["__iter__"]
 
     def read(parent: Any, child: Any) -> Iterator[Step]:
-        if _position(_all_of(iterate, parent), child) is not None:
+        if _beside(count(), iterate(parent), child) is not _NOTHING:
             yield TEXT, ELEMENT
 
     return read
@@ -120,6 +120,13 @@ def _function(parent: types.FunctionType, child: Any) -> Iterator[Step]:
     for name, default in list((parent.__kwdefaults__ or {}).items()):
         if default is child:
             yield TEXT, f".__kwdefaults__[{name!r}]"
+
+
+def _partial(parent: Any, child: Any) -> Iterator[Step]:
+    yield from _partial_function(parent, child)
+    for name, get, read in (("args", args_of, _in_tuple), ("keywords", keywords_of, _item)):
+        for _, place in read(get(parent), child):
+            yield TEXT, f".{name}[{key_text(place)}]"
 
 
 def _passing(parent: Any, child: Any) -> Iterator[Step]:
@@ -158,11 +165,14 @@ _yielded_from: Final = _named(types.GeneratorType, "gi_yieldfrom")
 _awaited: Final = _named(types.CoroutineType, "cr_await")
 _async_awaited: Final = _named(types.AsyncGeneratorType, "ag_await")
 _name_of: Final[Callable[[Any], str]] = vars(ContextVar)["name"].__get__
+_in_tuple: Final = _indexed(tuple)
+_partial_function: Final = _named(partial, "func")
 _READERS: Final[dict[int, _Reader]] = {
     id(dict): _item,
     **{id(kind): _indexed(kind) for kind in (list, tuple, deque)},
     **{id(kind): _element(kind) for kind in (set, frozenset)},
     id(types.FunctionType): _function,
+    id(partial): _partial,
     id(types.BuiltinFunctionType): _named(types.BuiltinFunctionType, "__self__"),
     id(types.MappingProxyType): _passing,
     id(types.CellType): _passing,

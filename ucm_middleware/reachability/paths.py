@@ -1,4 +1,4 @@
-"""The ways to what the fast walk found: backwards through the levels, halving what may have led there.
+"""The ways to what the fast walk found: backwards through the levels, batch by batch, to what led there.
 
 So a path costs about another walk of one owner, also with loops in C, and names are read for its own objects alone.
 """
@@ -7,22 +7,28 @@ import gc
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
-from operator import not_
 from typing import Any
 
-from ucm_middleware.reachability.kinds import Kinds
+from ucm_middleware.reachability.kinds import SIZED, Kinds
 from ucm_middleware.reachability.names import Step, path_of, steps_between
 from ucm_middleware.reachability.report import Root
-from ucm_middleware.reachability.walk import BATCH, Marks, batches, children_of
+from ucm_middleware.reachability.walk import BATCH, LARGE, Marks, batches, held_in_slices
 
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A way to an object as text, and where the context was opened in which it begins."""
+    """A way to an object as text, and where the context was opened in which it begins.
+
+    ``place`` is its beginning, in which there is nothing but what the owner has named.
+    """
 
     text: str
     opened: str
+    place: str
+
+
+SECONDS_PER_ITEM = 5e-8
+"""What it may take to look for one object among those that a container holds, per object."""
 
 
 class Paths:
@@ -46,13 +52,21 @@ class Paths:
     def to(self, value: Any) -> Path:
         """A shortest path; what is not known of it, for want of time or since things have changed, is left out."""
         steps: list[list[Step]] = []
-        while (parent := self._parents.get(id(value))) is not None:
+        while (parent := self._parents.get(id(value))) is not None and self._has_time_for(parent):
             steps.append(steps_between(parent, value, self._kinds))
             value = parent
         root = self._root_of(value)
-        start = f"{self._marks.owner}..." if root is None else root.label
-        opened = self._marks.roots[0].opened if root is None else root.opened
-        return Path(path_of(start, [step for some in reversed(steps) for step in some]), opened)
+        if root is None:
+            start = f"{self._marks.owner}..."
+            return Path(start, self._marks.roots[0].opened, start)
+        first = steps[-1] if steps and root.is_named_by_owner else []
+        whole = [step for some in reversed(steps) for step in some]
+        return Path(path_of(root.label, whole), root.opened, path_of(root.label, first))
+
+    def _has_time_for(self, parent: Any) -> bool:
+        length = self._kinds.of(parent).length
+        seconds = 0.0 if length is None else length(parent) * SECONDS_PER_ITEM
+        return time.perf_counter() + seconds < self._deadline
 
     def _root_of(self, value: Any) -> Root | None:
         for root in self._marks.roots:
@@ -67,27 +81,27 @@ class Paths:
             for batch in batches(self._marks.levels[level - 1], BATCH):
                 if not wanted or time.perf_counter() >= self._deadline:
                     break
-                self._locate(batch, wanted, above)
+                if self._may_hold(batch, wanted):
+                    self._locate(batch, wanted, above)
+
+    def _may_hold(self, values: Sequence[Any], wanted: dict[int, Any]) -> bool:
+        """Whether any of these may lead to what is wanted: asked of all at once where that is no large question."""
+        kinds = list(map(id, map(type, values)))
+        if not self._kinds.special.isdisjoint(kinds):
+            return True
+        if sum(len(value) for value, kind in zip(values, kinds, strict=True) if kind in SIZED) > LARGE:
+            return True
+        return not wanted.keys().isdisjoint(map(id, gc.get_referents(*values)))
 
     def _locate(self, values: Sequence[Any], wanted: dict[int, Any], above: dict[int, Any]) -> None:
         """Find which of these objects lead to what is wanted; that is then no longer wanted."""
-        held = wanted.keys() & set(map(id, self._children(values)))
-        if not held:
-            return
-        if len(values) == 1:
-            for place in held:
-                self._parents[place] = values[0]
-                del wanted[place]
-            above[id(values[0])] = values[0]
-            return
-        half = len(values) // 2
-        for part in (values[:half], values[half:]):
-            if wanted:
-                self._locate(part, wanted, above)
-
-    def _children(self, values: Sequence[Any]) -> list[Any]:
-        special = list(map(self._kinds.special.__contains__, map(id, map(type, values))))
-        held = gc.get_referents(*compress(values, map(not_, special)))
-        for value in compress(values, special):
-            held += children_of(value, self._kinds)
-        return held
+        for value in values:
+            try:
+                for held in held_in_slices(value, self._kinds):
+                    for place in wanted.keys() & set(map(id, held)):
+                        self._parents[place] = above[id(value)] = value
+                        del wanted[place]
+                    if not wanted or time.perf_counter() >= self._deadline:
+                        return
+            except RuntimeError:  # another thread has added to it meanwhile
+                continue

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 class Root:
     """Where the walk through an owner's data begins. ``label`` begins the paths: ``alice.agent_context``.
 
-    ``stands`` is for what an owner holds by itself, such as a session: then even a bare ``object()``, which nobody
-    could write to, must not be another's. ``opened`` says where the context was opened.
+    ``is_named_by_owner`` says that its keys are the owner's own words. ``stands`` is for what an owner holds by itself,
+    such as a session: then even a bare ``object()``, which nobody could write to, must not be another's. ``opened``
+    says where the context was opened.
     """
 
     owner: str
@@ -16,13 +17,15 @@ class Root:
     value: object
     stands: bool = False
     opened: str = ""
+    is_named_by_owner: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One mutable object that two owners reach, by a shortest path from each, and where their contexts were opened.
 
-    ``held_by`` is a path to it from a module's global or a class, where there is one and the time sufficed:
+    ``first_place`` and ``second_place`` are the beginnings of the paths, in which no other user's keys are. ``held_by``
+    is a path to the object from a module's global or a class, where there is one and the time sufficed:
     ``shop.CACHE['dashboard']``. Another path for which the time did not suffice ends with ``...``.
     """
 
@@ -33,6 +36,8 @@ class Finding:
     second_owner: str
     first_opened: str = ""
     second_opened: str = ""
+    first_place: str = ""
+    second_place: str = ""
     held_by: str | None = None
 
     def __str__(self) -> str:

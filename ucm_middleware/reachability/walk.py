@@ -8,12 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import compress, filterfalse, repeat
+from itertools import compress, filterfalse, islice, repeat
 from operator import not_
 from typing import Any, Final
 
 from ucm_middleware.handles import ownership_of
-from ucm_middleware.reachability.kinds import SIZED, Kinds, type_of
+from ucm_middleware.reachability.kinds import SIZED, Kind, Kinds
 from ucm_middleware.reachability.report import Root
 
 BATCH: Final = 512
@@ -21,6 +21,18 @@ BATCH: Final = 512
 
 CHUNK: Final = 4096
 """References that are sorted at once; other threads get the interpreter in between."""
+
+LARGE: Final = 16_384
+"""Items that containers may hold that are read in one go; larger ones are read in slices."""
+
+MOST_FINDINGS: Final = 1000
+"""With so many the walk ends: each is named by two paths, which are all kept."""
+
+MOST_OWNERS: Final = 100
+"""Of one object that very many owners reach, how many are named besides the first."""
+
+ENDS: Final = -1
+"""In the place of an owner: the process's own, where the walk ends."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,10 +78,10 @@ class Share:
 class Walk:
     """The walk through the data of several owners, one after the other.
 
-    ``user_id`` is the user that all of them are parts of.
+    ``user_id`` is the user that all of them are parts of. At the objects of ``ends`` the walk ends, as at shared types.
     """
 
-    def __init__(self, kinds: Kinds, budget: Budget, user_id: str | None = None) -> None:
+    def __init__(self, kinds: Kinds, budget: Budget, user_id: str | None = None, ends: Iterable[Any] = ()) -> None:
         self.kinds = kinds
         self.budget = budget
         self.shares: list[Share] = []
@@ -78,8 +90,11 @@ class Walk:
         self.examples: dict[int, tuple[int, Any]] = {}
         self.objects = 0
         self._user_id = user_id
-        self._first: dict[int, int] = {}  # what is reached, and by whom first
+        # Whatever there is the id of is held, or another object could get that id.
+        self._kept: list[Any] = list(ends)
+        self._first: dict[int, int] = dict.fromkeys(map(id, self._kept), ENDS)  # what is reached, and by whom first
         self._passed: set[int] = set()  # of that, what is an earlier owner's and this walk has met already
+        self._named: Counter[int] = Counter()  # how often an object is named
 
     def through(self, owner: str, roots: list[Root]) -> None:
         """Mark what an owner reaches, as far as the budget goes."""
@@ -95,74 +110,79 @@ class Walk:
 
     def _next(self, marks: Marks, place: int, level: list[Any]) -> list[Any]:
         found: list[Any] = []
+        if not marks.is_complete:
+            return found
         for batch in batches(level):
             for chunk in self._read(marks, batch):
                 if self.budget.is_spent:
                     marks.is_complete = False
-                    return []
+                    return found
                 found += self._new(marks, place, chunk)
         return found
 
     def _read(self, marks: Marks, batch: Sequence[Any]) -> Iterator[Sequence[Any]]:
         kinds = list(map(id, map(type, batch)))
-        # A single container may be larger than all that is left: then it is not opened at all.
-        if sum(map(len, compress(batch, map(SIZED.__contains__, kinds)))) > self.budget.left:
-            batch = [value for value in batch if id(type_of(value)) not in SIZED or len(value) <= self.budget.left]
-            marks.is_complete = False
-            kinds = list(map(id, map(type, batch)))
-        if self.kinds.special.isdisjoint(kinds):
+        if sum(map(len, compress(batch, map(SIZED.__contains__, kinds)))) > LARGE:
+            for value in batch:
+                yield from self._read_one(marks, value)
+        elif self.kinds.special.isdisjoint(kinds):
             yield from chunks(gc.get_referents(*batch))
-            return
-        flags = list(map(self.kinds.special.__contains__, kinds))
-        yield from chunks(gc.get_referents(*compress(batch, map(not_, flags))))
-        for value in compress(batch, flags):
-            yield from chunks(self._read_special(marks, value))
+        else:
+            flags = list(map(self.kinds.special.__contains__, kinds))
+            yield from chunks(gc.get_referents(*compress(batch, map(not_, flags))))
+            for value in compress(batch, flags):
+                yield from self._read_one(marks, value)
 
-    def _read_special(self, marks: Marks, value: Any) -> list[Any]:
+    def _read_one(self, marks: Marks, value: Any) -> Iterator[Sequence[Any]]:
         kind = self.kinds.of(value)
-        if kind.length is not None and kind.length(value) > self.budget.left:
+        try:
+            for held in held_in_slices(value, self.kinds):
+                if kind.native and (kind.hides or all(item is kind.made_for for item in held)):
+                    self.unseen[id(kind.made_for)] += 1
+                    self.examples.setdefault(id(kind.made_for), (len(self.marks) - 1, value))
+                yield held
+        except RuntimeError:  # another thread has added to it meanwhile
             marks.is_complete = False
-            return []
-        held = children_of(value, self.kinds)
-        if kind.native and (kind.hides or all(item is kind.made_for for item in held)):
-            self.unseen[id(kind.made_for)] += 1
-            self.examples.setdefault(id(kind.made_for), (len(self.marks) - 1, value))
-        return held
 
     def _new(self, marks: Marks, place: int, values: Sequence[Any], bare: Iterable[Any] = ()) -> list[Any]:
         """Which of these objects are to be walked on from: neither known of this owner, nor of an earlier one's."""
         self.objects += len(values)
         self.budget.left -= len(values)
-        types = list(map(id, map(type, values)))
+        places = list(map(id, map(type, values)))
+        types = set(places)
         kinds = self.kinds
         if not kinds.known.issuperset(types):
             kinds.learn(values)
-        fresh = list(compress(values, map(kinds.walked.__contains__, types)))
+        fresh = list(compress(values, map(kinds.walked.__contains__, places)))
         fresh += bare
-        by_place = dict(zip(map(id, fresh), fresh, strict=True))
+        by_place = dict(zip(map(id, fresh), fresh))  # noqa: B905 - of one length
         first = self._first
         places = list(filterfalse(first.__contains__, by_place))
         if len(places) == len(by_place):
             found = list(by_place.values())
         else:
-            older = self._older(marks, place, by_place)
-            found = [*map(by_place.__getitem__, places), *older]
+            known = filter(first.__contains__, by_place)
+            found = [*map(by_place.__getitem__, places), *self._older(marks, place, known, by_place)]
         first.update(zip(places, repeat(place)))
-        if kinds.special.isdisjoint(map(id, map(type, found))):
+        if kinds.special.isdisjoint(types):
             return found
         return [value for value in found if self._goes_on(marks, place, value)]
 
-    def _older(self, marks: Marks, place: int, by_place: dict[int, Any]) -> list[Any]:
+    def _older(self, marks: Marks, place: int, known: Iterable[int], by_place: dict[int, Any]) -> list[Any]:
         """Of what was reached before, by an earlier owner: report what is mutable, and return what is not."""
+        places = list(known)
+        first, passed = self._first, self._passed
+        if {place, ENDS}.issuperset(map(first.__getitem__, places)):
+            return []
         found: list[Any] = []
-        for known in filter(self._first.__contains__, by_place):
-            whose = self._first[known]
-            if whose == place or known in self._passed:
+        for one in places:
+            whose, value = first[one], by_place[one]
+            if whose in (place, ENDS) or one in passed:
                 continue
-            self._passed.add(known)
-            value = by_place[known]
-            if self.kinds.of(value).mutable or type(value) is object:
-                self._meet(marks, value, Share(value, whose, place))
+            passed.add(one)
+            kind = self.kinds.of(value)
+            if kind.user_of is None and (kind.mutable or type(value) is object):
+                self._meet(marks, Share(value, whose, place))
             else:
                 found.append(value)
         return found
@@ -171,17 +191,54 @@ class Walk:
         kind = self.kinds.of(value)
         user_id = self._user_id or marks.owner
         if kind.owned:
-            return ownership_of(value).owner.user_id != user_id
-        if kind.user_of is None:
+            goes_on = ownership_of(value).owner.user_id != user_id
+        elif kind.user_of is None:
             return True
-        whose = kind.user_of(value)
-        if whose != user_id:
-            self._meet(marks, value, Share(value, None, place, whose))
-        return False
+        else:
+            goes_on = False
+            if (whose := user_of(kind, value)) not in (user_id, None):
+                self._meet(marks, Share(value, None, place, whose or ""))
+        if not goes_on:
+            self._kept.append(value)
+        return goes_on
 
-    def _meet(self, marks: Marks, value: Any, share: Share) -> None:
-        marks.met.append((len(marks.levels), value))
-        self.shares.append(share)
+    def _meet(self, marks: Marks, share: Share) -> None:
+        self._named[id(share.value)] += 1
+        if self._named[id(share.value)] > MOST_OWNERS:
+            return
+        if len(self.shares) < MOST_FINDINGS:
+            marks.met.append((len(marks.levels), share.value))
+            self.shares.append(share)
+        else:
+            marks.is_complete = False
+            self.budget.left = 0
+
+
+def user_of(kind: Kind, context: Any) -> str | None:
+    """Whose a context is; None for one that another thread is just making."""
+    try:
+        return kind.user_of(context) if kind.user_of is not None else None
+    except AttributeError:
+        return None
+
+
+def held_in_slices(value: Any, kinds: Kinds) -> Iterator[Sequence[Any]]:
+    """What leads on from one object, in parts when there is very much. Raises RuntimeError when it grows meanwhile."""
+    kind = kinds.of(value)
+    if kind.length is None or kind.length(value) <= LARGE:
+        yield from chunks(children_of(value, kinds))
+        return
+    rest = [] if kind.attributes is None else [kind.attributes(value)]
+    for _, get in kind.slots:
+        try:
+            rest.append(get(value))
+        except AttributeError:  # a slot without a value
+            continue
+    yield rest
+    for iterate in kind.iterators:
+        iterator = iter(iterate(value))
+        while some := list(islice(iterator, CHUNK)):
+            yield some
 
 
 def children_of(value: Any, kinds: Kinds) -> list[Any]:
