@@ -331,7 +331,7 @@ class Hosting:
                     "the context closed, or got another identity, at the same moment; open a new one"
                 )
             if self._egress is not None:
-                self._egress.bound(anonymous_id, user_id)
+                self._egress.bound(context, anonymous_id, user_id)
             self._trail.bound(context, anonymous_id)
         finally:  # what failed after it has happened all the same, and under the old id nobody would find it again
             if context._websocket_client_id is not None:

@@ -289,10 +289,11 @@ class UserContextMiddleware:
         kind = answer_for(guard) if scope["type"] == "http" else WatchedMessages
         watched = kind(guard, context, exchange, send)
         try:
-            await self.app(scope, Request(exchange, receive).receive, watched.send)
+            await self.app(scope, Request(context, exchange, receive).receive, watched.send)
             await watched.finish()
         finally:
             watched.tell()
+            exchange.end()
             guard.end(context)
 
     def _connected(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import StatusCode
 
 from support.clock import Clock
 from support.contexts import MakeManager, running_as, visitor
@@ -106,7 +107,48 @@ def written(manager: UserContextManager) -> Iterator[io.StringIO]:
     logger.removeHandler(handler)
 
 
+class Bad:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
 class TestLog:
+    def test_formatters_keep_their_own_tracebacks(self, manager: UserContextManager, written: io.StringIO) -> None:
+        class Short(logging.Formatter):
+            def formatException(self, ei: Any) -> str:  # noqa: N802
+                return f"short {ei[0].__name__}"
+
+        log = logging.getLogger("of_the_guard")
+        log.handlers[0].setFormatter(Short())
+        with running_as(manager, "bob"):
+            try:
+                raise ValueError("x")
+            except ValueError:
+                log.exception("failed")
+        assert written.getvalue() == "failed\nshort ValueError\n"
+
+    def test_what_cannot_be_formatted_is_loggings_to_complain_of(
+        self, manager: UserContextManager, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        complaints: list[logging.LogRecord] = []
+        log = logging.getLogger("of_the_guard")
+        monkeypatch.setattr(log, "handlers", log.handlers[:1])
+        monkeypatch.setattr(log.handlers[0], "handleError", complaints.append)
+        with running_as(manager, "bob"):
+            log.warning("%s", Bad())
+        assert len(complaints) == 1
+
+    def test_plain_data_among_the_extras(self, manager: UserContextManager, written: io.StringIO) -> None:
+        log = logging.getLogger("of_the_guard")
+        log.handlers[0].setFormatter(logging.Formatter("%(data)s"))
+        with running_as(manager, "alice") as alice:
+            alice.protect(TOKEN)
+        with running_as(manager, "bob"):
+            log.warning("see", extra={"data": {"a": [TOKEN]}})
+        assert len(found(manager)) == 1
+        assert manager.egress is not None
+        assert (TOKEN in written.getvalue()) is not manager.egress.policy.block
+
     def test_another_users_value(self, manager: UserContextManager, written: io.StringIO) -> None:
         log = logging.getLogger("of_the_guard")
         with running_as(manager, "alice") as alice:
@@ -127,8 +169,7 @@ class TestLog:
 
 def test_spans(manager: UserContextManager) -> None:
     provider = TracerProvider()
-    processor: Any = EgressSpanProcessor(manager)  # of the SDK's shape, and none of its classes
-    provider.add_span_processor(processor)
+    provider.add_span_processor(EgressSpanProcessor(manager))
     tracer = provider.get_tracer("test")
     with running_as(manager, "alice") as alice:
         alice.protect(TOKEN)
@@ -141,12 +182,24 @@ def test_spans(manager: UserContextManager) -> None:
     provider.shutdown()
 
 
+def test_spans_have_more_places_than_attributes(manager: UserContextManager) -> None:
+    provider = TracerProvider()
+    provider.add_span_processor(EgressSpanProcessor(manager))
+    tracer = provider.get_tracer("test")
+    with running_as(manager, "alice") as alice:
+        alice.protect(TOKEN)
+    with running_as(manager, "bob"), tracer.start_as_current_span("his", record_exception=False) as span:
+        span.set_status(StatusCode.ERROR, TOKEN)
+        span.set_attribute(TOKEN, TOKEN)
+    assert sorted(found(manager)) == [("span", "<name>", "bob", ["alice"]), ("span", "status", "bob", ["alice"])]
+    provider.shutdown()
+
+
 def test_what_came_before_it_was_protected_is_no_hit_in_the_same_request(manager: UserContextManager) -> None:
     guard = manager.egress
     assert guard is not None
     with running_as(manager, "bob") as bob:
         exchange = guard.exchange(bob, {"type": "http", "path": f"/{TOKEN}"})
-        exchange.settle()
     with running_as(manager, "alice") as alice:
         alice.protect(TOKEN)
     assert not guard.hits(TOKEN.encode(), "bob", exchange, "response")

@@ -1,10 +1,13 @@
 """What is a token, and that each protected one is found in a text again, and nothing else, against a slow reference."""
 
+import base64
 import json
 import os
 import re
+import secrets
 import string
 import threading
+import uuid
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +47,8 @@ class TestFound:
             "\\n%s",
             "\\u0022%s\\u0022",
             "%%20%s%%20",
+            "\\x1b%s",
+            "\\054%s",
         ],
     )
     def test_in_texts_of_all_sorts(self, value: str, text: str) -> None:
@@ -104,6 +109,79 @@ class TestWhatIsNoToken:
 
     def test_a_jwt_is_known_by_its_signature(self) -> None:
         assert token_of(JWT, 64).run.decode() in JWT.rsplit(".", 1)[1]
+
+
+KINDS = {
+    "urlsafe 32": lambda: secrets.token_urlsafe(32),
+    "urlsafe 16": lambda: secrets.token_urlsafe(16),
+    "uuid4": lambda: str(uuid.uuid4()),
+    "hex 32": lambda: secrets.token_hex(16),
+    "base64": lambda: base64.b64encode(secrets.token_bytes(16)).decode(),
+    "base64 of 32": lambda: base64.b64encode(secrets.token_bytes(32)).decode(),
+}
+
+
+class TestRandomTokens:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_none_is_refused_and_each_is_found(self, kind: str) -> None:
+        values = table(most=100_000)
+        for _ in range(4000):
+            value = KINDS[kind]()
+            values.add(token_of(value, 64), value)
+            places = list(values.find(f'{{"token":"{value}"}}'.encode()))
+            assert [place.owners for place in places] == [{value}], value
+
+    @pytest.mark.parametrize("value", ["x-cT_5cb-cX-Cxihe_aeBA", "w909m_D0hKl-detRw_NhEg", "VJ2T/IoLYg/pTnRMcR4PtA=="])
+    def test_nor_these_that_are_cut_up_by_their_separators(self, value: str) -> None:
+        token_of(value, 64)
+
+    def test_values_that_begin_with_the_same_word_are_many(self) -> None:
+        values = table()
+        tokens = [f"production_{secrets.token_hex(6)}" for _ in range(50)]
+        for value in tokens:
+            values.add(token_of(value, 64), value)
+        assert all([place.owners for place in values.find(value.encode())] == [{value}] for value in tokens)
+
+
+class TestShares:
+    def test_one_user_does_not_push_out_what_others_protect(self) -> None:
+        values = table(most=5000)
+        values.add(token_of(HEX, 64), "alice")
+        for number in range(6000):
+            run = f"{number:032d}".encode()
+            values.add(Token(run, run, 0, 0), "mallory")
+        assert list(values.find(HEX.encode()))
+        assert len(values) == 1001
+        assert (values.forgotten, values.refused) == (0, 5000)
+
+    def test_nor_do_all_who_are_anonymous(self) -> None:
+        values = table(most=15_000)
+        for number in range(6000):
+            run = f"{number:032d}".encode()
+            values.add(Token(run, run, 0, 0), f"anonymous_{number:032x}")
+        assert len(values) == 1500
+
+    def test_there_is_room_again_for_what_was_forgotten(self) -> None:
+        clock = Clock()
+        values = table(clock, most=3)
+        for turn in range(3):
+            for number in range(3):
+                run = f"{turn}{number:032d}".encode()
+                assert values.add(Token(run, run, 0, 0), "alice")
+                assert values.add(Token(run, run, 0, 0), "alice")
+            clock.advance(61)
+            values.sweep()
+        assert values._held == {}
+
+
+class TestOneRunOfSeveral:
+    def test_a_value_that_is_somebodys_leaves_its_neighbours_alone(self) -> None:
+        values = table()
+        other = "00000000-0000-4abc-8000-61670f29523c"
+        values.add(token_of(UUID, 50), "alice")
+        values.add(token_of(other, 50), "bob")
+        assert not values.add(token_of(UUID, 50), "mallory", is_first=True)
+        assert [place.owners for place in values.find(f"{UUID} {other}".encode())] == [{"alice"}, {"bob"}]
 
 
 class TestOwners:
@@ -210,7 +288,10 @@ def reference(text: str, values: list[str]) -> set[str]:
         token = token_of(value, 64)
         for match in re.finditer(re.escape(token.run.decode()), text):
             before, after = text[: match.start()], text[match.end() :]
-            is_glued = re.search(r"(\\u[0-9a-fA-F]{4}|\\[a-z]|%[0-9a-fA-F]{2})\Z", before) is not None
+            is_glued = (
+                re.search(r"(\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\[0-7]{3}|\\[a-z]|%[0-9a-fA-F]{2})\Z", before)
+                is not None
+            )
             if (is_glued or not re.search(r"[A-Za-z0-9]\Z", before)) and not re.match(r"[A-Za-z0-9]", after):
                 start = match.start() - token.before
                 if start >= 0 and text[start : match.end() + token.after].encode() == token.checked:

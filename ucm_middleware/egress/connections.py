@@ -1,12 +1,12 @@
 """WebSocket messages that an application sends itself; its events are looked at in the hub."""
 
 from collections.abc import Awaitable
-from typing import Any
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.egress.answers import answer_for
 from ucm_middleware.egress.exchange import Exchange
 from ucm_middleware.egress.guard import EgressGuard
+from ucm_middleware.egress.tokens import as_bytes
 from ucm_middleware.types import Message, Send
 
 
@@ -29,7 +29,7 @@ class WatchedMessages:
         if message["type"] == "websocket.send":
             return self._send_message(message)
         if message["type"] == "websocket.close":
-            return self._send(message)
+            return self._send_close(message)
         return self._answer.send(message)
 
     async def _send_message(self, message: Message) -> None:
@@ -41,6 +41,14 @@ class WatchedMessages:
             await self._send(message)
             look_at(self._guard, self._context, self._exchange, data)
 
+    async def _send_close(self, message: Message) -> None:
+        reason = message.get("reason")
+        if reason and is_held_back(self._guard, self._context, self._exchange, reason):
+            message = {**message, "reason": ""}
+        await self._send(message)
+        if reason and not self._guard.policy.block:
+            look_at(self._guard, self._context, self._exchange, reason)
+
     async def finish(self) -> None:
         """The app has ended."""
         await self._answer.finish()
@@ -50,17 +58,17 @@ class WatchedMessages:
         self._answer.tell()
 
 
-def look_at(guard: EgressGuard, context: UserExecutionContext, exchange: Exchange, data: Any) -> bool:
+def look_at(guard: EgressGuard, context: UserExecutionContext, exchange: Exchange, data: object) -> bool:
     """Look at a message that was sent, or would be. Whether there is another's value in it, which is on record then."""
-    text = data.encode(errors="replace") if isinstance(data, str) else bytes(data)
+    text = as_bytes(data)
     hits = guard.hits(text, context.user_id, exchange, "websocket")
     if hits:
         guard.report(context.user_id, hits, is_blocked=guard.policy.block)
     if not (hits and guard.policy.block):
-        guard.learn(context, text)
+        guard.learn(context.user_id, exchange, text)
     return bool(hits)
 
 
-def is_held_back(guard: EgressGuard, context: UserExecutionContext, exchange: Exchange, data: Any) -> bool:
+def is_held_back(guard: EgressGuard, context: UserExecutionContext, exchange: Exchange, data: object) -> bool:
     """Whether a message must not be sent."""
     return guard.policy.block and look_at(guard, context, exchange, data)

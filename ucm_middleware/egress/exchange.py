@@ -1,11 +1,10 @@
 """What one user's client sent in a request or on a connection: who sent a value knows it already."""
 
-from collections import deque
 from typing import Any, Final
 
-from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.egress.table import ProtectedValues
-from ucm_middleware.egress.tokens import cut, given_runs
+from ucm_middleware.egress.tokens import LETTERS, LONGEST, as_bytes, given_runs
+from ucm_middleware.types import Scope
 
 MOST_RUNS: Final = 4096
 """How many runs of letters and digits are remembered of one request; of one connection the newest."""
@@ -13,8 +12,7 @@ MOST_RUNS: Final = 4096
 MOST_KNOWN: Final = 65_536
 """How many times it is remembered that a user sent a value of somebody else's."""
 
-SLICE: Final = 65_536
-"""Bytes that wait to be looked at."""
+_ENCODED: Final = LETTERS + b"-_%\\"
 
 
 class Known:
@@ -27,60 +25,64 @@ class Known:
 
     def add(self, user_id: str, key: int) -> None:
         self._pairs[user_id, key] = None
-        while len(self._pairs) > MOST_KNOWN:
-            self._pairs.pop(next(iter(self._pairs)), None)
+        forget_oldest(self._pairs, MOST_KNOWN)
 
     def __contains__(self, pair: tuple[str, int]) -> bool:
         return pair in self._pairs
 
 
 class Exchange:
-    """A request or a connection. What came is looked at when something goes out: most of it never needs to be."""
+    """A request or a connection. What comes is taken in at once: what the app shows of it in another answer, even
+    before this one is through, must be known by then.
 
-    __slots__ = ("_context", "_known", "_order", "_rest", "_sent", "_table", "_waiting", "_waiting_size", "scope")
+    It does not hold the context, which holds it.
+    """
 
-    def __init__(
-        self, context: UserExecutionContext, scope: dict[str, Any], table: ProtectedValues, known: Known
-    ) -> None:
-        self._context = context
+    __slots__ = ("_known", "_rest", "_sent", "_table", "scope")
+
+    def __init__(self, user_id: str, scope: Scope, table: ProtectedValues, known: Known) -> None:
         self._table = table
         self._known = known
-        self._sent: set[int] = set()
-        self._order: deque[int] = deque()
+        self._sent: dict[int, None] = {}
         self._rest = b""
-        self.scope = scope
-        head = [scope.get("raw_path") or b"", str(scope.get("path", "")).encode(), scope.get("query_string", b"")]
-        head += [value for _, value in scope.get("headers", ())]
-        self._waiting: list[bytes] = [b" ".join(head) + b" "]
-        self._waiting_size = 0
+        self.scope: Scope | None = scope
+        head: list[Any] = [scope.get("raw_path") or b"", scope.get("query_string", b"")]
+        head.append(as_bytes(scope.get("path", "")))
+        for pair in scope.get("headers", ()):
+            head += pair
+        self.came(b" ".join(head), user_id)
 
-    def came(self, data: str | bytes | None) -> None:
-        """A part of what the client sends: of a body, which goes on."""
-        if data:
-            part = data.encode(errors="replace") if isinstance(data, str) else bytes(data)
-            self._waiting.append(part)
-            self._waiting_size += len(part)
-            if self._waiting_size > SLICE:
-                self.settle()
+    def came(self, data: object, user_id: str, *, goes_on: bool = False) -> None:
+        """What the client of this user sent: a message, or a part of a body, which may go on."""
+        text = self._rest + as_bytes(data)
+        self._rest = text[len(text.rstrip(_ENCODED)) :][-LONGEST:] if goes_on else b""
+        keys = dict.fromkeys(map(hash, given_runs(text)))
+        self._sent.update(keys)
+        forget_oldest(self._sent, MOST_RUNS)
+        self._remember(keys, user_id)
+
+    def is_of(self, user_id: str) -> None:
+        """The client turned out to be this user's: what it sent the user knows from now on."""
+        self._remember(self._sent.copy(), user_id)
 
     def has_sent(self, key: int) -> bool:
-        """Whether this value came in this exchange, or from this user before."""
-        return key in self._sent or (self._context.user_id, key) in self._known
+        """Whether this value came in this exchange."""
+        return key in self._sent
 
-    def settle(self) -> None:
-        """Take in what came until now."""
-        if not self._waiting:
-            return
-        data = self._rest + b"".join(self._waiting)
-        self._waiting, self._waiting_size = [], 0
-        self._rest = cut(data)[1]
-        keys = set(map(hash, given_runs(data)))
-        user_id = self._context.user_id
+    def end(self) -> None:
+        """It is over: let go of what has the context in it."""
+        self.scope = None
+
+    def _remember(self, keys: dict[int, None], user_id: str) -> None:
         for key in self._table.keys_among(keys):
             if user_id not in self._table.owners_of(key):
                 self._known.add(user_id, key)
-        for key in keys - self._sent:
-            self._sent.add(key)
-            self._order.append(key)
-        while len(self._order) > MOST_RUNS:
-            self._sent.discard(self._order.popleft())
+
+
+def forget_oldest(kept: dict[Any, Any], most: int) -> None:
+    """Have at most so many. Takes no lock: where another thread comes in between, it is tried again."""
+    while len(kept) > most:
+        try:
+            kept.pop(next(iter(kept)), None)
+        except RuntimeError:  # it has just changed
+            continue

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Final, cast
 
 from ucm_middleware.audit.redaction import text_for_record
@@ -12,21 +13,27 @@ _MOST: Final = 262_144
 _DEEPEST: Final = 32
 
 
-def field_of(data: bytes, start: int, end: int) -> str:
-    """``$.items[0].token`` where the text is JSON, else the last member's name before it, else "text"."""
-    run = data[start:end].decode("ascii")
-    if data[:64].lstrip()[:1] in (b"{", b"[", b'"') and len(data) <= _MOST:
-        try:
-            document = json.loads(data)
-        except (ValueError, RecursionError):
-            pass  # cut off, or of several documents
-        else:
-            found = next(_paths(document, "$", run, 0), None)
-            if found is not None:
-                return text_for_record(found)
-    names = _MEMBER.findall(data[max(0, start - 512) : start])
-    name = names[-1].decode(errors="replace") if names else "text"
-    return "text" if run in name else text_for_record(name)
+class Fields:
+    """The fields of one text, which is read as JSON once."""
+
+    __slots__ = ("_data", "_document")
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._document: Any = None
+        if data[:64].lstrip()[:1] in (b"{", b"[", b'"') and len(data) <= _MOST:
+            with suppress(ValueError, RecursionError):  # cut off, or of several documents
+                self._document = json.loads(data)
+
+    def at(self, start: int, end: int) -> str:
+        """``$.items[0].token`` where the text is JSON, else the last member's name before it, else "text"."""
+        run = self._data[start:end].decode("ascii")
+        found = next(_paths(self._document, "$", run, 0), None)
+        if found is not None:
+            return text_for_record(found)
+        names = _MEMBER.findall(self._data[max(0, start - 512) : start])
+        name = names[-1].decode(errors="replace") if names else "text"
+        return "text" if run in name else text_for_record(name)
 
 
 def _paths(value: Any, path: str, run: str, depth: int) -> Iterator[str]:

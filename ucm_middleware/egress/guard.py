@@ -6,17 +6,17 @@
 import logging
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 from ucm_middleware.audit.redaction import text_for_record
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
-from ucm_middleware.egress.exchange import Exchange, Known
-from ucm_middleware.egress.fields import field_of
+from ucm_middleware.egress.exchange import Exchange, Known, forget_oldest
+from ucm_middleware.egress.fields import Fields
 from ucm_middleware.egress.policy import EgressPolicy
 from ucm_middleware.egress.table import ProtectedValues
-from ucm_middleware.egress.tokens import token_of
+from ucm_middleware.egress.tokens import as_bytes, token_of
 from ucm_middleware.errors import InvalidContextError
 from ucm_middleware.ids import is_anonymous_id
 from ucm_middleware.types import Scope
@@ -27,6 +27,7 @@ MOST_HITS: Final = 20
 """How many hits in one text are told apart."""
 
 MOST_ANONYMOUS: Final = 10_000
+MOST_UNBOUND: Final = 100
 _DEEPEST: Final = 16
 
 
@@ -43,12 +44,14 @@ class EgressGuard:
     """Thread-safe. ``clock`` is monotonic; ``plan`` sees to it that ``sweep`` is called at a reading of it."""
 
     __slots__ = (
+        "_clock",
         "_fields",
         "_known",
         "_names",
         "_plan",
         "_told_encoded",
         "_told_full",
+        "_told_share",
         "_trail",
         "_unbound",
         "policy",
@@ -64,11 +67,12 @@ class EgressGuard:
     ) -> None:
         self.policy = policy
         self.table = ProtectedValues(policy.max_values, policy.keep_seconds, clock)
+        self._clock = clock
         self._known = Known()
         self._trail = trail
         self._plan = plan
-        self._unbound: dict[str, list[int]] = {}  # what anonymous users protected, who may learn their names yet
-        self._told_full = self._told_encoded = False
+        self._unbound: dict[str, dict[int, None]] = {}  # what anonymous users protected, who may learn their names yet
+        self._told_full = self._told_share = self._told_encoded = False
         names = [re.escape(name.encode()) for name in policy.fields]
         self._names = frozenset(policy.fields)
         self._fields = (
@@ -83,34 +87,42 @@ class EgressGuard:
         user_id = context.user_id
         self.table.add(token, user_id)
         if context.is_anonymous:
-            self._unbound.setdefault(user_id, []).append(hash(token.run))
-            while len(self._unbound) > MOST_ANONYMOUS:
-                self._unbound.pop(next(iter(self._unbound)), None)
+            keys = self._unbound.setdefault(user_id, {})
+            keys[hash(token.run)] = None
+            forget_oldest(keys, MOST_UNBOUND)
+            forget_oldest(self._unbound, MOST_ANONYMOUS)
         if context.user_id != user_id:  # bound in this very moment
             self.table.move(hash(token.run), user_id, context.user_id)
         self._added()
 
     def _added(self) -> None:
         """See to it that what is protected is forgotten in time, and say once where it is forgotten before."""
-        if (wake := self.table.next_wake()) is not None:
-            self._plan(wake)
+        self._plan(self._clock() + self.policy.keep_seconds)  # those before it are planned already
         if self.table.forgotten and not self._told_full:
             self._told_full = True
             logger.warning(
                 "more than %d values are protected (EgressPolicy.max_values): the oldest are forgotten",
                 self.policy.max_values,
             )
+        if self.table.refused and not self._told_share:
+            self._told_share = True
+            logger.warning("a user protects more values than one has room for: what comes on top is not protected")
 
-    def bound(self, anonymous_id: str, user_id: str) -> None:
-        """An anonymous context learned its user: what it protected is the user's."""
+    def bound(self, context: UserExecutionContext, anonymous_id: str, user_id: str) -> None:
+        """An anonymous context learned its user: what it protected is the user's, and what its client sent is known."""
+        exchange = getattr(context._root, "_exchange", None)
+        if exchange is not None:
+            exchange.is_of(user_id)
         for key in self._unbound.pop(anonymous_id, ()):
             self.table.move(key, anonymous_id, user_id)
 
-    def learn(self, context: UserExecutionContext, data: bytes) -> None:
-        """Protect what stands under the policy's fields in JSON that was sent to a user."""
-        if self._fields is not None and not context.is_anonymous:
+    def learn(self, user_id: str, exchange: Exchange | None, data: bytes) -> None:
+        """Protect what stands under the policy's fields in JSON that was sent to a user. Not what the user's client
+        sent itself in the same exchange: it may be anything, also what everybody is shown.
+        """
+        if self._fields is not None and not is_anonymous_id(user_id):
             for value in self._fields.findall(data):
-                self._learn_for(context.user_id, value.replace(b"\\/", b"/"))
+                self._learn_for(user_id, value.replace(b"\\/", b"/"), exchange)
 
     def learn_data(self, context: UserExecutionContext) -> None:
         """The same of the data that a context is opened with."""
@@ -118,18 +130,21 @@ class EgressGuard:
             for value in _under(self._names, context._agent_context, 0):
                 self._learn_for(context.user_id, value)
 
-    def _learn_for(self, user_id: str, value: object) -> None:
+    def _learn_for(self, user_id: str, value: object, exchange: Exchange | None = None) -> None:
         try:
-            if self.table.add(token_of(value, self.policy.min_entropy), user_id, is_first=True):
-                self._added()
+            token = token_of(value, self.policy.min_entropy)
         except InvalidContextError:
             logger.debug("a field named in EgressPolicy.fields has no token in it")
+            return
+        if exchange is None or not exchange.has_sent(hash(token.run)):
+            self.table.add(token, user_id, is_first=True)
+            self._added()
 
     # Whether a text has one.
 
     def exchange(self, context: UserExecutionContext, scope: Scope) -> Exchange:
         """Begin to note what a client sends in a request or on a connection, which is the context's."""
-        made = Exchange(context, cast("dict[str, Any]", scope), self.table, self._known)
+        made = Exchange(context.user_id, scope, self.table, self._known)
         context._exchange = made
         return made
 
@@ -145,8 +160,7 @@ class EgressGuard:
         """
         if not self.table.may_hold(data):
             return []
-        if exchange is not None:
-            exchange.settle()
+        fields: Fields | None = None
         found: dict[Hit, None] = {}
         route = route_of(None if exchange is None else exchange.scope)
         for place in self.table.find(data):
@@ -154,23 +168,28 @@ class EgressGuard:
                 continue
             if exchange is not None and exchange.has_sent(place.key):
                 continue
-            where = field_of(data, place.start, place.end) if field is None else field
+            if field is None:
+                fields = Fields(data) if fields is None else fields
+                where = fields.at(place.start, place.end)
+            else:
+                where = text_for_record(field)
+            if self.table.may_hold(as_bytes(where)):  # a name may be a value itself
+                where = "<name>"
             found[Hit(channel, route, where, place.owners)] = None
             if len(found) >= MOST_HITS:
                 break
         return list(found)
 
-    def hits_here(self, text: str, channel: str, field: str | None = None, receiver_id: str | None = None) -> list[Hit]:
+    def hits_here(
+        self, text: str | bytes, channel: str, field: str | None = None, receiver_id: str | None = None
+    ) -> list[Hit]:
         """The same of a text for a user, by default the one whose context this code runs in; nothing outside of one."""
         context = ambient_context()
-        exchange = None if context is None else getattr(context._root, "_exchange", None)
         if receiver_id is None:
             if context is None:
                 return []
             receiver_id = context.user_id
-        elif context is None or context.user_id != receiver_id:
-            exchange = None
-        return self.hits(text.encode(errors="replace"), receiver_id, exchange, channel, field)
+        return self.hits(as_bytes(text), receiver_id, exchange_here(receiver_id), channel, field)
 
     # Events; see the hub.
 
@@ -182,9 +201,8 @@ class EgressGuard:
         """An event was put in line for a user: tell what is found in it, and protect what its fields say."""
         if not self.policy.block:
             self._found_in_event(user_id, text)
-        if self._fields is not None and not is_anonymous_id(user_id):
-            for value in self._fields.findall(text.encode(errors="replace")):
-                self._learn_for(user_id, value.replace(b"\\/", b"/"))
+        if self._fields is not None:
+            self.learn(user_id, exchange_here(user_id), as_bytes(text))
 
     def _found_in_event(self, user_id: str, text: str) -> bool:
         hits = self.hits_here(text, "event", receiver_id=user_id)
@@ -217,6 +235,14 @@ class EgressGuard:
                 "answers with a content-encoding cannot be looked at by the egress guard; add GZipMiddleware and the "
                 "like outside of UserContextMiddleware"
             )
+
+
+def exchange_here(user_id: str) -> Exchange | None:
+    """The exchange that this code runs in, where it is this user's."""
+    context = ambient_context()
+    if context is None or context.user_id != user_id:
+        return None
+    return getattr(context._root, "_exchange", None)
 
 
 def route_of(scope: Scope | None) -> str:

@@ -2,16 +2,23 @@
 
 import threading
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient_context
 from ucm_middleware.egress.logs import Guarded
+from ucm_middleware.egress.tokens import as_bytes
+from ucm_middleware.forking import renewed_after_fork
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
+else:
+    SpanProcessor = object  # the SDK need not be there: only its shape matters
 
 _MOST_OPEN: Final = 10_000
 
 
-class EgressSpanProcessor:
+class EgressSpanProcessor(SpanProcessor):
     """Give it to the SDK: ``provider.add_span_processor(EgressSpanProcessor(manager))``.
 
     A span is the user's in whose context it began. What is found in its name, attributes and events when it ends is put
@@ -21,6 +28,11 @@ class EgressSpanProcessor:
     def __init__(self, manager: Guarded) -> None:
         self._manager = manager
         self._open: dict[int, UserExecutionContext] = {}
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """A child has a lock of its own."""
         self._lock = threading.Lock()
 
     def on_start(self, span: Any, parent_context: Any = None) -> None:
@@ -41,10 +53,14 @@ class EgressSpanProcessor:
             return
         exchange = getattr(context._root, "_exchange", None)  # pyright: ignore[reportPrivateUsage]
         texts = [("name", str(span.name)), *_texts(span.attributes)]
+        texts.append(("status", getattr(getattr(span, "status", None), "description", None) or ""))
         for event in span.events or ():
+            texts.append(("event", str(event.name)))
             texts += [(f"event.{name}", text) for name, text in _texts(event.attributes)]
+        for link in span.links or ():
+            texts += [(f"link.{name}", text) for name, text in _texts(link.attributes)]
         for name, text in texts:
-            hits = guard.hits(text.encode(errors="replace"), context.user_id, exchange, "span", name)
+            hits = guard.hits(as_bytes(f"{name}\n{text}"), context.user_id, exchange, "span", name)
             if hits:
                 guard.report(context.user_id, hits, is_blocked=False)
 

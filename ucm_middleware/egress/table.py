@@ -7,11 +7,21 @@ from itertools import islice
 from secrets import token_bytes
 from typing import Final, NamedTuple
 
-from ucm_middleware.egress.tokens import Token, places, runs
+from ucm_middleware.egress.tokens import SLICE as PIECE
+from ucm_middleware.egress.tokens import Token, pieces, places, runs
 from ucm_middleware.forking import renewed_after_fork
+from ucm_middleware.ids import is_anonymous_id
 
 SLICE: Final = 1000
 """How many are forgotten at a time, so that the lock is never held for long."""
+
+_BATCH: Final = 256
+"""That part of a full table makes room at once: to find the oldest takes long where many before it are gone."""
+
+_SHARE: Final = 100
+_SHARE_OF_ANONYMOUS: Final = 10
+_LEAST: Final = 1000
+_ANONYMOUS: Final = ""
 
 _DIGEST: Final = 16
 _HEAD: Final = _DIGEST + 12
@@ -33,10 +43,15 @@ class Place(NamedTuple):
 class ProtectedValues:
     """Thread-safe: whoever writes holds a lock, and looking up takes none. ``clock`` is monotonic, in seconds.
 
-    Values stand in the order of their deadlines, since all are kept for the same time: the first is the oldest.
+    Values stand in the order of their deadlines, since all are kept for the same time: the first is the oldest. One
+    user has room for a hundredth of them, or a thousand, and all who are anonymous for a tenth: nobody can push out
+    what others protect.
     """
 
-    __slots__ = ("__weakref__", "_clock", "_keep", "_key", "_lock", "_most", "_rows", "forgotten")
+    __slots__ = (
+        "__weakref__", "_clock", "_held", "_keep", "_key", "_lock", "_most", "_rows", "_share", "_share_of_anonymous",
+        "forgotten", "refused",
+    )  # fmt: skip
 
     def __init__(self, most: int, keep_seconds: float, clock: Callable[[], float]) -> None:
         self._most = most
@@ -44,8 +59,13 @@ class ProtectedValues:
         self._clock = clock
         self._key = token_bytes(32)
         self._rows: dict[int, Bucket] = {}
+        self._held: dict[str, int] = {}
+        self._share = max(most // _SHARE, _LEAST)
+        self._share_of_anonymous = max(most // _SHARE_OF_ANONYMOUS, _LEAST)
         self.forgotten = 0
         """How many made room for newer ones."""
+        self.refused = 0
+        """How many were not taken, since their user has too many."""
         self.after_fork()
         renewed_after_fork(self)
 
@@ -66,22 +86,56 @@ class ProtectedValues:
         with self._lock:
             now = self._clock()
             others: list[bytes] = []
+            before: bytes | None = None
             owners = {owner}
-            for row in _rows(self._rows.pop(key, ())):
+            for row in _rows(self._rows.get(key, ())):
                 if not row.startswith(digest):
                     others.append(row)
-                elif _deadline(row) > now:
-                    if is_first and owner not in _owners(row):
-                        self._rows[key] = row
-                        return False
+                    continue
+                before = row
+                if _deadline(row) > now:
                     owners |= _owners(row)
+            is_theirs = before is not None and _deadline(before) > now and owner in _owners(before)
+            if is_first and not is_theirs and len(owners) > 1:
+                return False
+            if not is_theirs and not self._has_room(owner):
+                self.refused += 1
+                return False
+            if before is not None:
+                self._count(before, -1)
+            if len(others) > 7:
+                self.forgotten += 1
+                self._count(others.pop(0), -1)
             deadline = int((now + self._keep) * 1000)
             row = digest + deadline.to_bytes(8) + reach + "\0".join(sorted(owners)).encode()
-            self._rows[key] = (*others[-7:], row) if others else row
+            self._count(row, 1)
+            self._rows.pop(key, None)
+            self._rows[key] = (*others, row) if others else row
             if len(self._rows) > self._most:
-                self.forgotten += 1
-                del self._rows[next(iter(self._rows))]
+                self._make_room()
         return True
+
+    def _has_room(self, owner: str) -> bool:
+        account = _account(owner)
+        return self._held.get(account, 0) < (self._share_of_anonymous if account is _ANONYMOUS else self._share)
+
+    def _count(self, row: bytes, by: int) -> None:
+        for owner in _owners(row):
+            account = _account(owner)
+            held = self._held.get(account, 0) + by
+            if held > 0:
+                self._held[account] = held
+            else:
+                self._held.pop(account, None)
+
+    def _make_room(self) -> None:
+        for key in list(islice(self._rows, max(1, self._most // _BATCH))):
+            self.forgotten += 1
+            self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        for row in _rows(self._rows.pop(key)):
+            self._count(row, -1)
 
     def move(self, key: int, old_owner: str, new_owner: str) -> None:
         """What an anonymous user protected is the user's that it turned out to be."""
@@ -89,16 +143,23 @@ class ProtectedValues:
             bucket = self._rows.get(key)
             if bucket is not None:
                 moved = tuple(_with_owner(row, old_owner, new_owner) for row in _rows(bucket))
+                for row, by in (*((row, -1) for row in _rows(bucket)), *((row, 1) for row in moved)):
+                    self._count(row, by)
                 self._rows[key] = moved if isinstance(bucket, tuple) else moved[0]
 
     def may_hold(self, data: bytes) -> bool:
         """Whether a text has a run in it by which a value is found: the quick look, at each text that is sent."""
         rows = self._rows
-        return bool(rows) and not rows.keys().isdisjoint(map(hash, runs(data)))
+        if not rows:
+            return False
+        if len(data) > PIECE:
+            return any(not rows.keys().isdisjoint(map(hash, runs(piece))) for piece in pieces(data))
+        return not rows.keys().isdisjoint(map(hash, runs(data)))
 
-    def keys_among(self, keys: set[int]) -> set[int]:
+    def keys_among(self, keys: dict[int, None]) -> set[int]:
         """Which of these hashes of runs values are found by."""
-        return keys & self._rows.keys() if keys else keys
+        rows = self._rows
+        return set() if not rows or rows.keys().isdisjoint(keys) else {key for key in keys if key in rows}
 
     def owners_of(self, key: int) -> frozenset[str]:
         """Whose the values under a key are."""
@@ -123,7 +184,7 @@ class ProtectedValues:
                 now = self._clock()
                 due = [key for key, bucket in islice(self._rows.items(), SLICE) if _deadline(_rows(bucket)[-1]) <= now]
                 for key in due:
-                    del self._rows[key]
+                    self._forget(key)
             if len(due) < SLICE:
                 return
 
@@ -137,6 +198,11 @@ class ProtectedValues:
 
     def _digest(self, checked: bytes) -> bytes:
         return blake2b(checked, digest_size=_DIGEST, key=self._key).digest()
+
+
+def _account(owner: str) -> str:
+    """Where a user's values are counted: those of all who are anonymous together, who may be one."""
+    return _ANONYMOUS if is_anonymous_id(owner) else owner
 
 
 def _rows(bucket: "Bucket | tuple[()]") -> tuple[bytes, ...]:

@@ -35,17 +35,15 @@ class HeldWatch:
 
     def __init__(self) -> None:
         self._suspect = Census.suspect
-        self._suspects: list[tuple[weakref.ref[UserExecutionContext], int]] = []
+        self._suspects: list[tuple[weakref.ref[UserExecutionContext], int | None]] = []
         self._told: list[str] = []
 
     def start(self) -> None:
         """Begin to watch."""
 
-        def suspect(
-            census: Census, context: UserExecutionContext, scope: Mapping[str, Any] | None, expected: int
-        ) -> None:
+        def suspect(census: Census, context: UserExecutionContext, expected: int | None) -> None:
             self._suspects.append((weakref.ref(context), expected))
-            self._suspect(census, context, scope, expected)
+            self._suspect(census, context, expected)
             with suppress(RuntimeError):  # a thread without an event loop
                 loop = asyncio.get_running_loop()
                 loop.call_soon(self._look, census, weakref.ref(context), expected, context=Context())
@@ -70,7 +68,7 @@ class HeldWatch:
         self.overlook()
         return found
 
-    def _look(self, census: Census, one: "weakref.ref[UserExecutionContext]", expected: int) -> None:
+    def _look(self, census: Census, one: "weakref.ref[UserExecutionContext]", expected: int | None) -> None:
         context = _held(one, expected)
         if context is not None:
             running = census._not_allowed(survey((context,)).get(context, ()))
@@ -87,15 +85,15 @@ class HeldWatch:
         gc.unfreeze()  # what is frozen is in no search
         for context in held:
             if context not in running:
-                holder = search(context, None, SEARCH_SECONDS, without=(held,))
+                holder = search(context, SEARCH_SECONDS, is_request=False, without=(held,))
                 if holder is not None and holder.kind != "reference":
                     found.append(_told(context, holder))
         return found
 
 
-def _held(reference: "weakref.ref[UserExecutionContext]", expected: int) -> UserExecutionContext | None:
+def _held(reference: "weakref.ref[UserExecutionContext]", expected: int | None) -> UserExecutionContext | None:
     context = reference()
-    return None if context is None or references(context) <= expected else context
+    return None if context is None or references(context) == expected else context
 
 
 def _told(context: UserExecutionContext, holder: Holder) -> str:

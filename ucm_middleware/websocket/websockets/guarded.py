@@ -10,6 +10,7 @@ from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.egress.connections import look_at
 from ucm_middleware.egress.exchange import Exchange
 from ucm_middleware.egress.guard import EgressGuard
+from ucm_middleware.egress.tokens import as_bytes
 
 
 class Outgoing:
@@ -53,8 +54,7 @@ class Outgoing:
             self._look()
 
     def _look(self) -> bool:
-        parts = [part.encode(errors="replace") if isinstance(part, str) else bytes(part) for part in self._parts]
-        return look_at(self._guard, self._context, self._exchange, b"".join(parts))
+        return look_at(self._guard, self._context, self._exchange, b"".join(map(as_bytes, self._parts)))
 
     def _noted(self, fragments: Iterable[Any]) -> Iterator[Any]:
         for fragment in fragments:

@@ -220,7 +220,7 @@ class UserConnection(ServerConnection):
             spans.begin_message(context, self._traced)
         self._meter.count(data)
         if self.wrapped.manager.egress is not None:
-            context._exchange.came(data)
+            context._exchange.came(data, context.user_id)
         if self.wrapped.context_per_message:
             self._child = child = context.create_child_context(OPERATION)
             ambient.set(child)
