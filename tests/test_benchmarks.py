@@ -207,6 +207,12 @@ class TestTimes:
             assert (done.returncode, done.stdout) == (2, "")
             assert "no owned handles" in done.stderr
 
+    def test_the_egress_guard(self, tmp_path: Path) -> None:
+        found = figures("egress", "--rounds", "3", "--values", "2000", folder=tmp_path)
+        assert found["values"] == 2000
+        assert found["with_us"] > found["without_us"] > 0
+        assert found["guard_us"] > 0
+
     def test_the_walk(self, tmp_path: Path) -> None:
         found = figures("walk", "--rounds", "1", "--orders", "50", folder=tmp_path)
         assert found["objects"] > 500

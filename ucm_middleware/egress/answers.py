@@ -121,6 +121,8 @@ class WatchedAnswer(Looking):
 
     def tell(self) -> None:
         """The answer has left, or broke off: look at it, and tell what was found."""
+        if not (self._starts or self._parts or self._suspects):
+            return  # all was told
         try:
             self._look(is_over=True)
         except Exception:  # the app's own fault, such as headers that are no pairs: what was sent is sent

@@ -38,7 +38,7 @@ class Exchange:
     It does not hold the context, which holds it.
     """
 
-    __slots__ = ("_known", "_rest", "_sent", "_table", "scope")
+    __slots__ = ("_head", "_known", "_rest", "_sent", "_table", "scope")
 
     def __init__(self, user_id: str, scope: Scope, table: ProtectedValues, known: Known) -> None:
         self._table = table
@@ -50,12 +50,19 @@ class Exchange:
         head.append(as_bytes(scope.get("path", "")))
         for pair in scope.get("headers", ()):
             head += pair
-        self.came(b" ".join(head), user_id)
+        # Whether it has a value in it is all that is asked at once; what it has, where something is found that goes out.
+        self._head: bytes | None = b" ".join(head)
+        if b"%" in self._head or b"\\" in self._head or table.may_hold(self._head):
+            self._take(self._head, user_id)
+            self._head = None
 
     def came(self, data: object, user_id: str, *, goes_on: bool = False) -> None:
         """What the client of this user sent: a message, or a part of a body, which may go on."""
         text = self._rest + as_bytes(data)
         self._rest = text[len(text.rstrip(_ENCODED)) :][-LONGEST:] if goes_on else b""
+        self._take(text, user_id)
+
+    def _take(self, text: bytes, user_id: str) -> None:
         keys = dict.fromkeys(map(hash, given_runs(text)))
         self._sent.update(keys)
         forget_oldest(self._sent, MOST_RUNS)
@@ -63,11 +70,15 @@ class Exchange:
 
     def is_of(self, user_id: str) -> None:
         """The client turned out to be this user's: what it sent the user knows from now on."""
+        if self._head is not None:
+            self._take(self._head, user_id)
         self._remember(self._sent.copy(), user_id)
 
     def has_sent(self, key: int) -> bool:
         """Whether this value came in this exchange."""
-        return key in self._sent
+        if key in self._sent:
+            return True
+        return self._head is not None and key in map(hash, given_runs(self._head))
 
     def end(self) -> None:
         """It is over: let go of what has the context in it."""

@@ -8,7 +8,7 @@ from secrets import token_bytes
 from typing import Final, NamedTuple
 
 from ucm_middleware.egress.tokens import SLICE as PIECE
-from ucm_middleware.egress.tokens import Token, pieces, places, runs
+from ucm_middleware.egress.tokens import LONGEST, Token, pieces, places, runs
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import is_anonymous_id
 
@@ -49,7 +49,7 @@ class ProtectedValues:
     """
 
     __slots__ = (
-        "__weakref__", "_clock", "_held", "_keep", "_key", "_lock", "_most", "_rows", "_share", "_share_of_anonymous",
+        "__weakref__", "_clock", "_held", "_keep", "_key", "_lock", "_most", "_rows", "_share", "_share_of_anonymous", "_shortest",
         "forgotten", "refused",
     )  # fmt: skip
 
@@ -59,6 +59,7 @@ class ProtectedValues:
         self._clock = clock
         self._key = token_bytes(32)
         self._rows: dict[int, Bucket] = {}
+        self._shortest = LONGEST  # of the runs by which values are looked up
         self._held: dict[str, int] = {}
         self._share = max(most // _SHARE, _LEAST)
         self._share_of_anonymous = max(most // _SHARE_OF_ANONYMOUS, _LEAST)
@@ -109,6 +110,7 @@ class ProtectedValues:
             deadline = int((now + self._keep) * 1000)
             row = digest + deadline.to_bytes(8) + reach + "\0".join(sorted(owners)).encode()
             self._count(row, 1)
+            self._shortest = min(self._shortest, len(token.run))
             self._rows.pop(key, None)
             self._rows[key] = (*others, row) if others else row
             if len(self._rows) > self._most:
@@ -149,12 +151,13 @@ class ProtectedValues:
 
     def may_hold(self, data: bytes) -> bool:
         """Whether a text has a run in it by which a value is found: the quick look, at each text that is sent."""
-        rows = self._rows
-        if not rows:
+        if not self._rows:
             return False
-        if len(data) > PIECE:
-            return any(not rows.keys().isdisjoint(map(hash, runs(piece))) for piece in pieces(data))
-        return not rows.keys().isdisjoint(map(hash, runs(data)))
+        return any(map(self._may_hold, pieces(data))) if len(data) > PIECE else self._may_hold(data)
+
+    def _may_hold(self, piece: bytes) -> bool:
+        least = self._shortest  # of a large table, a look-up takes much longer than this
+        return not self._rows.keys().isdisjoint([hash(run) for run in runs(piece) if len(run) >= least])
 
     def keys_among(self, keys: dict[int, None]) -> set[int]:
         """Which of these hashes of runs values are found by."""
