@@ -50,7 +50,7 @@ class Exchange:
         head.append(as_bytes(scope.get("path", "")))
         for pair in scope.get("headers", ()):
             head += pair
-        # Whether it has a value in it is all that is asked at once; what it has, where something is found that goes out.
+        # Only whether it has a value in it is asked at once; what it has, when something is found that goes out.
         self._head: bytes | None = b" ".join(head)
         if b"%" in self._head or b"\\" in self._head or table.may_hold(self._head):
             self._take(self._head, user_id)

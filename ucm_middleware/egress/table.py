@@ -7,8 +7,8 @@ from itertools import islice
 from secrets import token_bytes
 from typing import Final, NamedTuple
 
-from ucm_middleware.egress.tokens import SLICE as PIECE
 from ucm_middleware.egress.tokens import LONGEST, Token, pieces, places, runs
+from ucm_middleware.egress.tokens import SLICE as PIECE
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import is_anonymous_id
 
@@ -49,8 +49,8 @@ class ProtectedValues:
     """
 
     __slots__ = (
-        "__weakref__", "_clock", "_held", "_keep", "_key", "_lock", "_most", "_rows", "_share", "_share_of_anonymous", "_shortest",
-        "forgotten", "refused",
+        "__weakref__", "_clock", "_held", "_keep", "_key", "_lock", "_most", "_rows", "_share", "_share_of_anonymous",
+        "_shortest", "forgotten", "refused",
     )  # fmt: skip
 
     def __init__(self, most: int, keep_seconds: float, clock: Callable[[], float]) -> None:
