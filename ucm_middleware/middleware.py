@@ -294,7 +294,6 @@ class UserContextMiddleware:
         finally:
             watched.tell()
             exchange.end()
-            guard.end(context)
 
     def _connected(
         self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send

@@ -148,10 +148,6 @@ class EgressGuard:
         context._exchange = made
         return made
 
-    def end(self, context: UserExecutionContext) -> None:
-        """The exchange is over. It holds the scope, which holds the context: that must not go on holding it."""
-        del context._exchange
-
     def hits(
         self, data: bytes, receiver_id: str, exchange: Exchange | None, channel: str, field: str | None = None
     ) -> list[Hit]:

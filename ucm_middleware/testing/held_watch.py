@@ -6,10 +6,9 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import Context
-from typing import Any, Final
+from typing import Final
 
 from ucm_middleware.census.census import Census, references, search
 from ucm_middleware.census.holder import Holder
