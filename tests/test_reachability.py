@@ -30,6 +30,7 @@ import wrapt
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
+from sqlalchemy.engine import _result_cy
 from sqlalchemy.orm import Session
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -75,6 +76,16 @@ class SubEngine(Engine):
     pass
 
 
+class Row:
+    """Holds what is shared, and something that it has from there."""
+
+    __slots__ = ("part", "shared")
+
+    def __init__(self, shared: Engine, part: list[int]) -> None:
+        self.shared = shared
+        self.part = part
+
+
 class Plugin:
     @hookimpl
     def ucm_shared_types(self) -> list[type]:
@@ -82,6 +93,29 @@ class Plugin:
 
 
 class TestWhereItEnds:
+    def test_at_what_an_object_has_from_a_shared_one_that_it_holds(self) -> None:
+        """As two rows of one statement have what describes their columns, and the dict of its keys."""
+        engine = Engine()
+        alice, bob = Row(engine, engine.pool), Row(engine, engine.pool)
+        assert shown([alice], [bob], shared_types=[Engine]) == []
+        assert shown([alice], [bob]) != []
+        reached = shown([alice], {"pool": engine.pool, "e": engine}, shared_types=[Engine])
+        assert reached == ["alice.data[0].part is bob.data['pool'] (list)"]
+        reached = shown({"pool": engine.pool, "e": engine}, [bob], shared_types=[Engine])
+        assert reached == ["alice.data['pool'] is bob.data[0].part (list)"]
+        other: list[int] = []
+        reached = shown([Row(engine, other)], [Row(engine, other)], shared_types=[Engine])
+        assert reached == ["alice.data[0].part is bob.data[0].part (list)"]
+
+    def test_at_functions_that_cython_made_but_not_at_what_they_close_over(self) -> None:
+        bare = _result_cy._is_compiled
+        with sa.create_engine("sqlite://").connect() as connection:
+            closure = connection.execute(sa.text("select 1"))._row_getter[0]
+        assert type(bare).__name__ == type(closure).__name__ == "cython_function_or_method"
+        assert shown([bare], [bare]) == []
+        (found,) = shown([closure], [closure])
+        assert "_row_getter" in found
+
     def test_at_shared_types_and_their_subclasses(self) -> None:
         for engine in (Engine(), SubEngine()):
             assert shown([engine], {"e": engine}) == [f"alice.data[0] is bob.data['e'] ({type(engine).__name__})"]

@@ -1,5 +1,6 @@
 """The check as a whole: the walk, then the paths of what it found."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -7,11 +8,11 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from ucm_middleware.isolation import type_name
-from ucm_middleware.reachability.kinds import Kinds
+from ucm_middleware.reachability.kinds import SIZED, Kinds, type_of
 from ucm_middleware.reachability.paths import Path, Paths
 from ucm_middleware.reachability.report import Finding, IsolationReport, Root, Unseen
 from ucm_middleware.reachability.shared import ends_of
-from ucm_middleware.reachability.walk import Budget, Share, Walk
+from ucm_middleware.reachability.walk import Budget, Share, Walk, children_of
 
 Holder = Callable[[object, float], str | None]
 """What keeps an object alive, as a path from a global, found within so many seconds."""
@@ -94,7 +95,7 @@ class Check:
         paths = self._paths()
         return IsolationReport(
             contexts=self._contexts,
-            findings=tuple(self._finding(share, paths) for share in walk.shares),
+            findings=tuple(self._finding(share, paths) for share in walk.shares if not self._is_part(share, paths)),
             objects=walk.objects,
             seconds=time.perf_counter() - self._started,
             skipped=skipped,
@@ -113,6 +114,23 @@ class Check:
             place: Paths(self._walk.marks[place], values, self._walk.kinds, self._deadline)
             for place, values in wanted.items()
         }
+
+    def _is_part(self, share: Share, paths: dict[int, Paths]) -> bool:
+        """Whether both get to a container through an object that has it from one of a shared type, which it holds too:
+        as rows hold what describes their columns, and a dict of that. An object that anything can be put into is none.
+        """
+        if share.first is None or id(type_of(share.value)) not in SIZED:
+            return False
+        return all(
+            self._has_from_shared(paths[place].parent_of(share.value), share) for place in (share.first, share.second)
+        )
+
+    def _has_from_shared(self, parent: Any, share: Share) -> bool:
+        kinds = self._walk.kinds
+        if parent is None or id(type_of(parent)) in SIZED or kinds.of(parent).attributes is not None:
+            return False
+        beside = filter(kinds.is_shared, children_of(parent, kinds))
+        return any(part is share.value for one in beside for part in _parts_of(one))
 
     def _finding(self, share: Share, paths: dict[int, Paths]) -> Finding:
         marks = self._walk.marks
@@ -143,3 +161,9 @@ class Check:
         for kind, count in self._walk.unseen.items():
             place, value = self._walk.examples[kind]
             yield Unseen(type_name(value), count, paths[place].to(value).text)
+
+
+def _parts_of(value: Any) -> list[Any]:
+    """What an object holds by itself, the values of its attributes included."""
+    held = gc.get_referents(value)
+    return [*held, *gc.get_referents(*(item for item in held if type(item) is dict))]

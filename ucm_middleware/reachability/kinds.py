@@ -82,6 +82,10 @@ class Kinds:
         known = self.table.get(id(kind))
         return self._learn(kind) if known is None else known
 
+    def is_shared(self, value: object) -> bool:
+        """Whether users share it by design."""
+        return not self._shared.isdisjoint(map(id, mro_of(type_of(value))))
+
     def learn(self, values: Iterable[object]) -> None:
         """Take in the kinds of all these."""
         for value in values:
@@ -106,6 +110,11 @@ def held_by(value: Any) -> list[Any]:
 def _function(value: types.FunctionType) -> list[Any]:
     # Not its globals, which are the process's.
     return [*(value.__closure__ or ()), value.__defaults__, *(value.__kwdefaults__ or {}).values()]
+
+
+def _compiled_function(value: Any) -> list[Any]:
+    # Its closure and defaults. Its dicts are the module's globals, annotations and attributes.
+    return [item for item in gc.get_referents(value) if type(item) is not dict]
 
 
 def _weak(value: Any) -> list[Any]:
@@ -252,6 +261,8 @@ def _kind(kind: type, shared: frozenset[int]) -> Kind:
     made.native = layout is not None and id(layout) not in _READ
     made.hides = made.native and layout is not None and not _flags_of(layout) & _HAS_GC
     made.slots = tuple(slots)
+    if _is_cython_function(kind, own):
+        made.mutable, made.native, made.expand = False, False, _compiled_function
     if made.attributes is not None and not made.mutable and made.expand is None:
         made.expand = _frozen(made.attributes)
     return made
@@ -302,6 +313,11 @@ def _is_native(base: type) -> bool:
         and item.__objclass__ is base
         for item in members
     )
+
+
+def _is_cython_function(kind: type, own: "types.MappingProxyType[str, Any]") -> bool:
+    # Each version of Cython has a type of its own for them. A class written in Python has text as its __module__.
+    return _qualname_of(kind) == "cython_function_or_method" and type(own.get("__module__")) is not str
 
 
 def _is_member(item: Any, base: type) -> bool:

@@ -68,6 +68,10 @@ class Paths:
         seconds = 0.0 if length is None else length(parent) * SECONDS_PER_ITEM
         return time.perf_counter() + seconds < self._deadline
 
+    def parent_of(self, value: Any) -> Any:
+        """What the shortest path comes from last; None where that is not known, or the path begins."""
+        return self._parents.get(id(value))
+
     def _root_of(self, value: Any) -> Root | None:
         for root in self._marks.roots:
             if root.value is value:

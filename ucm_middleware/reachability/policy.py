@@ -20,7 +20,9 @@ class IsolationPolicy:
     they close, before they are wiped. That takes ``max_seconds`` and ``max_objects`` at most, in the task that closes
     the context; where there are very many others, it is some of them each time. What is found is recorded and logged.
 
-    Objects of ``shared_types``, and of their subclasses, are shared by design and not looked into.
+    Objects of ``shared_types``, and of their subclasses, are shared by design and not looked into. Of a framework with
+    an adapter, the adapter knows them; without it name them here, such as its engine and its pool, or each of these is
+    a finding. Nothing is known of any framework otherwise.
 
     Raises ConfigurationError for what breaks a rule.
     """

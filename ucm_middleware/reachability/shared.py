@@ -1,6 +1,7 @@
 """What the process has for everybody: there the walk ends, for all subclasses too."""
 
 import asyncio
+import codecs
 import concurrent.futures
 import contextvars
 import datetime
@@ -34,7 +35,7 @@ INERT: Final = frozenset(
             *(asyncio.AbstractEventLoop, asyncio.AbstractServer, selectors.BaseSelector),
             # They order what users do one after the other, and hold no data. Events, conditions and queues may tell.
             *(type(threading.Lock()), type(threading.RLock()), asyncio.Lock, asyncio.Semaphore),
-            *(threading.Semaphore, threading.Thread, decimal.Context),
+            *(threading.Semaphore, threading.Thread, decimal.Context, codecs.CodecInfo),
             *(operator.itemgetter, operator.attrgetter, operator.methodcaller, struct.Struct),
         ),
     )
