@@ -8,11 +8,12 @@ import asyncpg  # type: ignore[import-untyped]
 from asyncpg.pool import Pool  # type: ignore[import-untyped]
 from asyncpg.transaction import Transaction  # type: ignore[import-untyped]
 
-from ucm_middleware import ConfigurationError, IsolationLevel, StatementResult, UserExecutionContext
+from ucm_middleware import ConfigurationError, IsolationLevel, StatementResult, UserExecutionContext, hookimpl
 from ucm_postgres.binding import Binding
 from ucm_postgres.blocks import ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.reset import RESET_QUERY
+from ucm_postgres.shared import asyncpg_types
 from ucm_postgres.transaction import GRACE, UserTransaction, UserTransactions
 
 LEVELS: Final[dict[IsolationLevel | None, str | None]] = {
@@ -55,6 +56,10 @@ class AsyncpgPool(UserTransactions[Any]):
         self._pool = pool
         self._reset = checked_reset(reset, pool, "asyncpg.create_pool(..., reset=ucm_postgres.asyncpg.reset)")
         self._name = name
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (UserTransactions, *asyncpg_types())
 
     def _open(self, context: UserExecutionContext, isolation_level: IsolationLevel | None) -> UserTransaction[Any]:
         reset_first = self._reset == "begin"

@@ -8,12 +8,13 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from ucm_middleware import IsolationLevel, StatementResult, UserExecutionContext
+from ucm_middleware import IsolationLevel, StatementResult, UserExecutionContext, hookimpl
 from ucm_postgres.binding import Binding
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.counting import StatementCounter
 from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
+from ucm_postgres.shared import psycopg_pool_types
 from ucm_postgres.transaction import UserTransaction, UserTransactions
 
 C = TypeVar("C", bound=AsyncConnection[Any])
@@ -52,6 +53,10 @@ class PsycopgPool(UserTransactions[C]):
         self._reset = checked_reset(reset, pool, "AsyncConnectionPool(..., reset=ucm_postgres.psycopg.reset)")
         self._name = name
         self._counter = StatementCounter()
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (UserTransactions, StatementCounter, *psycopg_pool_types())
 
     def _open(self, context: UserExecutionContext, isolation_level: IsolationLevel | None) -> UserTransaction[C]:
         reset_first = RESET if self._reset == "begin" else ()

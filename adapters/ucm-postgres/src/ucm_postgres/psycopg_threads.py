@@ -18,6 +18,7 @@ from ucm_middleware import (
     TransactionLog,
     UserExecutionContext,
     current_context,
+    hookimpl,
 )
 from ucm_postgres.binding import Binding
 from ucm_postgres.blocks import Nesting, inside, is_same, outcome_is_unknown, revoke
@@ -26,6 +27,7 @@ from ucm_postgres.counting import StatementCounter
 from ucm_postgres.leftovers import Leftovers
 from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
+from ucm_postgres.shared import psycopg_pool_types
 from ucm_postgres.transaction import GRACE
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ def reset(connection: Connection[Any]) -> None:
 class PsycopgThreadPool(Generic[C]):
     """Gives each transaction of code in threads a connection of the pool, bound to its user.
 
-    As ``PsycopgPool``, for plain ``def`` endpoints and scripts. It is no plugin: the manager's own transactions are
-    asynchronous.
+    As ``PsycopgPool``, for plain ``def`` endpoints and scripts. The manager's own transactions are asynchronous and not
+    made here: as a plugin it does no more than tell ``isolation_report`` what users share by design.
 
     Raises ConfigurationError for a pool that resets nothing.
     """
@@ -69,6 +71,10 @@ class PsycopgThreadPool(Generic[C]):
         self._counter = StatementCounter()
         self._leftovers: Leftovers[_Lent[C]] = Leftovers(self._abandon)
         self._current: ContextVar[tuple[_Lent[C], int] | None] = ContextVar("ucm_postgres_threads", default=None)
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (PsycopgThreadPool, StatementCounter, *psycopg_pool_types())
 
     @contextmanager
     def transaction(self, *, isolation_level: IsolationLevel | None = None) -> Generator[C]:
