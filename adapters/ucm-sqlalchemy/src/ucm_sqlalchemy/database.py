@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, current_context, hookimpl
 from ucm_sqlalchemy.ownership import require_user
 from ucm_sqlalchemy.sessions import AnyEngine, Sessions
+from ucm_sqlalchemy.shared import SHARED
 from ucm_sqlalchemy.transaction import SessionTransaction
 from ucm_sqlalchemy.transactional import transactional
 from ucm_sqlalchemy.units import Place, UnitOfWork
@@ -108,7 +109,7 @@ class Database(Generic[S]):
 
         return decorate
 
-    # The hook.
+    # The hooks.
 
     @hookimpl
     def ucm_open_transaction(
@@ -118,6 +119,10 @@ class Database(Generic[S]):
         engine = self._engine(context, isolation_level)
         # Committed once, at its end: what was read stays readable.
         return SessionTransaction(self._sessions.make(context, engine, expire_on_commit=False))
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (Database, *SHARED)
 
     # For units of work.
 

@@ -9,12 +9,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
-from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext
+from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, hookimpl
 from ucm_sqlalchemy.criteria import UserOwned, scope_session
 from ucm_sqlalchemy.database import Database
 from ucm_sqlalchemy.drivers import Reset, driver_for
 from ucm_sqlalchemy.engines import EngineBinding
 from ucm_sqlalchemy.sessions import AnyEngine
+from ucm_sqlalchemy.shared import driver_types
 
 if TYPE_CHECKING:
     from ucm_postgres import Binding
@@ -98,8 +99,13 @@ class SQLAlchemy(Database[S]):
         _require_bindable(sync_engine)
         self._is_sqlite = sync_engine.dialect.name == "sqlite"
         driver = driver_for(sync_engine, binding, reset)
+        self._driver_types = driver_types(sync_engine.dialect)
         sync_engine.update_execution_options(**{_TAKEN: name})
         EngineBinding(sync_engine, driver, name)
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (*super().ucm_shared_types(), *self._driver_types)
 
     def _engine(self, context: UserExecutionContext, isolation_level: IsolationLevel | None) -> AnyEngine:
         level = None if self._is_sqlite else isolation_level  # SQLite's transactions are serializable all the same

@@ -1,0 +1,40 @@
+"""What users share by design of SQLAlchemy: there the isolation report stops.
+
+Sessions, connections, transactions, results and loaded objects are not among it: each is one user's.
+"""
+
+from typing import Final
+
+from sqlalchemy import Compiled, Dialect, Engine, Pool
+from sqlalchemy.connectors.asyncio import AsyncAdapt_dbapi_module
+from sqlalchemy.engine import ExecutionContext
+from sqlalchemy.engine.result import ResultMetaData
+from sqlalchemy.event.base import _DispatchCommon  # pyright: ignore[reportPrivateUsage]
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.orm import ClassManager, Mapper, QueryContext, registry, sessionmaker
+from sqlalchemy.sql.base import CompileState, ExecutableOption
+from sqlalchemy.sql.cache_key import HasCacheKey
+from sqlalchemy.sql.visitors import Visitable
+from sqlalchemy.util import immutabledict
+
+from ucm_sqlalchemy.drivers import Postgres, Unbound
+
+SHARED: Final[tuple[type, ...]] = (
+    *(Engine, AsyncEngine, Pool, Dialect, AsyncAdapt_dbapi_module, sessionmaker, async_sessionmaker),
+    # Mappings, tables, columns and statements; the latter change by being copied.
+    *(registry, Mapper, ClassManager, Visitable, ExecutableOption, HasCacheKey),
+    # What is kept of a statement for the next time, and what refers to it: each execution, and each row.
+    *(Compiled, CompileState, QueryContext, ExecutionContext, ResultMetaData),
+    immutabledict,  # options; all that are empty are one
+    _DispatchCommon,  # listeners
+    *(Postgres, Unbound),
+)
+
+
+def driver_types(dialect: Dialect) -> tuple[type, ...]:
+    """What connections of the dialect's driver share."""
+    if dialect.name != "postgresql":
+        return ()
+    from ucm_postgres.shared import asyncpg_types, psycopg_types
+
+    return asyncpg_types() if dialect.driver == "asyncpg" else psycopg_types()
