@@ -113,6 +113,21 @@ def pool_of(source: object, field: str, *, asynchronous: bool) -> tuple[Pool, Li
     )
 
 
+def shared_types(library: Library) -> list[type]:
+    """What users share by design of the library: pools of connections, and what those have in common."""
+    pools: list[type] = [import_module(f"{library.name}{kind}.connection").ConnectionPool for kind in ("", ".asyncio")]
+    if library.name == "valkey":
+        return pools
+    notices = import_module("redis.maint_notifications")
+    return [
+        *pools,
+        import_module("redis.himport").HImportRegistry,
+        notices.MaintNotificationsConfig,
+        notices.MaintNotificationsPoolHandler,
+        import_module("redis.asyncio.maint_notifications").AsyncMaintNotificationsPoolHandler,
+    ]
+
+
 def _library(name: str) -> Library:
     errors = import_module(f"{name}.exceptions")
     return Library(

@@ -7,7 +7,7 @@ from ucm_middleware import ConfigurationError, UnauthenticatedError, UserExecuti
 from ucm_valkey.cache import SyncUserCache, UserCache
 from ucm_valkey.exchange import AsyncExchange, AsyncRunner, Exchange, SyncExchange, SyncRunner, check_databases
 from ucm_valkey.keys import checked_namespace, group_of, keys_of, login_of
-from ucm_valkey.library import pool_of
+from ucm_valkey.library import pool_of, shared_types
 from ucm_valkey.operations import Limits, Operations
 from ucm_valkey.server_users import Revocations, ServerUsers
 
@@ -75,6 +75,10 @@ class _Plugin(Generic[E]):
         login = login_of(keys, self._group, host.subkeys(PASSWORDS)[0])
         self._revocations.logins[context] = login.name
         return Operations(keys, limits, login, self._users)
+
+    @hookimpl
+    def ucm_shared_types(self) -> list[type]:
+        return [_Plugin, AsyncRunner, SyncRunner, Exchange, ServerUsers, *shared_types(self._data.library)]
 
     @hookimpl
     def ucm_bind_session(self, session: object) -> None:
