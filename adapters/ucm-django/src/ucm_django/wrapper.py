@@ -80,6 +80,7 @@ class BoundToUser(_Backend):
         self.binder = Binder(self)
         self.execute_wrappers.append(self.binder.execute)  # the outermost: what others add runs inside of it
         self._reset_at_return()
+        self.features.empty_fetchmany_value = []  # Django's own is one list, in all iterators of all users
 
     def _reset_at_return(self) -> None:
         """Have Django's pool reset connections that come back, after what the project itself wants done then."""
