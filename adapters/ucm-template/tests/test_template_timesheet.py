@@ -45,6 +45,19 @@ def manager(timesheet: Timesheet) -> UserContextManager:
     return UserContextManager(plugins=[timesheet])
 
 
+def test_all_users_may_hold_the_timesheet_but_not_one_shift(timesheet: Timesheet, manager: UserContextManager) -> None:
+    shift = Shift("alice", "request")
+    alice, bob = (manager.create_isolated_context(user) for user in ("alice", "bob"))
+    for context in (alice, bob):
+        context.agent_context["timesheet"] = timesheet
+    assert manager.isolation_report()
+    for context in (alice, bob):
+        context.agent_context["shift"] = shift
+    (found,) = manager.isolation_report().findings
+    assert str(found) == "alice.agent_context['shift'] is bob.agent_context['shift'] (Shift)"
+    manager.cleanup_all_contexts()
+
+
 class App:
     """Does what its path says."""
 

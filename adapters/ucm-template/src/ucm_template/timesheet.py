@@ -97,6 +97,11 @@ class Timesheet:
             raise CrossUserAccessError("this session was another user's: open a new one")
 
     @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        # Of a framework, its engines and pools: what all users are to share, and holds no data of one of them.
+        return (Timesheet,)
+
+    @hookimpl
     def ucm_context_bound(self, context: UserExecutionContext) -> None:
         shift = self._open.get(context)
         if shift is not None:
