@@ -10,6 +10,7 @@ from typing import Any
 
 from support.contexts import running_as
 from ucm_middleware import UserContextManager, UserExecutionContext, managed_user_context
+from ucm_middleware.isolation import Shared
 from ucm_middleware.reachability import IsolationReport
 
 USERS = ("alice", "bob")
@@ -70,17 +71,18 @@ def shown(report: IsolationReport) -> list[str]:
     return [str(finding) for finding in report.findings]
 
 
-class Gathering:
+class Gathering(Shared):
     """Where runs of two users wait for each other, for the report to be taken."""
 
     def __init__(self) -> None:
         self._came = asyncio.Semaphore(0)
-        self._leave = asyncio.Event()
+        self._leave: list[asyncio.Event] = []  # of each, since those who wait for one event know of each other
 
     async def wait(self) -> None:
         """Be inside, until the report is taken."""
+        self._leave.append(leave := asyncio.Event())
         self._came.release()
-        await self._leave.wait()
+        await leave.wait()
 
     async def report(
         self, manager: UserContextManager, agent: str, parameters: Mapping[str, Any], *, streams: bool = False
@@ -101,5 +103,6 @@ class Gathering:
             for _ in USERS:
                 await self._came.acquire()
             report = manager.isolation_report()
-            self._leave.set()
+            for leave in self._leave:
+                leave.set()
         return report
