@@ -6,6 +6,7 @@
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Collection, Mapping
 from typing import Any, ClassVar, Final
 
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.cache.base import BaseCache
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -62,6 +63,10 @@ class LangGraph:
         graph, given = self._prepared(run, agent, parameters, streams=True)
         _add_handler(given, StreamHandler(run))
         return _stream(graph, given)
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (LangGraph, Runnable, BaseCheckpointSaver, BaseStore, BaseCache)
 
     def _prepared(
         self, run: AgentRun, agent: Graph, parameters: Mapping[str, Any], *, streams: bool
