@@ -5,7 +5,20 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from agents import Agent, RunConfig, RunHooks, Runner, RunResult, RunResultStreaming, UserError
+from agents import (
+    Agent,
+    AgentBase,
+    FunctionTool,
+    Handoff,
+    Model,
+    ModelProvider,
+    RunConfig,
+    RunHooks,
+    Runner,
+    RunResult,
+    RunResultStreaming,
+    UserError,
+)
 from agents.memory import Session
 from agents.tracing.scope import Scope
 
@@ -62,6 +75,10 @@ class OpenAIAgents:
         if not is_agent(agent):
             return None
         return self._stream(run, agent, self._checked(run, parameters))
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (OpenAIAgents, AgentBase, FunctionTool, Handoff, Model, ModelProvider, RunConfig)
 
     def _checked(self, run: AgentRun, parameters: Mapping[str, Any]) -> RunParameters:
         return checked_parameters(run.agent_name, parameters, has_sessions=self._sessions is not None)
