@@ -11,7 +11,10 @@ from weakref import WeakValueDictionary
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.conversation import Conversation
 from pydantic_ai.conversation_store import ConversationStore
+from pydantic_ai.models import Model
 from pydantic_ai.run import AgentRunResult, AgentRunResultEvent
+from pydantic_ai.tools import Tool
+from pydantic_ai.toolsets import AbstractToolset
 
 from ucm_middleware import AgentParametersError, AgentRun, hookimpl
 from ucm_pydantic_ai.asked import Asked, Prepared, checked_parameters
@@ -56,6 +59,10 @@ class PydanticAI:
     ) -> AsyncIterator[object] | None:
         prepared = _prepared(agent)
         return None if prepared is None else self._stream(run, prepared, checked_parameters(run, parameters))
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        return (PydanticAI, AbstractAgent, AbstractToolset, Tool, Model, ConversationStore, UserConversations)
 
     async def _run(self, run: AgentRun, prepared: Prepared, asked: Asked) -> AgentRunResult[Any]:
         async with self._conversation(run, asked) as conversation:
