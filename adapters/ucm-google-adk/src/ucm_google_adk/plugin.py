@@ -14,10 +14,13 @@ from google.adk.artifacts.base_artifact_service import BaseArtifactService
 from google.adk.auth.credential_service.base_credential_service import BaseCredentialService
 from google.adk.events.event import Event
 from google.adk.memory.base_memory_service import BaseMemoryService
+from google.adk.models.base_llm import BaseLlm
 from google.adk.plugins.base_plugin import BasePlugin
 from google.adk.runners import Runner
 from google.adk.sessions.base_session_service import BaseSessionService
 from google.adk.sessions.in_memory_session_service import InMemorySessionService
+from google.adk.tools.base_tool import BaseTool
+from google.adk.tools.base_toolset import BaseToolset
 from google.adk.workflow import BaseNode
 from google.genai import types
 from pydantic import ValidationError
@@ -110,6 +113,14 @@ class GoogleADK:
         if not isinstance(agent, (BaseNode, App)):
             return None
         return self._stream(run, agent, self._request(run, parameters))
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        """Agents and what they are made of, and services. Sessions and the contexts of runs are each one user's."""
+        return (
+            *(GoogleADK, BaseNode, App, BaseLlm, BaseTool, BaseToolset, BasePlugin, BaseCredentialService),
+            *(BaseSessionService, BaseMemoryService, BaseArtifactService),
+        )
 
     async def _execute(self, run: AgentRun, agent: BaseNode | App, request: _Request) -> Answer:
         async with aclosing(self._stream(run, agent, request)) as events:
