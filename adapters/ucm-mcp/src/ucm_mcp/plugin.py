@@ -3,12 +3,15 @@
 # FastMCP has no public way to the SDK's server inside of it, nor the SDK to what the state of a call is bound to.
 # pyright: reportPrivateUsage=false
 
+import sys
 from typing import Any, ClassVar, Final, TypeGuard
 
 from mcp.server import Server
 from mcp.server.mcpserver import MCPServer
 from mcp.server.request_state import RequestStateBoundary, authenticated_principal
+from mcp.server.sse import SseServerTransport
 from mcp.server.stdio import stdio_server
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler
 from starlette.applications import Starlette
 
@@ -114,6 +117,16 @@ class MCP:
         """End the sessions of a user who is signed out."""
         del reason  # it is on record already
         self._sessions.end_all_of(user_id)
+
+    @hookimpl
+    def ucm_shared_types(self) -> tuple[type, ...]:
+        """What serves all users. FastMCP's servers too, where it is there; sessions are each one user's."""
+        fast = sys.modules.get("fastmcp")
+        return (
+            *(MCP, Sessions, SessionGate, SseGate),
+            *(Server, MCPServer, StreamableHTTPSessionManager, SseServerTransport),
+            *(() if fast is None else (fast.FastMCP,)),
+        )
 
     def _is_plugin_of(self, host: ContextHost) -> bool:
         """Whether the manager of a context tells this one of revocations."""

@@ -90,6 +90,13 @@ async def live(_: Request) -> JSONResponse:
         )
 
 
+async def isolation(_: Request) -> JSONResponse:
+    with manager.privileged(reason="test", users=EVERYONE):
+        report = manager.isolation_report()
+        users = sorted({shown["user_id"] for shown in manager.get_active_contexts().values()})
+    return JSONResponse({"users": users, "found": [str(one) for one in report.findings], "whole": report.is_complete})
+
+
 @asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncGenerator[None]:
     async with AsyncExitStack() as stack:
@@ -102,6 +109,7 @@ routes = [
     Route("/revoke/{user}", revoke, methods=["POST"]),
     Route("/trail/{user}", trail),
     Route("/live", live),
+    Route("/isolation", isolation),
     *(Mount(path, inner) for path, inner in apps.items()),
 ]
 app = Starlette(routes=routes, lifespan=lifespan)
