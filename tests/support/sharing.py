@@ -71,7 +71,7 @@ def shown(report: IsolationReport) -> list[str]:
     return [str(finding) for finding in report.findings]
 
 
-class Gathering(Shared):
+class Gathering(Shared):  # type: ignore[misc, type-arg]  # pyright: ignore[reportGeneralTypeIssues]
     """Where runs of two users wait for each other, for the report to be taken."""
 
     def __init__(self) -> None:

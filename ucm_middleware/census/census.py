@@ -29,7 +29,7 @@ SHARE: Final = 20
 SETTLING: Final = 1.0
 """Seconds that what no task, timer or thread explains has to go, by a garbage collection, before it is searched for."""
 
-SEARCH_SECONDS: Final = 0.5
+SEARCH_SECONDS: Final = 0.25
 """How long one look searches the heap, give or take one pass over it."""
 
 SUSPECTS: Final = 1000

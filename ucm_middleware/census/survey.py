@@ -27,6 +27,12 @@ DEPTH: Final = 4
 _OF_THE_LOOP: Final = ("asyncio", "anyio", "uvloop", "concurrent", "threading", "trio")
 """Packages whose callbacks are part of something else: the timer of a sleep is its task's."""
 
+_OURS: Final = "ucm_middleware."
+"""Our own tasks end by themselves: a drain, a release that was left behind and is recorded as such."""
+
+_BROKEN_OFF: Final = "async_generator_athrow"
+"""What the loop closes a generator with that nobody iterates any more."""
+
 _AGENTS: Final = "ucm_middleware.agents."
 """What runs of agents leave behind is listed, and told, as their stragglers."""
 
@@ -88,7 +94,7 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionConte
         if task is here or (context := _whose(_context_of(task))) is None:
             continue
         name, where = running(_coroutine_of(task))
-        if name.startswith(_AGENTS):
+        if name.startswith(_OURS) or name == _BROKEN_OFF:
             continue
         yield context, Holder("task", name, where, task.cancel)
 
