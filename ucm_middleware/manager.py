@@ -562,7 +562,8 @@ class UserContextManager(Hosting):
         self._drained.append((asyncio.get_running_loop(), idle))
         self._note_idle()
         try:
-            await asyncio.wait_for(idle.wait(), timeout)
+            async with asyncio.timeout(timeout):  # no task more, which would be this context's
+                await idle.wait()
         except TimeoutError:
             logger.warning(
                 "%d contexts are still open after %g seconds of draining: closing them", len(self._registry), timeout
