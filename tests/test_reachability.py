@@ -316,6 +316,21 @@ class TestTheManager:
         contexts[1].close()
         assert caplog.records == []
 
+    def test_a_sample_tells_each_share_once(self) -> None:
+        """Every request of two users comes upon it, and the trail is for other things too."""
+        manager = UserContextManager(isolation=IsolationPolicy(sample=1.0, max_seconds=10.0))
+        notes = ["of both"]
+        manager.create_isolated_context("bob").agent_context["notes"] = notes
+
+        def request(name: str) -> int:
+            context = manager.create_isolated_context("alice")
+            context.agent_context[name] = notes
+            context.close()
+            return len([one for one in manager.get_system_trail() if one["event"] == "isolation_violated"])
+
+        assert [request("notes"), request("notes"), request("elsewhere")] == [1, 1, 2]
+        manager.cleanup_all_contexts()
+
     def test_looks_at_none_otherwise(self, manager: UserContextManager) -> None:
         notes: list[int] = []
         for user in ("alice", "bob"):

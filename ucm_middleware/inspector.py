@@ -4,22 +4,25 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.census.referrers import holder_path
 from ucm_middleware.context import UserExecutionContext
-from ucm_middleware.reachability import Check, IsolationPolicy, IsolationReport, Source
+from ucm_middleware.reachability import Check, Finding, IsolationPolicy, IsolationReport, Source
 from ucm_middleware.reachability.policy import checked_budget
 
 logger = logging.getLogger(__name__)
 
-MOST_OTHERS = 1000
+MOST_OTHERS: Final = 1000
 """Live contexts that one that closes is compared with; others each time."""
 
+TOLD: Final = 10_000
+"""Of so many findings it is remembered that they were told."""
 
-LOGGED = 10
+LOGGED: Final = 10
 """Findings of one look that are logged; there is a record of the others."""
 
 
@@ -41,6 +44,7 @@ class Inspector:
         self._live = live
         self._trail = trail
         self._random = random.Random()
+        self._told: set[int] = set()  # hashes: nobody's ids are kept
         self.applications: list[object] = []
 
     def look(
@@ -63,11 +67,24 @@ class Inspector:
             max_seconds=seconds,
             max_objects=objects,
             started=started,
-            holder=partial(holder_path, without=(UserExecutionContext,)),
+            # Not while a request waits: to look for one is to go through the whole heap.
+            holder=None if closing is not None else partial(holder_path, without=(UserExecutionContext,)),
         ).report()
+        if closing is not None:
+            report = replace(report, findings=tuple(filter(self._is_new, report.findings)))
         if report.findings:
             self._trail.isolation_violated(report.findings)
         return report
+
+    def _is_new(self, finding: Finding) -> bool:
+        """Whether this was not found at the closing of an earlier context: what is shared stays shared."""
+        found = finding.type_name, finding.first_owner, finding.first_path, finding.second_owner, finding.second_path
+        if hash(found) in self._told:
+            return False
+        if len(self._told) >= TOLD:
+            self._told.clear()
+        self._told.add(hash(found))
+        return True
 
     def context_closes(self, context: UserExecutionContext) -> None:
         """Compare a context that is about to be wiped with the live ones, if it is one of the sample. Never raises."""

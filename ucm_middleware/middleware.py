@@ -229,6 +229,7 @@ class UserContextMiddleware:
         if (telemetry := self.manager.telemetry).spans is not None:
             receive, send = telemetry.around(context, scope, receive, send)
         app_send = send  # a refusal goes past what the app may no longer say
+        answer: RecordedAnswer | None = None
         if scope["type"] == "websocket":
             receive, app_send = self._connected(context, scope, receive, send)
         try:
@@ -236,7 +237,6 @@ class UserContextMiddleware:
                 await self._strict_ledger.durable()
             if self._is_wrapped:
                 receive = await self._wrapped(context, scope, receive)
-            answer = None
             if self._strict_ledger is not None:
                 answer = RecordedAnswer(context, self.manager._trail, self._strict_ledger, scope, app_send)
                 app_send = answer.send
@@ -276,7 +276,7 @@ class UserContextMiddleware:
                 ahead.stop()
             is_held = False
             if self._census is not None:
-                del ahead, receive, send, app_send  # some of them hold the context
+                del ahead, receive, send, app_send, answer  # some of them hold the context
                 is_held = getrefcount(context) != _LET_GO and self._census.count(context, scope, CONTEXT)
         if is_held and self._census is not None:
             self._census.require_nothing(context)

@@ -1,7 +1,8 @@
 """On real servers: apps and clients that try what the guard may stumble over, or tell by accident."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -52,24 +53,15 @@ class Site:
 
 
 @pytest.fixture
-def reporting(server: Server) -> Iterator[Site]:
-    site = Site(server, "report")
-    yield site
-    site.client.close()
+def open_site(server: Server) -> Iterator[Callable[[str], Site]]:
+    with ExitStack() as opened:
 
+        def open_site(mode: str) -> Site:
+            site = Site(server, mode)
+            opened.callback(site.client.close)
+            return site
 
-@pytest.fixture
-def blocking(server: Server) -> Iterator[Site]:
-    site = Site(server, "block")
-    yield site
-    site.client.close()
-
-
-@pytest.fixture(params=["report", "block"])
-def either(request: pytest.FixtureRequest, server: Server) -> Iterator[Site]:
-    site = Site(server, request.param)
-    yield site
-    site.client.close()
+        yield open_site
 
 
 class TestOracles:

@@ -167,6 +167,19 @@ class TestLog:
         assert written.getvalue().count(TOKEN) == (2 if manager.egress.policy.block else 4)
 
 
+def test_the_owner_is_told_of_no_name_that_stood_in_another_s_answer(manager: UserContextManager) -> None:
+    with running_as(manager, "alice") as alice:
+        alice.protect(TOKEN)
+    with running_as(manager, "bob"):
+        manager.post_event("bob", "news", {"from": {"carol": TOKEN}})
+    assert found(manager) == [("event", "$.from.carol", "bob", ["alice"])]
+    for user, told in (("alice", 1), ("bob", 0)):
+        trail: Any = manager.get_audit_trail(user)
+        records = [record for record in trail["events"] if record["event"] == "egress"]
+        assert len(records) == told
+        assert not [record for record in records if "carol" in str(record) or "bob" in str(record)]
+
+
 def test_spans(manager: UserContextManager) -> None:
     provider = TracerProvider()
     provider.add_span_processor(EgressSpanProcessor(manager))

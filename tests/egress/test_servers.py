@@ -2,7 +2,8 @@
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote
 
@@ -56,17 +57,15 @@ class Site:
 
 
 @pytest.fixture
-def reporting(server: Server) -> Iterator[Site]:
-    site = Site(server, "report")
-    yield site
-    site.client.close()
+def open_site(server: Server) -> Iterator[Callable[[str], Site]]:
+    with ExitStack() as opened:
 
+        def open_site(mode: str) -> Site:
+            site = Site(server, mode)
+            opened.callback(site.client.close)
+            return site
 
-@pytest.fixture
-def blocking(server: Server) -> Iterator[Site]:
-    site = Site(server, "block")
-    yield site
-    site.client.close()
+        yield open_site
 
 
 VOLATILE = {"date"}

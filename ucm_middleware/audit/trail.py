@@ -407,7 +407,8 @@ class AuditTrail:
         """Another user's protected value was in what was sent to somebody, or would have been.
 
         Who it was sent to, and whose it is, stands in nobody's trail. The owners' trails say that it happened, not to
-        whom it was sent; the receiver's says nothing, or it would tell who has guessed well.
+        whom, nor under which of the names that stood there; the receiver's says nothing, or it would tell who has
+        guessed well.
         """
         if not self._denials.has_record((None, "egress", " ".join(str(value) for _, value in data))):
             return
@@ -416,7 +417,7 @@ class AuditTrail:
         about: Data = (*data, ("receiver", UserMention(receiver_id)), ("owners", mentions))
         self._about_nobody("egress", outcome, data=about)
         for owner in owners:
-            self._about_nobody("egress", outcome, user_id=owner, data=data)
+            self._about_nobody("egress", outcome, user_id=owner, data=tuple(one for one in data if one[0] != "field"))
 
     def outlived(self, context: UserExecutionContext, kinds: Sequence[str], holders: Sequence[str]) -> None:
         """A context has closed, and something still holds it: what, by kind and in words."""

@@ -83,7 +83,8 @@ class Census:
         """Suspect a context that more refers to than its scope, which has it under ``key`` and in its state. Returns
         whether it is suspected.
         """
-        expected = (scope.get(key) is context) + (scope["state"].get("user_context") is context)
+        state = scope.get("state")  # the app may have put anything there, or nothing
+        expected = (scope.get(key) is context) + (type(state) is dict and state.get("user_context") is context)
         if references(context) - 1 > expected:  # the caller has a name for it too
             self.suspect(context, expected)
             return True
@@ -128,10 +129,7 @@ class Census:
         if not held:
             return
         for context, holders in self._holders(held).items():
-            try:
-                self._tell(context, holders)
-            except Exception:  # the trail's, and a warning that is an error
-                logger.exception("what still holds a context could not be told")
+            self._tell(context, holders)
         self._next = time.monotonic() + SHARE * (time.perf_counter() - began)
         if self._suspects:
             self._plan(SETTLING)
@@ -168,10 +166,13 @@ class Census:
         if self.action == "cancel":
             for cancel in [holder.cancel for holder in holders if holder.cancel is not None]:
                 cancel()
-        self._trail.outlived(context, [holder.kind for holder in holders], texts)
-        if self.action == "warn":
-            about = f"context {context.request_id}, opened by {context.lifetime.where()}, is closed and still held by"
-            warnings.warn(f"{about} {'; '.join(texts)}", ResourceWarning, stacklevel=2)
+        try:
+            self._trail.outlived(context, [holder.kind for holder in holders], texts)
+            if self.action == "warn":
+                about = f"context {context.request_id}, opened by {context.lifetime.where()}, is closed and held by"
+                warnings.warn(f"{about} {'; '.join(texts)}", ResourceWarning, stacklevel=2)
+        except Exception:  # the ledger's, and a warning that is an error: the request is over
+            logger.exception("what still holds a context could not be told")
 
 
 def references(context: UserExecutionContext) -> int:
@@ -182,8 +183,8 @@ def references(context: UserExecutionContext) -> int:
 def search(
     context: UserExecutionContext, seconds: float, *, is_request: bool, without: Iterable[object] = ()
 ) -> Holder | None:
-    """What refers to a context, by a path from a global. None for what only waits for the garbage collector, and for
-    the scope, which the server keeps as long as it likes.
+    """What refers to a context, by a path from a global, without its keys, which may name other users. None for what
+    only waits for the garbage collector, and for the scope, which the server keeps as long as it likes.
     """
     scopes: list[object] = [one for one in gc.get_referrers(context) if _is_scope(one)]
     trace = Search(seconds=seconds, ends=_LOOPS, without=(*without, scopes, *scopes)).back_from(context)
@@ -194,9 +195,9 @@ def search(
     for value in trace.objects:
         if type(value) in _GENERATORS:
             name, where = running(value)
-            kept = f"kept in {trace.up_to(type(value))}"
+            kept = f"kept in {trace.up_to(type(value)).shown(0)}"
             return Holder("generator", name, f"{where}, {kept}" if where else kept)
-    path = str(trace.up_to(Context))
+    path = trace.up_to(Context).shown(0)
     if any(type(value).__name__ == "_WorkItem" for value in trace.objects):
         return Holder("executor job", path)
     return None if issubclass(type(trace.objects[0]), _LOOPS) else Holder("reference", path)

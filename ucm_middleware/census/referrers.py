@@ -37,6 +37,7 @@ _module_dict: Final[Any] = vars(ModuleType)["__dict__"].__get__
 _module_name: Final[Any] = vars(type)["__module__"].__get__
 _qualname: Final[Any] = vars(type)["__qualname__"].__get__
 _ATTRIBUTES: Final[Step] = (NAME, "__dict__")
+_START: Final[Step] = (TEXT, "")
 _LRU_CACHE: Final = type(functools.lru_cache(len))
 _OF_A_CACHE: Final = frozenset({"dict", "_lru_list_elem"})
 
@@ -48,10 +49,13 @@ class Trace:
     name: str
     objects: tuple[object, ...]
 
-    def __str__(self) -> str:
-        steps = [_without_secret(step) for step in _steps(self.objects)]
-        is_module = type(self.objects[0]) is dict
-        return path_of(self.name, [_ATTRIBUTES, *steps] if is_module and steps else steps)
+    def shown(self, longest_key: int) -> str:
+        """As text. Of a key that is longer, it says only of which type it is: it may be a token, or another's id."""
+        steps = _steps(self.objects)
+        if type(self.objects[0]) is dict and steps:  # a module's global
+            steps.insert(0, _ATTRIBUTES)
+        pairs = itertools.pairwise([_START, *steps])
+        return path_of(self.name, [_masked(before, step, longest_key) for before, step in pairs])
 
     def up_to(self, kind: type) -> "Trace":
         """The way as far as the first object of a type."""
@@ -66,7 +70,7 @@ def holder_path(value: object, seconds: float = 0.25, *, without: Iterable[type]
     ``without``.
     """
     trace = Search(seconds=seconds, never=without).back_from(value)
-    return None if trace is None else str(trace)
+    return None if trace is None else trace.shown(SHOWN_KEY)
 
 
 class Search:
@@ -167,11 +171,11 @@ def _steps(way: Sequence[Any]) -> list[Step]:
     return steps
 
 
-def _without_secret(step: Step) -> Step:
-    """A step by a long key, which may be a session's token, says only that it is one: these paths stand in logs."""
+def _masked(before: Step, step: Step, longest: int) -> Step:
     form, what = step
-    is_long = form == KEY and type(what) in (str, bytes) and len(what) > SHOWN_KEY
-    return (TEXT, f"[<{type_name(what)}>]") if is_long else step
+    is_attribute = before == _ATTRIBUTES and type(what) is str and what.isidentifier()
+    is_key = form == KEY and type(what) in (str, bytes) and not is_attribute
+    return (TEXT, f"[<{type_name(what)}>]") if is_key and len(what) > longest else step
 
 
 def _of_function(function: FunctionType, held: object) -> list[Step]:

@@ -45,6 +45,9 @@ _HELD_BY_THREADS: Final = (
     concurrent.futures.thread._WorkItem,  # pyright: ignore[reportPrivateUsage]
 )
 
+_RUN_THREADS: Final = frozenset({"threading", "concurrent.futures.thread", "anyio._backends._asyncio"})
+"""The modules in whose frames the Context is that a thread's job runs in."""
+
 _coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
 
 Holders = dict[UserExecutionContext, list[Holder]]
@@ -162,9 +165,14 @@ def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
     found: set[UserExecutionContext] = set()
     frame: FrameType | None = top
     while frame is not None:
-        for value in list(frame.f_locals.values()):
-            if (context := _whose(_variables_in(value, DEPTH))) is not None:
-                found.add(context)
+        if module_of(frame) in _RUN_THREADS:
+            # Before Python 3.13 a frame keeps what it shows of its variables, and so the Context of the thread's last
+            # job: emptied, since nobody else asks these frames.
+            variables = frame.f_locals
+            values = list(variables.values())
+            if type(variables) is dict:
+                variables.clear()
+            found.update(context for value in values if (context := _whose(_variables_in(value, DEPTH))) is not None)
         frame = frame.f_back
     return found
 

@@ -20,7 +20,7 @@ Holder = Callable[[object, float], str | None]
 HOLDING: Final = 0.25
 """How many seconds that takes at most for one object, give or take one pass over the heap."""
 
-WALKING: float = 0.75
+WALKING: Final = 0.75
 """Of the time, how much is for the walk; the rest is for the paths of what it found."""
 
 

@@ -22,7 +22,7 @@ class IsolationPolicy:
 
     Objects of ``shared_types``, and of their subclasses, are shared by design and not looked into. Of a framework with
     an adapter, the adapter knows them; without it name them here, such as its engine and its pool, or each of these is
-    a finding. Nothing is known of any framework otherwise.
+    a finding. The walk knows by itself where a server and an ASGI application begin, and the standard library.
 
     Raises ConfigurationError for what breaks a rule.
     """
