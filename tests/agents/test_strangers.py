@@ -100,6 +100,7 @@ class TestTheContextThatAsks:
         assert phases(ledger)[-1] == ("agent_completed", "agent")
         assert manager.get_active_contexts() == {}
 
+    @pytest.mark.ucm_leaks("the handler is cut off, and what it shields is not")
     async def test_is_revoked_while_its_run_is_on_another_loop(
         self, manager: UserContextManager, ledger: RecordingLedger
     ) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 PRELUDE = """
-import asyncio, gc, os, threading, unittest
+import asyncio, contextvars, gc, os, threading, unittest
 import pytest
 from ucm_middleware import UserContextManager, create_isolated_execution_context, managed_user_context
 
@@ -118,8 +118,28 @@ LEAKS = {
         "in_a_thread(hold, Pool())",
         r"a context closed \(closed\) with unreleased resources: the pool \(unclosed\); context of user 'alice'",
     ),
+    "thread": (
+        "enter_and(start_a_thread)",
+        "enter_and(run_a_thread)",
+        r"a thread 'Thread-\d+.*' in .*\.waits, at .* that goes on in a closed context: context of user 'alice'",
+    ),
+    "generator": (
+        "enter_and(start_generating)",
+        "enter_and(list, generates())",
+        r"a generator .*\.generates, at .*, kept in .*\.kept\[\d+\] that goes on in a closed context",
+    ),
 }
 ASYNC_LEAKS = {
+    "task": (
+        "enter_and(start_a_task); await asyncio.sleep(0)",
+        "enter_and(generates)",
+        r"a task .*\.sleeps, at .* that goes on in a closed context: context of user 'alice'",
+    ),
+    "timer": (
+        "enter_and(start_a_timer); await asyncio.sleep(0)",
+        "enter_and(asyncio.get_running_loop().call_later, 3600, waits).cancel()",
+        r"a timer .*\.waits, at .* that goes on in a closed context: context of user 'alice'",
+    ),
     "still_closing": (
         (
             "context = manager.create_isolated_context('alice'); context.callback(asyncio.sleep, 3600);"
@@ -154,6 +174,33 @@ def hold(pool):
     context = manager.create_isolated_context("alice")
     context.closing(pool, name="the pool")
     context.close()
+
+gate = threading.Event()
+
+def waits(): gate.wait()
+
+async def sleeps(): await asyncio.sleep(3600)
+
+def generates():
+    own = contextvars.copy_context()
+    yield own
+
+def start_generating():
+    generator = generates()
+    next(generator)
+    kept.append(generator)
+
+def start_a_task(): kept.append(asyncio.create_task(sleeps()))
+
+def start_a_timer(): asyncio.get_running_loop().call_later(3600, waits)
+
+def start_a_thread(): threading.Thread(target=contextvars.copy_context().run, args=(waits,), daemon=True).start()
+
+def run_a_thread(): in_a_thread(contextvars.copy_context().run, len, "")
+
+def enter_and(function, *args):
+    with managed_user_context(manager.create_isolated_context("alice")):
+        return function(*args)
 
 def in_a_thread(function, *args):
     thread = threading.Thread(target=function, args=args)

@@ -83,8 +83,7 @@ class Census:
         """Suspect a context that more refers to than its scope, which has it under ``key`` and in its state. Returns
         whether it is suspected.
         """
-        state = scope.get("state")  # the app may have put anything there, or nothing
-        expected = (scope.get(key) is context) + (type(state) is dict and state.get("user_context") is context)
+        expected = (scope.get(key) is context) + _is_state_of(scope.get("state"), context)
         if references(context) - 1 > expected:  # the caller has a name for it too
             self.suspect(context, expected)
             return True
@@ -108,8 +107,9 @@ class Census:
     def _plan(self, wait: float) -> None:
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # a thread without an event loop
-            self._look()
+        except RuntimeError:  # a thread without an event loop; what is not due yet waits for the next one's
+            if time.monotonic() >= self._next:
+                self._look()
             return
         if self._planned_in is loop:
             return
@@ -136,7 +136,7 @@ class Census:
 
     def _holders(self, held: Mapping[UserExecutionContext, Suspect]) -> dict[UserExecutionContext, list[Holder]]:
         running_in = survey(held)
-        found = {context: left for context, one in running_in.items() if (left := self._not_allowed(one))}
+        found = {context: left for context, one in running_in.items() if (left := self.not_allowed(one))}
         if not self._searches:
             return found
         passed_over = cancelled_timers()
@@ -151,14 +151,15 @@ class Census:
             else:
                 is_request = suspect.expected is not None
                 holder = search(context, seconds, is_request=is_request, without=(held, *passed_over))
-                if holder is not None and (holders := self._not_allowed((holder,))):
+                if holder is not None and (holders := self.not_allowed((holder,))):
                     found[context] = holders
         return found
 
     def _running_in(self, context: UserExecutionContext) -> list[Holder]:
-        return self._not_allowed(survey((context,)).get(context, ()))
+        return self.not_allowed(survey((context,)).get(context, ()))
 
-    def _not_allowed(self, holders: Iterable[Holder]) -> list[Holder]:
+    def not_allowed(self, holders: Iterable[Holder]) -> list[Holder]:
+        """Those that the policy does not name."""
         return [holder for holder in holders if holder.name not in self._allowed]
 
     def _tell(self, context: UserExecutionContext, holders: list[Holder]) -> None:
@@ -169,7 +170,9 @@ class Census:
         try:
             self._trail.outlived(context, [holder.kind for holder in holders], texts)
             if self.action == "warn":
-                about = f"context {context.request_id}, opened by {context.lifetime.where()}, is closed and held by"
+                about = (
+                    f"context {context.request_id}, opened by {context.lifetime.where()}, is closed and still held by"
+                )
                 warnings.warn(f"{about} {'; '.join(texts)}", ResourceWarning, stacklevel=2)
         except Exception:  # the ledger's, and a warning that is an error: the request is over
             logger.exception("what still holds a context could not be told")
@@ -201,6 +204,11 @@ def search(
     if any(type(value).__name__ == "_WorkItem" for value in trace.objects):
         return Holder("executor job", path)
     return None if issubclass(type(trace.objects[0]), _LOOPS) else Holder("reference", path)
+
+
+def _is_state_of(value: object, context: UserExecutionContext) -> bool:
+    """Whether a context is in the state of a scope, where the app may have put anything, or nothing."""
+    return type(value) is dict and cast("dict[str, object]", value).get("user_context") is context
 
 
 def _is_scope(value: Any) -> bool:

@@ -20,9 +20,7 @@ from ucm_middleware.census.holder import Holder, module_of, place, running
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.isolation import type_name
-
-DEPTH: Final = 4
-"""How far from a thread's local variables its Context may be: behind a partial, in an executor's work item."""
+from ucm_middleware.waiting import running_loop
 
 _OF_THE_LOOP: Final = ("asyncio", "anyio", "uvloop", "concurrent", "threading", "trio")
 """Packages whose callbacks are part of something else: the timer of a sleep is its task's."""
@@ -36,19 +34,12 @@ _BROKEN_OFF: Final = "async_generator_athrow"
 _AGENTS: Final = "ucm_middleware.agents."
 """What runs of agents leave behind is listed, and told, as their stragglers."""
 
-_HELD_BY_THREADS: Final = (
-    functools.partial,
-    BuiltinFunctionType,
-    tuple,
-    dict,
-    threading.Thread,
-    concurrent.futures.thread._WorkItem,  # pyright: ignore[reportPrivateUsage]
-)
-
 _RUN_THREADS: Final = frozenset({"threading", "concurrent.futures.thread", "anyio._backends._asyncio"})
 """The modules in whose frames the Context is that a thread's job runs in."""
 
 _coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
+
+_attributes_of: Final[Callable[[threading.Thread], dict[str, Any]]] = vars(threading.Thread)["__dict__"].__get__
 
 Holders = dict[UserExecutionContext, list[Holder]]
 
@@ -57,10 +48,7 @@ def survey(contexts: Iterable[UserExecutionContext]) -> Holders:
     """What runs in which of these contexts, seen from the event loop, if any, that runs here."""
     wanted = set(contexts)
     found: Holders = defaultdict(list)
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        loop = None
+    loop = running_loop()
     seen = [*_threads()]
     if loop is not None:
         seen += [*_tasks(loop), *_timers(loop)]
@@ -74,11 +62,8 @@ def cancelled_timers() -> list[object]:
     """The timers of the event loop that runs here, if any, that will call nothing any more. The loop keeps them, and
     each its Context, until their time has come: so does every ``asyncio.timeout``.
     """
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return []
-    return [handle for handle in _handles(loop) if handle.cancelled()]
+    loop = running_loop()
+    return [] if loop is None else [handle for handle in _handles(loop) if handle.cancelled()]
 
 
 def _whose(variables: Context | None) -> UserExecutionContext | None:
@@ -172,19 +157,25 @@ def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
             values = list(variables.values())
             if type(variables) is dict:
                 variables.clear()
-            found.update(context for value in values if (context := _whose(_variables_in(value, DEPTH))) is not None)
+            found.update(context for value in values if (context := _whose(_variables_in(value))) is not None)
         frame = frame.f_back
     return found
 
 
-def _variables_in(value: object, depth: int) -> Context | None:
+def _variables_in(value: Any) -> Context | None:
+    """The Context that a job or a thread runs in. Only where they keep it: to look through all that a frame holds would
+    take for ever.
+    """
     if type(value) is Context:
         return value
-    if depth and issubclass(type(value), _HELD_BY_THREADS):
-        for one in gc.get_referents(value):
-            found = _variables_in(one, depth - 1)
-            if found is not None:
-                return found
+    if type(value) is BuiltinFunctionType:
+        return _variables_in(value.__self__) if type(value.__self__) is Context else None
+    if type(value) is functools.partial:
+        return _variables_in(value.func)
+    if type(value) is concurrent.futures.thread._WorkItem:  # pyright: ignore[reportPrivateUsage]
+        return _variables_in(value.fn)
+    if issubclass(type(value), threading.Thread):
+        return _variables_in(_attributes_of(value).get("_target"))
     return None
 
 

@@ -1,4 +1,5 @@
-"""What ``--ucm-strict`` adds to pytest: a test fails that leaves a context, a resource or a changed environment behind.
+"""What ``--ucm-strict`` adds to pytest: a test fails that leaves a context, a resource, a changed environment, or
+something that runs in a closed context behind.
 
 pytest is imported in here and nowhere else in the package.
 """
@@ -10,9 +11,13 @@ import pytest
 
 from ucm_middleware.testing.context_watch import ContextWatch
 from ucm_middleware.testing.environment_watch import EnvironmentWatch
+from ucm_middleware.testing.held_watch import HeldWatch
 from ucm_middleware.testing.leaks import Owner
 
-HINT = "Close contexts in the test or fixture that opens them; set variables with the monkeypatch fixture."
+HINT = (
+    "Close contexts in the test or fixture that opens them, after what was started in them; set variables with the "
+    "monkeypatch fixture."
+)
 
 
 class StrictMode:
@@ -25,14 +30,17 @@ class StrictMode:
     def __init__(self) -> None:
         self._contexts = ContextWatch()
         self._environment = EnvironmentWatch()
+        self._held = HeldWatch()
         self._owners: dict[pytest.FixtureDef[Any], Owner] = {}
 
     def start(self) -> None:
         """Begin to watch."""
         self._contexts.start()
+        self._held.start()
 
     def stop(self) -> None:
         """Watch no longer."""
+        self._held.stop()
         self._contexts.stop()
 
     @pytest.hookimpl(trylast=True)
@@ -76,10 +84,11 @@ class StrictMode:
         # pytest drops what fixtures returned as well, only later; unittest's tests have none.
         returned: dict[str, object] = getattr(item, "funcargs", {})
         if item.get_closest_marker("ucm_leaks") is None:
-            findings = self._contexts.findings(returned.clear)
+            findings = self._contexts.findings(returned.clear) + self._held.findings()
         else:
             findings = []
             self._contexts.overlook()
+            self._held.overlook()
         findings += self._environment.findings()
         if not findings:
             if error is not None:
