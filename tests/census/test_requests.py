@@ -138,3 +138,20 @@ async def test_current_context_is_not_kept_by_the_census() -> None:
 
     await exchange(serve(app, UserContextManager()), http_scope())
     assert kept[0]() is None
+
+
+def test_without_an_event_loop_looks_take_a_share_of_the_time_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def counted(contexts: Any) -> Any:
+        looks.append(len(contexts))
+        return survey(contexts)
+
+    monkeypatch.setattr("ucm_middleware.census.census.survey", counted)
+    monkeypatch.setattr("ucm_middleware.census.census.SHARE", 1e9)
+    manager = UserContextManager()
+    copies = []
+    for _ in range(5):
+        with managed_user_context(manager.create_isolated_context("alice")):
+            copies.append(contextvars.copy_context())
+    assert looks == [1]
