@@ -21,7 +21,7 @@ from ucm_middleware.audit.ledger import DurableLedger
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
-from ucm_middleware.egress.answers import Request, answer_for
+from ucm_middleware.egress.answers import Request, WatchedAnswer, answer_for
 from ucm_middleware.egress.connections import WatchedMessages
 from ucm_middleware.egress.guard import EgressGuard
 from ucm_middleware.errors import LedgerUnavailableError
@@ -290,7 +290,8 @@ class UserContextMiddleware:
         watched = kind(guard, context, exchange, send)
         try:
             await self.app(scope, Request(context, exchange, receive).receive, watched.send)
-            await watched.finish()
+            if not isinstance(watched, WatchedAnswer):  # that one holds nothing back
+                await watched.finish()
         finally:
             watched.tell()
             exchange.end()

@@ -116,9 +116,6 @@ class WatchedAnswer(Looking):
         await self._send(message)
         self.tell()  # not only when background tasks are through: what is learned of it is for the next request
 
-    async def finish(self) -> None:
-        """The app has ended: nothing was held back."""
-
     def tell(self) -> None:
         """The answer has left, or broke off: look at it, and tell what was found."""
         if not (self._starts or self._parts or self._suspects):
@@ -139,14 +136,22 @@ class WatchedAnswer(Looking):
             self._note_encoding(headers)
         if complete and not self._is_encoded:
             self._learn(complete)
-            if self._guard.table.may_hold(complete):
-                self._suspects.append(complete)
+        if is_over and not self._suspects and self._has_nothing(complete):
+            self._starts = []
+            return
+        if complete and not self._is_encoded and self._guard.table.may_hold(complete):
+            self._suspects.append(complete)
         while self._suspects and (is_over or len(self._suspects) > MOST_SUSPECTS):
             self._add(self._hits_in(self._suspects.pop(0)))
         if is_over:
             starts, self._starts = self._starts, []
             for headers in starts:
                 self._add(self._hits_in_headers(headers))
+
+    def _has_nothing(self, rest: bytes) -> bool:
+        """Whether nothing can be found in what is left: one quick look at all of it, which nearly always suffices."""
+        headers = [part for headers in self._starts for pair in headers for part in pair]
+        return not self._guard.table.may_hold(b" ".join((*headers, rest)))
 
     def _add(self, hits: list[Hit]) -> None:
         if len(self._found) < MOST_FOUND:

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable
 
 from ucm_middleware.context import UserExecutionContext
-from ucm_middleware.egress.answers import answer_for
+from ucm_middleware.egress.answers import BlockingAnswer, answer_for
 from ucm_middleware.egress.exchange import Exchange
 from ucm_middleware.egress.guard import EgressGuard
 from ucm_middleware.egress.tokens import as_bytes
@@ -50,8 +50,9 @@ class WatchedMessages:
             look_at(self._guard, self._context, self._exchange, reason)
 
     async def finish(self) -> None:
-        """The app has ended."""
-        await self._answer.finish()
+        """The app has ended: what was held back of a denial is sent."""
+        if isinstance(self._answer, BlockingAnswer):
+            await self._answer.finish()
 
     def tell(self) -> None:
         """The connection is over: tell what was found in an answer that denied it."""

@@ -46,8 +46,7 @@ class Exchange:
         self._sent: dict[int, None] = {}
         self._rest = b""
         self.scope: Scope | None = scope
-        head: list[Any] = [scope.get("raw_path") or b"", scope.get("query_string", b"")]
-        head.append(as_bytes(scope.get("path", "")))
+        head: list[Any] = [scope.get("raw_path") or as_bytes(scope.get("path", "")), scope.get("query_string", b"")]
         for pair in scope.get("headers", ()):
             head += pair
         # Only whether it has a value in it is asked at once; what it has, when something is found that goes out.

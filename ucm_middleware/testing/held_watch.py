@@ -14,8 +14,8 @@ from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.testing.waiting import wait_until
 from ucm_middleware.waiting import running_loop
 
-GRACE: Final = 5.0
-"""Seconds that a thread gets to end. A server's client has its answer before that."""
+GRACE: Final = 2.0
+"""Seconds that a thread gets to end."""
 
 SEARCH_SECONDS: Final = 1.0
 """How long the heap is searched for what keeps a context, for each that is still there."""
