@@ -126,7 +126,7 @@ def test_no_time_no_path(shop: Any) -> None:
 
 def test_what_is_passed_over_leads_nowhere(shop: Any) -> None:
     value = shop.CACHE["profile"]["a"]
-    assert Search(seconds=10, without=(shop.CACHE["profile"],)).back_from(value) is None
+    assert Search(seconds=10, without=(shop.CACHE["profile"],)).back_from([value]) == {}
 
 
 class Hostile(type):
@@ -215,3 +215,11 @@ def test_other_threads_may_change_everything_meanwhile(shop: Any, threads_switch
         stop.set()
         thread.join()
     assert paths == {"shop.KEPT['value']"}
+
+
+def test_many_go_back_together_and_each_has_its_own_way(shop: Any) -> None:
+    values = [[number] for number in range(3)]
+    shop.LISTS[:] = values[:2]
+    shop.CACHE["third"] = values[2]
+    ways = {shown.shown(99) for shown in Search(seconds=10, without=(values,)).back_from(values).values()}
+    assert ways == {"shop.LISTS[0]", "shop.LISTS[1]", "shop.CACHE['third']"}

@@ -125,8 +125,8 @@ def test_keys_on_the_way_to_a_context_are_not_named(shop: Any) -> None:
     context = UserContextManager().create_isolated_context("alice")
     shop.SESSIONS["bob"] = {"of": [context]}
     context.close()
-    holder = search(context, 10, is_request=True)
-    assert str(holder) == "reference shop.SESSIONS[<str>][<str>][0]"
+    found = search({context: True}, 10)
+    assert str(found[context]) == "reference shop.SESSIONS[<str>][<str>][0]"
 
 
 async def test_current_context_is_not_kept_by_the_census() -> None:

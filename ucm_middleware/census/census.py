@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple, cast
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.census.holder import Holder, running
 from ucm_middleware.census.policy import CensusAction, CensusPolicy
-from ucm_middleware.census.referrers import Search
-from ucm_middleware.census.survey import cancelled_timers, survey
+from ucm_middleware.census.referrers import Search, Trace
+from ucm_middleware.census.survey import cancelled_timers, survey, whose
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextLeakError
 
@@ -139,20 +139,15 @@ class Census:
         found = {context: left for context, one in running_in.items() if (left := self.not_allowed(one))}
         if not self._searches:
             return found
-        passed_over = cancelled_timers()
-        deadline = time.perf_counter() + SEARCH_SECONDS
+        settled: dict[UserExecutionContext, bool] = {}
         for context, suspect in held.items():
-            if context in running_in:
-                continue
-            if not suspect.is_settled:
+            if context not in running_in and suspect.is_settled:
+                settled[context] = suspect.expected is not None
+            elif context not in running_in:
                 self._suspects.append(suspect._replace(is_settled=True))
-            elif (seconds := deadline - time.perf_counter()) <= 0:
-                self._suspects.append(suspect)
-            else:
-                is_request = suspect.expected is not None
-                holder = search(context, seconds, is_request=is_request, without=(held, *passed_over))
-                if holder is not None and (holders := self.not_allowed((holder,))):
-                    found[context] = holders
+        for context, holder in search(settled, SEARCH_SECONDS, without=(held,)).items():
+            if holders := self.not_allowed((holder,)):
+                found[context] = holders
         return found
 
     def _running_in(self, context: UserExecutionContext) -> list[Holder]:
@@ -184,15 +179,37 @@ def references(context: UserExecutionContext) -> int:
 
 
 def search(
-    context: UserExecutionContext, seconds: float, *, is_request: bool, without: Iterable[object] = ()
-) -> Holder | None:
-    """What refers to a context, by a path from a global, without its keys, which may name other users. None for what
-    only waits for the garbage collector, and for the scope, which the server keeps as long as it likes.
+    contexts: Mapping[UserExecutionContext, bool], seconds: float, without: Iterable[object] = ()
+) -> dict[UserExecutionContext, Holder]:
+    """What refers to contexts, by a path from a global without its keys, which may name other users. Nothing for those
+    that only wait for the garbage collector, or that the scope refers to, which the server keeps as long as it likes.
+
+    Each comes with whether it is a request's, and not one that the application made, and may keep.
     """
-    scopes: list[object] = [one for one in gc.get_referrers(context) if _is_scope(one)]
-    trace = Search(seconds=seconds, ends=_LOOPS, without=(*without, scopes, *scopes)).back_from(context)
-    if trace is None:
-        return None
+    if not contexts:
+        return {}
+    ways = _ways_to(contexts)
+    scopes: list[object] = [one for one in gc.get_referrers(*contexts) if _is_scope(one)]
+    passed_over = *without, contexts, ways, *ways, scopes, *scopes, *cancelled_timers()
+    traces = Search(seconds=seconds, ends=_LOOPS, without=passed_over).back_from(contexts, ways)
+    found: dict[UserExecutionContext, Holder] = {}
+    for context, is_request in contexts.items():
+        trace = traces.get(id(context))
+        holder = None if trace is None else _holder_of(trace, is_request=is_request)
+        if holder is not None:
+            found[context] = holder
+    return found
+
+
+def _ways_to(contexts: Mapping[UserExecutionContext, bool]) -> list[tuple[Context, UserExecutionContext]]:
+    """Each ``contextvars.Context`` that there is of code in one of these contexts. To find them by going back, through
+    what they are made of, would take three steps more.
+    """
+    there_are: list[Context] = [one for one in gc.get_objects() if type(one) is Context]
+    return [(one, context) for one in there_are if (context := whose(one)) is not None and context in contexts]
+
+
+def _holder_of(trace: Trace, *, is_request: bool) -> Holder | None:
     if not is_request and not any(type(value) is Context for value in trace.objects):
         return None
     for value in trace.objects:

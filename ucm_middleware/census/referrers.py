@@ -9,7 +9,7 @@ import gc
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import (
     CellType,
@@ -42,6 +42,10 @@ _LRU_CACHE: Final = type(functools.lru_cache(len))
 _OF_A_CACHE: Final = frozenset({"dict", "_lru_list_elem"})
 
 
+Back = dict[int, tuple[object, tuple[int, ...]]]
+"""By its id, each object with the ids of what it holds; nothing for those that the search began at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """A way to an object: from a root, whose ``name`` is given, through ``objects``, the last of which is the one."""
@@ -69,7 +73,7 @@ def holder_path(value: object, seconds: float = 0.25, *, without: Iterable[type]
     None where there is none, and where none was found in so many seconds. It does not lead through objects of the types
     ``without``.
     """
-    trace = Search(seconds=seconds, never=without).back_from(value)
+    trace = Search(seconds=seconds, never=without).back_from([value]).get(id(value))
     return None if trace is None else trace.shown(SHOWN_KEY)
 
 
@@ -94,21 +98,27 @@ class Search:
         self._without = {id(one) for one in without}
         self._modules = {id(_module_dict(module)): name for name, module in _modules()}
 
-    def back_from(self, value: object) -> Trace | None:
-        """A shortest way to an object from a root, None where none was found."""
-        back: dict[int, tuple[object, int]] = {id(value): (value, 0)}  # each object with the one it holds
-        level: list[object] = [value]
+    def back_from(self, values: Iterable[object], ways: Iterable[tuple[object, object]] = ()) -> dict[int, Trace]:
+        """A shortest way from a root to each of these objects, by its id, where one was found. All of them go back
+        together: it takes no longer than for one. ``ways`` are known already: something, and what it leads to.
+        """
+        back: Back = {id(value): (value, ()) for value in values}
+        back |= {id(holder): (holder, (id(held),)) for holder, held in ways}
+        wanted = {place for place, (_, held) in back.items() if not held}
+        level = [value for value, _ in back.values()]
+        found: dict[int, Trace] = {}
         for _ in range(STEPS):
-            found = self._step(level, back)
-            for root, name in ((one, self._root_name(one)) for one in found):
+            holders = self._step(level, back)
+            for root, name in ((one, self._root_name(one)) for one in holders):
                 if name is not None:
-                    return Trace(name, _way(id(root), back))
-            level = [one for one in found if not issubclass(type(one), self._never)][:WIDTH]
-            if not level or time.perf_counter() > self._deadline:
-                return None
-        return None
+                    for way in _ways_down(id(root), back):
+                        found.setdefault(id(way[-1]), Trace(name, way))
+            level = [one for one in holders if not issubclass(type(one), self._never)][:WIDTH]
+            if not level or wanted <= found.keys() or time.perf_counter() > self._deadline:
+                break
+        return found
 
-    def _step(self, level: list[object], back: dict[int, tuple[object, int]]) -> list[object]:
+    def _step(self, level: list[object], back: "Back") -> list[object]:
         """Who refers to one of these, and was not met yet."""
         referrers = gc.get_referrers(*level)
         ours = {id(level), id(back), id(referrers), *map(id, back.values())} | self._without
@@ -117,8 +127,8 @@ class Search:
         for one in referrers:
             if id(one) in back or id(one) in ours or issubclass(type(one), FrameType):
                 continue
-            held = next((id(other) for other in gc.get_referents(one) if id(other) in within), None)
-            if held is not None:
+            held = tuple(dict.fromkeys(id(other) for other in gc.get_referents(one) if id(other) in within))
+            if held:
                 back[id(one)] = one, held
                 found.append(one)
         return found
@@ -138,13 +148,18 @@ def _modules() -> list[tuple[str, object]]:
     return [(name, module) for name, module in found if issubclass(type(module), ModuleType)]
 
 
-def _way(root: int, back: dict[int, tuple[object, int]]) -> tuple[object, ...]:
-    way: list[object] = []
-    place = root
-    while place:
-        value, place = back[place]
-        way.append(value)
-    return tuple(way)
+def _ways_down(root: int, back: Back) -> Iterator[tuple[object, ...]]:
+    """The ways from a root to each of the objects that the search began at, as it came upon them."""
+    waiting: list[tuple[int, ...]] = [(root,)]
+    met = {root}
+    for places in waiting:
+        held = back[places[-1]][1]
+        if not held:
+            yield tuple(back[place][0] for place in places)
+        for place in held:
+            if place not in met:
+                met.add(place)
+                waiting.append((*places, place))
 
 
 def _steps(way: Sequence[Any]) -> list[Step]:

@@ -22,8 +22,13 @@ from ucm_middleware.current import ambient
 from ucm_middleware.isolation import type_name
 from ucm_middleware.waiting import running_loop
 
-_OF_THE_LOOP: Final = ("asyncio", "anyio", "uvloop", "concurrent", "threading", "trio")
-"""Packages whose callbacks are part of something else: the timer of a sleep is its task's."""
+_OF_OTHERS: Final = frozenset(
+    {
+        *("asyncio", "anyio", "uvloop", "concurrent", "threading", "trio"),
+        *("uvicorn", "hypercorn", "granian", "websockets", "wsproto"),
+    }
+)
+"""Packages whose timers are part of something else: that of a sleep is its task's, others are the server's."""
 
 _OURS: Final = "ucm_middleware."
 """Our own tasks end by themselves: a drain, a release that was left behind and is recorded as such."""
@@ -66,7 +71,8 @@ def cancelled_timers() -> list[object]:
     return [] if loop is None else [handle for handle in _handles(loop) if handle.cancelled()]
 
 
-def _whose(variables: Context | None) -> UserExecutionContext | None:
+def whose(variables: Context | None) -> UserExecutionContext | None:
+    """The context that code in these variables runs in."""
     inside = None if variables is None else variables.get(ambient)
     return None if inside is None else inside.context
 
@@ -79,7 +85,7 @@ def _context_of(value: object) -> Context | None:
 def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionContext, Holder]]:
     here = asyncio.current_task(loop)
     for task in asyncio.all_tasks(loop):
-        if task is here or (context := _whose(_context_of(task))) is None:
+        if task is here or (context := whose(_context_of(task))) is None:
             continue
         name, where = running(_coroutine_of(task))
         if name.startswith(_OURS) or name == _BROKEN_OFF:
@@ -89,10 +95,10 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionConte
 
 def _timers(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionContext, Holder]]:
     for handle in _handles(loop):
-        if handle.cancelled() or (context := _whose(_context_of(handle))) is None:
+        if handle.cancelled() or (context := whose(_context_of(handle))) is None:
             continue
         name, where = _callback(handle)
-        if name.partition(".")[0].lstrip("_") not in _OF_THE_LOOP:
+        if name.partition(".")[0].lstrip("_") not in _OF_OTHERS:
             yield context, Holder("timer", name, where, handle.cancel)
 
 
@@ -157,7 +163,7 @@ def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
             values = list(variables.values())
             if type(variables) is dict:
                 variables.clear()
-            found.update(context for value in values if (context := _whose(_variables_in(value))) is not None)
+            found.update(context for value in values if (context := whose(_variables_in(value))) is not None)
         frame = frame.f_back
     return found
 

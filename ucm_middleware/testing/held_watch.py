@@ -108,13 +108,14 @@ class HeldWatch:
             wait_until(lambda: not survey(held), "the threads have ended", timeout=GRACE)
         running = survey(held)
         gc.unfreeze()  # what is frozen is in no search
+        unexplained = {context: False for context in held if context not in running}
+        found_there = search(unexplained, SEARCH_SECONDS, without=(held,))
         found: list[str] = []
         for context, suspect in held.items():
-            holders = list(running.get(context, ()))
-            if not holders:
-                holder = search(context, SEARCH_SECONDS, is_request=False, without=(held,))
-                holders = [] if holder is None or holder.kind == "reference" else [holder]
-            found += [_told(context, holder) for holder in suspect.census.not_allowed(holders)]
+            holders = [*running.get(context, ())]
+            if context in found_there:
+                holders.append(found_there[context])
+            found += [_told(context, one) for one in suspect.census.not_allowed(holders) if one.kind != "reference"]
         return found
 
 
