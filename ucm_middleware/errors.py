@@ -199,6 +199,20 @@ class LedgerUnavailableError(UserContextError):
     """The audit ledger cannot keep records at the moment, and what may not go unrecorded is refused meanwhile."""
 
 
+class ClusterUnavailableError(UserContextError):
+    """The store that workers share cannot be asked at the moment, and what depends on it is refused meanwhile.
+
+    ``reason`` is "down", "timeout", "login", "memory", "loading", "read-only", "refused" or "recovering";
+    ``retry_after`` in how many seconds to come again. With ``is_unknown``, what was asked for may have been done.
+    """
+
+    def __init__(self, reason: str, *, retry_after: float = 1.0, is_unknown: bool = False) -> None:
+        super().__init__(f"the cluster's store cannot be used ({reason}); try again in {retry_after:.0f} seconds")
+        self.reason = reason
+        self.retry_after = retry_after
+        self.is_unknown = is_unknown
+
+
 class LedgerFileError(UserContextError):
     """A ledger or a key file cannot be used: ``path`` says which one, the message what was found and what to do."""
 
