@@ -9,10 +9,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from ledger_support import SECRET, make_ledger, numbers, ring, row, started, streams
+from ledger_support import SECRET, make_ledger, numbers, row, started, streams
 from support.postgres import Database, PostgresServer
-from support.waiting import wait_until
-from ucm_middleware import ConfigurationError, LedgerFileError, UserContextManager
+from ucm_middleware import ConfigurationError, LedgerFileError, UserContextManager, managed_user_context
 from ucm_middleware.audit import DurableLedger, UserMention
 from ucm_postgres.ledger import PostgresLedger, grants_sql, ledger_sql
 
@@ -217,7 +216,7 @@ def test_the_login_of_the_application_can_neither_change_nor_delete(ledger: Post
         "alter table ucm_ledger.records disable trigger all",
         "create table ucm_ledger.more (x int)",
     ):
-        with pytest.raises((psycopg.errors.InsufficientPrivilege)):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
             plain.execute(statement, as_=plain.app)
 
 
@@ -228,7 +227,7 @@ def test_a_reader_may_not_write(plain: Database) -> None:
         assert connection.execute("select count(*) from ucm_ledger.records").fetchall() == [(0,)]
     with closing(started(auditor.dsn)) as ledger:
         ledger.append(row())
-        with pytest.raises(Exception, match="may not do this .permission denied"):
+        with pytest.raises(Exception, match=r"may not do this .permission denied"):
             ledger.flush()
 
 
@@ -278,7 +277,10 @@ def test_the_key_file_of_another_ledger_is_refused(
 
 def test_a_server_that_is_not_there_or_refuses_is_told_without_the_password(plain: Database) -> None:
     password = plain.app.password
-    for dsn in (plain.app.dsn.replace(str(plain.app.port), "1"), plain.app.dsn.replace(password, "wr@ng!".replace("@", "%40"))):
+    for dsn in (
+        plain.app.dsn.replace(str(plain.app.port), "1"),
+        plain.app.dsn.replace(password, "wr@ng!".replace("@", "%40")),
+    ):
         said = refusal_of(dsn)
         assert "cannot be reached" in said
         assert password not in said
@@ -301,11 +303,11 @@ def test_bad_input() -> None:
 async def test_a_manager_writes_to_it(plain: Database) -> None:
     with closing(PostgresLedger(plain.app.dsn, keys=None)) as ledger:
         manager = UserContextManager(ledger=ledger, audit="strict", secret=SECRET)
-        async with manager:
-            async with manager.create_context("alice"):
-                await ledger.durable()
-                trail = await asyncio.to_thread(manager.get_audit_trail, "alice")
+        async with managed_user_context(manager.create_isolated_context("alice")):
+            await ledger.durable()
+            trail = await asyncio.to_thread(manager.get_audit_trail, "alice")
         ledger.flush()
+    assert trail is not None
     assert [event["event"] for event in trail["events"]] == ["opened"]
     [records] = streams(plain.app).values()
     assert [record["event"] for record in records if record.get("user") == "alice"] == ["opened", "closed"]

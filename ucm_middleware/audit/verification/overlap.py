@@ -1,7 +1,6 @@
 """What several ledgers have in common though each is one stream of its own: whole stretches, records, contexts."""
 
 import json
-import math
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,4 +158,4 @@ def _core(given: object) -> bytes | None:
 def _time(given: object) -> float | None:
     if isinstance(given, bool) or not isinstance(given, int | float):
         return None
-    return float(given) if math.isfinite(given) and 0 <= given < _END_OF_TIME else None
+    return float(given) if 0 <= given < _END_OF_TIME else None

@@ -24,7 +24,7 @@ PATIENCE = 10.0
 """Seconds that one statement may take."""
 
 # A server may be set to answer before a record is on its disk. Stronger settings than "on" stay as they are.
-_BEGIN: Final = b"""SELECT set_config('statement_timeout', %s, true), set_config('synchronous_commit',
+_SETTINGS: Final = b"""SELECT set_config('statement_timeout', %s, true), set_config('synchronous_commit',
     CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END,
     true)"""
 _BEGIN_STREAM: Final = f"INSERT INTO {SCHEMA}.streams (stream) VALUES (%s)".encode()
@@ -89,15 +89,18 @@ class Stream:
         start, chain = self._chain, self._chain.copy()
         hashes = [chain.append(subject, body) for subject, body in entries]
         self._batch = _Batch(rows, chain)
-        # All is sent at once, and answered at once; with an error, what comes after it is not done.
-        with errors_of(target), connection.pipeline(), connection.transaction():
-            connection.execute(_BEGIN, (f"{round(PATIENCE * 1000)}ms",))
+        # All is sent at once, and answered at once; after an error nothing is done, the commit included, and this
+        # connection is not used again.
+        with errors_of(target), connection.pipeline():
+            connection.execute("BEGIN")
+            connection.execute(_SETTINGS, (f"{round(PATIENCE * 1000)}ms",))
             if not start.size:
                 connection.execute(_BEGIN_STREAM, (self.name,))
             for first, last in _parts(entries):
                 subjects, bodies = zip(*entries[first:last], strict=True)
                 values = (self.name, start.size + first, list(subjects), list(bodies), hashes[first:last])
                 connection.execute(_ADD, values)
+            connection.execute("COMMIT")
         self._chain, self._batch = chain, None
 
 

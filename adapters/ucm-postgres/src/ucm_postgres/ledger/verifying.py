@@ -97,7 +97,7 @@ def open_sources(target: Target) -> Generator[list[tuple[str, StreamSource]]]:
             raise LedgerFileError(target.name, "has no records yet", "come back when an application has written to it")
         yield [
             (
-                f"{target.name}#{stream}",
+                f"{target.name}#{stream if _STREAM.fullmatch(stream) else ascii(stream)}",
                 StreamSource(
                     target,
                     connection,
