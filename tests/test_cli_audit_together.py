@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from support.ledger import ring, row
 from support.ledgers import Facts, note, tamper, write_ledger
 from ucm_middleware.audit import SQLiteLedger
+from ucm_middleware.audit.verification.ledger_file import Quiet
 from ucm_middleware.cli.app import make_app
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -193,8 +194,10 @@ def test_a_fork_names_the_record_where_it_begins(folder: Path) -> None:
 
 
 def test_a_ledger_copied_under_another_name_of_its_stream(folder: Path) -> None:
-    """All hashes are others: the records are what tells."""
-    write_ledger(folder / "2.db", replace(worker(1), stream=worker(2).stream))
+    """All hashes are others: the records are what tells, and their contexts tell no more."""
+    one = worker(1, [body(n, context=n) for n in range(1, 11)])
+    write_ledger(folder / "1.db", one)
+    write_ledger(folder / "2.db", replace(one, stream=worker(2).stream))
     assert problems(*ALL) == ["10 records are in several ledgers, the first as record 1 of 1.db and record 1 of 2.db"]
 
 
@@ -276,7 +279,23 @@ def test_strange_bodies_are_compared_all_the_same(folder: Path, strange: bytes) 
     verify("1.db", "2.db", status=0)
 
 
-def test_a_ledger_that_is_written_to_meanwhile_is_compared_once(folder: Path) -> None:
+def test_a_record_that_is_bad_in_its_own_ledger_is_not_compared(folder: Path) -> None:
+    tamper(folder / "3.db", "UPDATE records SET body = ? WHERE sequence = 5", values=(body(1004),))
+    said = json.loads(verify(*ALL, "--json", status=1).stdout)
+    assert said["ledgers"][2]["problems"][0]["record"] == 5
+    assert said["problems"] == []
+
+
+def test_a_ledger_that_is_read_anew_since_somebody_wrote_to_it_is_compared_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Quiet, "still", lambda quiet: False)
+    (folder / "copy.db").write_bytes((folder / "1.db").read_bytes())
+    [said] = problems("1.db", "copy.db")
+    assert "the same 10 records" in said
+
+
+def test_a_ledger_in_use(folder: Path) -> None:
     with closing(SQLiteLedger("live.db", keys=None)) as ledger:
         ledger.start(ring())
         ledger.append(row("alice", 1))

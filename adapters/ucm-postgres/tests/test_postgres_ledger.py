@@ -11,7 +11,14 @@ import pytest
 
 from ledger_support import SECRET, make_ledger, numbers, row, started, streams
 from support.postgres import Database, PostgresServer
-from ucm_middleware import ConfigurationError, LedgerFileError, UserContextManager, managed_user_context
+from support.waiting import wait_until
+from ucm_middleware import (
+    ConfigurationError,
+    LedgerFileError,
+    LedgerUnavailableError,
+    UserContextManager,
+    managed_user_context,
+)
 from ucm_middleware.audit import DurableLedger, UserMention
 from ucm_postgres.ledger import PostgresLedger, grants_sql, ledger_sql
 
@@ -62,9 +69,14 @@ def test_nothing_is_written_before_the_first_record(plain: Database) -> None:
 
 
 def test_a_batch_of_several_statements_is_all_or_nothing(ledger: PostgresLedger, plain: Database) -> None:
+    plain.execute("alter table ucm_ledger.records add constraint small check (sequence < 5)")
     for number in range(1, 6):
         ledger.append(row(number=number, reason="x" * (7 * 1024 * 1024)))
-    ledger.flush()
+    with pytest.raises(LedgerUnavailableError, match="PostgreSQL says: new row"):
+        ledger.flush()
+    assert len(numbers(plain.app)) + ledger.lag == 5
+    plain.execute("alter table ucm_ledger.records drop constraint small")
+    wait_until(lambda: ledger.problem is None and not ledger.lag, "it is written")
     [records] = streams(plain.app).values()
     assert [len(record["reason"]) for record in records] == [7 * 1024 * 1024] * 5
 

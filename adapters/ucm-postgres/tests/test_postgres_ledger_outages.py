@@ -170,6 +170,21 @@ def test_a_right_that_is_taken_away_and_given_back(ledger: PostgresLedger, plain
     assert numbers(plain.app) == [1, 2]
 
 
+def test_what_the_server_says_of_a_record_is_not_told(
+    ledger: PostgresLedger, plain: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain.execute("alter table ucm_ledger.records add constraint small check (sequence < 2)")
+    ledger.append(row("very-private-user", 2))
+    said = refusal_of(ledger)
+    assert "PostgreSQL says: new row for relation" in said
+    for shown in (said, caplog.text):
+        assert "Failing row" not in shown
+        assert b"very-private-user".hex() not in shown
+    plain.execute("alter table ucm_ledger.records drop constraint small")
+    goes_on(ledger)
+    assert numbers(plain.app) == [1, 2]
+
+
 def test_a_server_without_what_was_acknowledged_is_not_written_to(
     ledger: PostgresLedger, plain: Database, postgres_proxy: TcpProxy
 ) -> None:
