@@ -10,7 +10,9 @@ import psycopg
 import pytest
 
 from ledger_support import SECRET, make_ledger, numbers, row, started, streams
+from support.pgbouncer import start_pgbouncer
 from support.postgres import Database, PostgresServer
+from support.tcp_proxy import TcpProxy
 from support.waiting import wait_until
 from ucm_middleware import (
     ConfigurationError,
@@ -93,6 +95,34 @@ def test_a_server_that_answers_before_the_disk_is_told_not_to(ledger: PostgresLe
     with psycopg.connect(plain.owner.dsn) as connection:
         assert connection.execute("show synchronous_commit").fetchall() == [("off",)]
         assert connection.execute("select setting from told").fetchall() == [("on",)]
+
+
+def test_a_batch_is_one_round_trip(plain: Database, postgres_proxy: TcpProxy) -> None:
+    with closing(started(plain.app.at(postgres_proxy.port).dsn)) as ledger:
+        ledger.append(row(number=1))
+        ledger.flush()
+        before = postgres_proxy.round_trips
+        for number in range(2, 12):
+            ledger.append(row(number=number))
+            ledger.flush()
+        assert postgres_proxy.round_trips - before == 10
+
+
+def test_through_pgbouncer_in_transaction_mode(plain: Database) -> None:
+    with (
+        start_pgbouncer(plain) as pgbouncer,
+        closing(started(pgbouncer.login(plain.app).dsn)) as one,
+        closing(started(pgbouncer.login(plain.app).dsn)) as other,
+    ):
+        for number in range(1, 21):
+            (one if number % 2 else other).append(row(number=number))
+            one.flush()
+            other.flush()
+        trail = one.trail("alice")
+    assert trail is not None
+    assert len(trail.records) == 20
+    assert numbers(plain.app) == list(range(1, 21))
+    assert len(streams(plain.app)) == 2
 
 
 def test_each_ledger_has_a_stream_of_its_own(plain: Database) -> None:

@@ -1,6 +1,8 @@
 """A ledger whose database is down, cut off, hung, locked or not what it was: told, waited for, made up for."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -8,7 +10,7 @@ import psycopg
 import pytest
 
 from ledger_support import make_ledger, numbers, row, started, streams
-from support.postgres import Database
+from support.postgres import Database, PostgresServer
 from support.tcp_proxy import TcpProxy
 from support.waiting import wait_until
 from ucm_middleware import LedgerUnavailableError
@@ -99,6 +101,26 @@ def test_a_connection_that_the_server_ends_is_made_anew(ledger: PostgresLedger, 
     ledger.append(row(number=2))
     goes_on(ledger)
     assert numbers(plain.app) == [1, 2]
+
+
+def test_a_server_that_crashes_and_recovers_has_all_that_was_acknowledged(
+    ledger: PostgresLedger, plain: Database, postgres_server: PostgresServer
+) -> None:
+    if postgres_server.program is None:
+        pytest.skip("the server is somebody else's, and is not crashed")
+    for number in range(2, 40):
+        ledger.append(row(number=number))
+    ledger.flush()
+    with psycopg.connect(plain.superuser.dsn) as connection:
+        os.kill(connection.info.backend_pid, signal.SIGKILL)  # the server ends all its processes then, and recovers
+        with pytest.raises(psycopg.OperationalError):
+            while True:
+                connection.execute("select 1")
+    for number in range(40, 60):
+        ledger.append(row(number=number))
+    goes_on(ledger)
+    assert numbers(plain.app) == list(range(1, 60))
+    assert "terminated by signal 9" in postgres_server.program.output
 
 
 @pytest.mark.parametrize("more", [0, 3], ids=["alone", "with more behind it"])

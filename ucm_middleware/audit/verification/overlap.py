@@ -2,15 +2,21 @@
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final, cast
 
 from ucm_middleware.audit.verification.source import Row, Watch
 
 _AT_ONCE: Final = 1024
 _KEY_BYTES: Final = 16
+_decode: Final = json.JSONDecoder().decode
+_CACHE_KIB: Final = 64 * 1024
+_NEVER: Final[tuple[float, float]] = (float("inf"), float("-inf"))
 _END_OF_TIME: Final = 253_402_300_800  # the year 10000
 _BEGINS_OR_ENDS: Final = frozenset({"opened", "child_opened", "closed"})
 
@@ -19,28 +25,28 @@ _SEEN: Final = """CREATE TABLE seen (
     sequence INTEGER NOT NULL,
     record BLOB NOT NULL,
     hash BLOB NOT NULL,
-    at REAL,
     context BLOB,
     event TEXT
 ) STRICT"""
 # SQLite sorts in files where that takes too much memory; to keep an index would cost more than all of the rest.
-_IN_SEVERAL: Final = """CREATE TABLE {table} AS
-    SELECT {column} AS item, group_concat(DISTINCT ledger) AS ledgers, min(rowid) AS first FROM seen
+_SEVERAL: Final = """CREATE TABLE several_{column} AS SELECT {column} AS item FROM seen
     WHERE {column} IS NOT NULL{but} GROUP BY {column} HAVING min(ledger) < max(ledger)"""
+_INDEXED: Final = "CREATE UNIQUE INDEX several_{column}_items ON several_{column} (item)"
 _BUT_THOSE: Final = " AND record NOT IN (SELECT item FROM several_record)"
-_GROUPS: Final = "SELECT ledgers, count(*), min(first) FROM {table} GROUP BY ledgers ORDER BY min(first)"
-_EXAMPLE: Final = """SELECT ledger, sequence, event FROM seen
-    WHERE {column} = (SELECT {column} FROM seen WHERE rowid = ?) ORDER BY ledger, sequence"""
+_PLACES: Final = """SELECT {column}, ledger, sequence, event FROM seen
+    WHERE {column} IN (SELECT item FROM several_{column}) ORDER BY {column}, ledger, sequence"""
+
+Place = tuple[int, int, str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """``number`` records or contexts are in several ledgers. ``places`` are those of the first of them: which ledger,
-    which record, and what event that is where it matters.
+    """``number`` records or contexts are in the same ledgers. ``places`` are those of the first of them, one for each:
+    which ledger, which record, and what event that is where it matters.
     """
 
     number: int
-    places: tuple[tuple[int, int, str | None], ...]
+    places: tuple[Place, ...]
 
 
 class Overlap:
@@ -48,24 +54,32 @@ class Overlap:
     bytes for each record.
     """
 
-    __slots__ = ("_connection", "_pending")
+    __slots__ = ("_connection", "_pending", "_times")
 
     def __init__(self) -> None:
         self._connection = sqlite3.connect("", isolation_level=None)  # a file that SQLite deletes by itself
         self._connection.execute("PRAGMA synchronous = OFF")
         self._connection.execute("PRAGMA journal_mode = OFF")
+        self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._connection.execute(_SEEN)
         self._pending: list[tuple[Any, ...]] = []
+        self._times: dict[int, tuple[float, float]] = {}
 
     def watching(self, ledger: int) -> Callable[[], Watch]:
         """What a verification is given, to tell of a ledger's records."""
 
         def begin() -> Watch:
-            self.forget(ledger)  # what an earlier attempt has told
-            pending = self._pending
+            if ledger in self._times:
+                self.forget(ledger)  # what an earlier attempt has told
+            pending, (first, last) = self._pending, _NEVER
+            self._times[ledger] = _NEVER
 
             def watch(row: Row) -> None:
-                pending.append((ledger, *_noted(row)))
+                nonlocal first, last
+                sequence, record, digest, context, event, at = _noted(row)
+                pending.append((ledger, sequence, record, digest, context, event))
+                if at is not None and not first <= at <= last:
+                    self._times[ledger] = first, last = min(first, at), max(last, at)
                 if len(pending) >= _AT_ONCE:
                     self._write()
 
@@ -84,11 +98,8 @@ class Overlap:
 
     def times(self, ledger: int) -> tuple[float, float] | None:
         """The earliest and the latest time of a ledger's records, in seconds since 1970."""
-        self._write()
-        first, last = self._connection.execute(
-            "SELECT min(at), max(at) FROM seen WHERE ledger = ?", (ledger,)
-        ).fetchone()
-        return None if first is None else (first, last)
+        times = self._times.get(ledger, _NEVER)
+        return None if times == _NEVER else times
 
     def in_several(self) -> tuple[list[Meeting], list[Meeting]]:
         """Records that are in more than one ledger; and contexts that began in one and ended in another, but for those
@@ -102,15 +113,20 @@ class Overlap:
         self._connection.close()
 
     def _in_several(self, column: str, but: str = "") -> list[Meeting]:
-        execute, table = self._connection.execute, f"several_{column}"
-        execute(_IN_SEVERAL.format(table=table, column=column, but=but))
-        by_ledgers: dict[frozenset[str], tuple[int, int]] = {}
-        for ledgers, number, first in execute(_GROUPS.format(table=table)).fetchall():
-            which = frozenset(ledgers.split(","))  # SQLite names them in any order
-            before, earliest = by_ledgers.get(which, (0, first))
-            by_ledgers[which] = before + number, min(first, earliest)
-        example = _EXAMPLE.format(column=column)
-        return [Meeting(number, tuple(execute(example, (first,)).fetchall())) for number, first in by_ledgers.values()]
+        execute = self._connection.execute
+        execute(_SEVERAL.format(column=column, but=but))
+        execute(_INDEXED.format(column=column))
+        numbers: Counter[frozenset[int]] = Counter()
+        firsts: dict[frozenset[int], tuple[Place, ...]] = {}
+        for _, found in groupby(execute(_PLACES.format(column=column)), itemgetter(0)):
+            by_ledger: dict[int, Place] = {}
+            for _, ledger, sequence, event in found:
+                by_ledger.setdefault(ledger, (ledger, sequence, event))
+            which, places = frozenset(by_ledger), tuple(by_ledger.values())
+            numbers[which] += 1
+            firsts[which] = min(places, firsts.get(which, places))
+        meetings = [Meeting(number, firsts[which]) for which, number in numbers.items()]
+        return sorted(meetings, key=lambda meeting: meeting.places)
 
     def _hashes(self, ledger: int) -> Iterator[bytes]:
         self._write()
@@ -121,7 +137,7 @@ class Overlap:
         pending, execute = self._pending, self._connection.executemany
         if pending:
             self._connection.execute("BEGIN")
-            execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?, ?)", pending)
+            execute("INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?)", pending)
             self._connection.execute("COMMIT")
             pending.clear()
 
@@ -133,20 +149,24 @@ def _while_equal(one: Iterator[bytes], other: Iterator[bytes]) -> Iterator[None]
         yield None
 
 
-def _noted(row: Row) -> Sequence[object]:
-    """Sequence, record, hash, time, context and event. What is sealed is known by its bytes: they have a nonce in them,
+def _noted(row: Row) -> tuple[int, bytes, bytes, bytes | None, str | None, float | None]:
+    """Sequence, record, hash, context, event and time. What is sealed is known by its bytes: they have a nonce in them,
     so that no other record has the same."""
     sequence, subject, body, digest = row
     try:
-        found = json.loads(body)
+        found = _decode(str(body, "utf-8"))
     except (ValueError, RecursionError):
         found = None
-    members = cast("dict[str, Any]", found) if isinstance(found, dict) else {}
-    given, context, event, at = (members.get(name) for name in ("id", "context", "event", "at"))
-    record = _core(given) or sha256(subject + body).digest()[:_KEY_BYTES]
-    if not isinstance(event, str) or event not in _BEGINS_OR_ENDS:
-        context = event = None
-    return sequence, record, digest, _time(at), _core(context), event
+    get = cast("dict[str, Any]", found).get if isinstance(found, dict) else _nothing
+    record = _core(get("id")) or sha256(subject + body).digest()[:_KEY_BYTES]
+    event = get("event")
+    if isinstance(event, str) and event in _BEGINS_OR_ENDS:
+        return sequence, record, digest, _core(get("context")), event, _time(get("at"))
+    return sequence, record, digest, None, None, _time(get("at"))
+
+
+def _nothing(name: str) -> None:
+    """What a body that is no object has by any name."""
 
 
 def _core(given: object) -> bytes | None:

@@ -5,12 +5,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from ucm_middleware.audit.verification.evidence import Checkpoint
 from ucm_middleware.audit.verification.overlap import Meeting, Overlap
 from ucm_middleware.audit.verification.source import Source, Watch
 from ucm_middleware.audit.verification.verifier import Progress, Verification, verify_ledger, verify_source
 from ucm_middleware.errors import LedgerFileError
+
+_SHOWN: Final = 10
+"""How many of the ledgers that have something in common are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +154,24 @@ def _missing(examined: Sequence[Examined], checkpoints: Sequence[Checkpoint], ex
         yield f"{expected} streams are expected, and {len(found)} are here"
 
 
+def _listed(places: Sequence[str]) -> str:
+    more = len(places) - _SHOWN
+    return " and ".join(places if more <= 0 else (*places[:_SHOWN], f"{more} more"))
+
+
 def _of_records(meeting: Meeting, examined: Sequence[Examined]) -> str:
-    where = " and ".join(f"record {sequence} of {examined[number].name}" for number, sequence, _ in meeting.places)
+    where = _listed([f"record {sequence} of {examined[number].name}" for number, sequence, _ in meeting.places])
     if meeting.number == 1:
         return f"a record is in several ledgers: {where}"
     return f"{meeting.number} records are in several ledgers, the first as {where}"
 
 
 def _of_contexts(meeting: Meeting, examined: Sequence[Examined]) -> str:
-    where = " and ".join(
-        f"{'closed' if event == 'closed' else 'opened'} in {examined[number].name} (record {sequence})"
-        for number, sequence, event in meeting.places
+    where = _listed(
+        [
+            f"{'closed' if event == 'closed' else 'opened'} in {examined[number].name} (record {sequence})"
+            for number, sequence, event in meeting.places
+        ]
     )
     rule = "a context lives in one process, and is on record in its ledger alone"
     if meeting.number == 1:
