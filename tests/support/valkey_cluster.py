@@ -124,6 +124,15 @@ def node_id(server: ValkeyServer) -> str:
     return name.decode() if isinstance(name, bytes) else name
 
 
+def forget_gone(servers: Sequence[ValkeyServer]) -> None:
+    """Make nodes forget those that were stopped."""
+    mine = {node_id(server) for server in servers}
+    for server in servers:
+        for about in server.admin.execute_command("CLUSTER NODES").values():
+            if about["node_id"] not in mine:
+                server.admin.execute_command("CLUSTER FORGET", about["node_id"])
+
+
 def owner_of(servers: Sequence[ValkeyServer], bucket: int) -> ValkeyServer:
     """The node that says that it serves a bucket."""
     at: int = servers[0].admin.execute_command("CLUSTER KEYSLOT", str(bucket))

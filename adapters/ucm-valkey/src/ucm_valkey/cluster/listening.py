@@ -59,6 +59,7 @@ class Listener:
         self._was_deaf = False
         self._wanted = asyncio.Event()
         self._attending: asyncio.Task[None] | None = None
+        asking.topology.on_change = self._rearrange
 
     async def listen(self, hearer: Hearer, buckets: int) -> None:
         """Hear nudges from now on. Goes on trying when it raises ClusterUnavailableError."""
@@ -196,6 +197,17 @@ class Listener:
         self._unheard.add(channel)
         self._wanted.set()
 
+    def _rearrange(self) -> None:
+        """Leave ears for channels that stand elsewhere now: a node that was demoted would tell of them still, but not
+        be counted among those that listen.
+        """
+        for channel in self._channels.values():
+            line = self._asking.topology.line(channel.tag)
+            ear = channel.ear
+            if line is not None and ear is not None and ear.node != (line.host, line.port):
+                self._unhear(channel)
+                self._unwanted.append((ear, channel.name))
+
     async def _attend(self) -> None:
         pause = FIRST_PAUSE
         while True:
@@ -221,7 +233,8 @@ class Listener:
         """Ask for each channel that nobody was asked for. Raises ClusterUnavailableError where a node is not there."""
         unwanted, self._unwanted = self._unwanted, []
         for ear, name in unwanted:
-            if name not in self._channels:
+            found = self._channels.get(name)
+            if found is None or found.ear is not ear:
                 await ear.change("sunsubscribe", [name])
         missing: dict[Node, list[_Channel]] = {}
         for channel in [each for each in self._unheard if each.ear is None]:
