@@ -10,7 +10,7 @@ import psycopg
 import pytest
 
 from ledger_support import make_ledger, numbers, row, started, streams
-from support.postgres import Database, PostgresServer
+from support.postgres import Database, Login, PostgresServer
 from support.tcp_proxy import TcpProxy
 from support.waiting import wait_until
 from ucm_middleware import LedgerUnavailableError
@@ -54,6 +54,14 @@ def goes_on(ledger: PostgresLedger) -> None:
 def down(proxy: TcpProxy) -> None:
     proxy.refuse()
     proxy.cut()
+
+
+def lets_in(login: Login) -> bool:
+    try:
+        psycopg.connect(login.dsn).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def test_records_wait_while_the_server_is_down_and_none_is_lost(
@@ -116,6 +124,7 @@ def test_a_server_that_crashes_and_recovers_has_all_that_was_acknowledged(
         with pytest.raises(psycopg.OperationalError):
             while True:
                 connection.execute("select 1")
+    wait_until(lambda: lets_in(plain.app), "it has recovered")
     for number in range(40, 60):
         ledger.append(row(number=number))
     goes_on(ledger)
