@@ -5,9 +5,10 @@ All workers run in one loop, which goes on only where a rule says so: so what is
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from hypothesis import settings
@@ -150,10 +151,8 @@ class RelayMachine(RuleBasedStateMachine):
     def send(self, at: int, user: str, times: int) -> None:
         async def send_all(numbers: list[int]) -> None:
             for number in numbers:
-                try:
+                with suppress(ClusterUnavailableError):  # it was not sent, and whoever sent it knows
                     await self.sites[at].manager.send_event(user, "message", number)
-                except ClusterUnavailableError:
-                    pass
 
         numbers = [self.number + one for one in range(times)]
         self.number += times
@@ -195,21 +194,35 @@ class RelayMachine(RuleBasedStateMachine):
 
     @rule(at=st.integers(0, WORKERS - 1))
     def mend(self, at: int) -> None:
-        async def heal() -> None:
-            one = self.sites[at]
+        self.run(self.now(partial(self.heal_one, self.sites[at])))
+
+    def heal_one(self, one: Site) -> None:
+        if one.worker.store.is_cut:
             one.worker.store.is_cut = False
             one.worker.state = "up"
             one.deaf()
             one.relay.store_is_back()
 
-        if self.sites[at].worker.store.is_cut:
-            self.run(heal())
+    @rule(at=st.integers(0, WORKERS - 1), lag=st.integers(0, 6), is_slow=st.booleans())
+    def be_slow(self, at: int, lag: int, is_slow: bool) -> None:
+        """Answers take a while, and what is told stays on its way."""
+        session = self.sites[at].worker.session
+        session.lag, session.is_slow = lag, is_slow
+
+    @rule(at=st.integers(0, WORKERS - 1))
+    def hear(self, at: int) -> None:
+        """What is on its way comes in."""
+        self.run(self.now(self.sites[at].worker.session.hear))
 
     @rule(at=st.integers(0, WORKERS - 1))
     def lose_what_is_told(self, at: int) -> None:
         """The connection that events come by is lost with what is on it, and is there again."""
-        worker = self.sites[at].worker
-        worker.session.lose_told()  # type: ignore[attr-defined]
+        self.sites[at].worker.session.lose_told()
+
+    @staticmethod
+    async def now(work: Callable[[], object]) -> None:
+        """On the loop."""
+        work()
 
     @precondition(lambda self: not self.is_calm)
     @rule(number=st.integers(1, 3))
@@ -242,11 +255,9 @@ class RelayMachine(RuleBasedStateMachine):
         self.server.lose_answers = 0
         self.server.let_go()
         for one in self.sites:
-            one.worker.store.is_cut = False
-            one.worker.state = "up"
-            one.deaf()
-            one.relay.store_is_back()
-            one.deaf()
+            self.heal_one(one)
+            one.worker.session.is_slow = False
+            one.worker.session.hear()
         await asyncio.wait_for(asyncio.gather(*self.sending), 10)
         for _ in range(10):
             await quiet()

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from support.clock import Clock
 from support.events import Client, accept, open_connection
@@ -24,6 +24,8 @@ from ucm_middleware.secret import Secret
 from ucm_middleware.testing import closing_contexts
 
 SECRET = Secret(b"one secret of all the workers of a test, 48 bytes")
+
+T = TypeVar("T")
 
 LEASE = 3600.0
 
@@ -56,25 +58,38 @@ class StubLease:
 
 
 class LossySession(MemorySession):
-    """One whose connection for what is told may be lost, with what is on it."""
+    """One whose answers may take a while, and whose connection for what is told may be slow, or lost with what is on
+    it.
+    """
 
     def __init__(self, store: MemoryStore) -> None:
         super().__init__(store)
-        self._round = 0
+        self.lag = 0
+        """Rounds of the loop that an answer takes."""
+        self.is_slow = False
+        self._told: list[tuple[str, tuple[Any, ...]]] = []
+
+    async def _ask(self, name: str, work: Callable[[], T]) -> T:
+        answer = await super()._ask(name, work)
+        for _ in range(self.lag):
+            await asyncio.sleep(0)
+        return answer
 
     def call(self, name: str, *args: Any) -> None:
-        round_ = self._round
+        self._told.append((name, args))
+        if not self.is_slow:
+            self.loop.call_soon_threadsafe(self.hear, context=Context())
 
-        def tell() -> None:
-            if (name == "deaf" or round_ == self._round) and self.hearer is not None:
-                getattr(self.hearer, name)(*args)
-
-        self.loop.call_soon_threadsafe(tell, context=Context())
+    def hear(self) -> None:
+        """What was told comes in."""
+        told, self._told = self._told, []
+        for name, args in told:
+            getattr(self.hearer, name)(*args)
 
     def lose_told(self) -> None:
         """What was told and is not heard yet, is lost."""
-        self._round += 1
-        self.call("deaf")
+        self._told = [("deaf", ())]
+        self.loop.call_soon_threadsafe(self.hear, context=Context())
 
 
 @dataclass(eq=False)
@@ -184,6 +199,6 @@ async def joined(
 
 
 async def quiet(*sites: Site) -> None:
-    """Let the loop go on until nothing is under way, but for what waits for a stalled client or a store that is down."""
+    """Let the loop go on until nothing is under way, but for what waits for a client, or for a store that is down."""
     for _ in range(40):
         await asyncio.sleep(0)
