@@ -6,7 +6,7 @@ All workers run in one loop, which goes on only where a rule says so: so what is
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any

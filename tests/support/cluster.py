@@ -119,6 +119,9 @@ class StubWorker:
     def leases_here(self, user: UserKey) -> Sequence[StubLease]:
         return [lease for lease in self.leases if lease.user == user]
 
+    def taken_here(self, user: UserKey) -> int:
+        return len(self.leases_here(user))
+
     def lease_of(self, context: UserExecutionContext) -> StubLease | None:
         return next((lease for lease in self.leases if lease.context is context), None)
 

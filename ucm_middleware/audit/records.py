@@ -31,6 +31,7 @@ Event = Literal[
     "isolation_violated",
     "egress",
     "outlived",
+    "cluster",
     "erased",
 ]
 """What can happen; docs/reference/audit-records.md says for each what its record holds."""

@@ -286,6 +286,10 @@ class AuditTrail:
             )
         )
 
+    def cluster_unopened(self, number: int) -> None:
+        """So many things from the store that workers share did not open: altered, or none of this application's."""
+        self._about_nobody("cluster", "failed", "unopened", data=(("count", number),))
+
     def event_lost(self, user_id: str, kind: str | None, lost: LostBy, sequence: int | None = None) -> None:
         """An event that was sent, or came from another worker, has not reached a connection."""
         about: Data = ("type", kind), ("sequence", sequence)
