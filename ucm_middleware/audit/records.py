@@ -33,6 +33,7 @@ Event = Literal[
     "outlived",
     "cluster",
     "erased",
+    "cluster",
 ]
 """What can happen; docs/reference/audit-records.md says for each what its record holds."""
 
