@@ -339,7 +339,7 @@ class Hosting:
             self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
-        if context._lifetime.lease is not None:
+        if context._lifetime.lease is not None and context._parent is None:
             self._give_back_lease(context)
         if (run := getattr(context, "_agent_run", None)) is not None:
             run.context_closes(context._lifetime.reason)

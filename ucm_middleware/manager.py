@@ -497,7 +497,7 @@ class UserContextManager(Hosting):
             return self._active_in_cluster(users)
         shown = self._registry.live() if users is None else self._registry.live_of(users)
         # One that a thread is just closing may still stand in the table.
-        live = ((key, context) for key, context in shown if context.is_open and not context.lifetime.is_expired)
+        live = ((key, context) for key, context in shown if context.is_open and context.lifetime.permits_use)
         return {key: self._describe(context) for key, context in live}
 
     def validate_isolation(self) -> bool:
