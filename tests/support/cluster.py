@@ -113,6 +113,9 @@ class StubWorker:
         self.loop.call_soon_threadsafe(run, *args, context=Context())
         return True
 
+    def doubt(self, error: ClusterUnavailableError) -> None:
+        """The test says how it stands."""
+
     def key_of(self, user_id: str) -> UserKey:
         return UserKey(sum(user_id.encode()) % 64, f"digest-of-{user_id}")
 

@@ -20,6 +20,7 @@ from ucm_middleware.cluster.sealing import Seals
 from ucm_middleware.cluster.store import Session, UserKey
 from ucm_middleware.cluster.worker import Held
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import ClusterUnavailableError
 from ucm_middleware.events.hub import Hub
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.secret import SecretRing
@@ -57,6 +58,9 @@ class MemberWorker:
         except RuntimeError:  # its loop is closed
             return False
         return True
+
+    def doubt(self, error: ClusterUnavailableError) -> None:
+        self._member.doubt(error)
 
     def key_of(self, user_id: str) -> UserKey:
         return self._member.key_of(user_id)

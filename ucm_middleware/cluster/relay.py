@@ -320,7 +320,8 @@ class Relay:
                     audience.is_behind = True
                 else:
                     await self._catch_up(audience)
-        except ClusterUnavailableError:
+        except ClusterUnavailableError as error:
+            self._worker.doubt(error)
             self._halt(audience)
         except Exception:
             logger.exception("the events of a user could not be looked up; it is tried again")
