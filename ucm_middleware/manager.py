@@ -18,11 +18,14 @@ from ucm_middleware.ambient import Grant
 from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import mention
 from ucm_middleware.census.policy import CensusPolicy
+from ucm_middleware.cluster.policy import ClusterPolicy
+from ucm_middleware.cluster.views import live_in_cluster
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.database import hold_transaction, require_transactions, run_in_transaction
 from ucm_middleware.egress.policy import EgressPolicy
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
+    ConfigurationError,
     ContextExpiredError,
     ContextIsolationError,
     ContextNotFoundError,
@@ -34,6 +37,7 @@ from ucm_middleware.events.policy import CONTEXT_CHANGED, EventPolicy
 from ucm_middleware.execution import validate_user_context
 from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.guard import Everyone
+from ucm_middleware.health import Health
 from ucm_middleware.hosting import Hosting
 from ucm_middleware.ids import checked_user_id, is_anonymous_id, validate_id
 from ucm_middleware.messenger import Messenger
@@ -48,6 +52,7 @@ from ucm_middleware.settings import (
     checked_limit,
     require_gil,
 )
+from ucm_middleware.teardown import close_apart
 from ucm_middleware.transactions import IsolationLevel, StatementResult, checked_level
 
 logger = logging.getLogger(__name__)
@@ -76,7 +81,9 @@ class UserContextManager(Hosting):
     find room. ``agents`` says how many runs of agents a user may have at once, and for how long. ``isolation`` says
     what users share by design, and how often a context's data are compared with those of others when it closes.
     ``census`` says what is done about that which outlives its request. With ``egress``, values that a user protects are
-    looked for in what is sent to any other; None for no such guard.
+    looked for in what is sent to any other; None for no such guard. ``cluster`` makes this worker one of many that
+    share their users, by the URL of a store or a ``ClusterPolicy``; ``UCM_CLUSTER_URL`` by default, and without that it
+    stands alone.
 
     Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
@@ -108,6 +115,7 @@ class UserContextManager(Hosting):
         egress: EgressPolicy | None = None,
         isolation: IsolationPolicy | None = None,
         census: CensusPolicy | None = None,
+        cluster: ClusterPolicy | str | None = None,
     ) -> None:
         per_user = checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
@@ -135,6 +143,7 @@ class UserContextManager(Hosting):
             egress=egress,
             isolation=IsolationPolicy() if isolation is None else isolation,
             census=CensusPolicy() if census is None else census,
+            cluster=cluster,
         )
         self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
 
@@ -176,20 +185,26 @@ class UserContextManager(Hosting):
 
         Asynchronous resources are released on the loop that they were opened on, after this returns; see
         ``cleanup_context``. What a resource raises is logged and recorded.
+
+        With a cluster, the other workers close theirs under this key too, which must be a user's id, or a pair that
+        begins with it, where the context is not here. True also when one of them has a context of the user. It waits
+        for the store, and raises ClusterUnavailableError as ``revoke`` does.
         """
         context = self._find(user_id, "clear_context", missing_is_fine=True)
-        if context is None:
-            return False
-        context.close("cleared")
-        return True
+        owned = None if self._revocation.notices is None else self._owned(context, user_id)
+        if context is not None:
+            context.close("cleared")
+        told = owned is not None and self._revocation.clear_elsewhere(*owned)
+        return context is not None or told
 
     async def cleanup_context(self, user_id: Key) -> bool:
-        """Close the context under a key and wait until its resources are released. True when there was one."""
+        """The same, and wait until its resources are released; the other workers are not waited for."""
         context = self._find(user_id, "cleanup_context", missing_is_fine=True)
-        if context is None:
-            return False
-        await context.aclose("cleared")
-        return True
+        owned = None if self._revocation.notices is None else self._owned(context, user_id)
+        if context is not None:
+            await context.aclose("cleared")
+        told = owned is not None and await self._revocation.clear_elsewhere_soon(*owned)
+        return context is not None or told
 
     def require_secret(self, feature: str) -> None:
         """For an adapter, at its start: raise ConfigurationError in production when no secret is set.
@@ -245,6 +260,7 @@ class UserContextManager(Hosting):
             self._bind_session(context)
             self._admit(context, self.ttl if ttl is None else ttl, "create_context")
         except BaseException:
+            self._give_back_lease(context)
             context._give_back()
             raise
         self._record_opening(context, "create_context")
@@ -447,46 +463,41 @@ class UserContextManager(Hosting):
         self._hub.follow(context._root, *(validate_id(one, "ids") for one in ids))
 
     def revoke(self, user_id: str, reason: str) -> int:
-        """Sign a user out: close every live context, and forget the events that were kept. Returns how many there were.
+        """Sign a user out: close every live context, and forget the events that were kept. Returns how many there were,
+        with a cluster on all workers.
 
         WebSockets are closed with 1008, running requests cancelled and answered with 401, resources released after
         that. The handler that calls this for its own user is not cancelled: a request may still answer, a connection
         ends with the next thing that it sends or receives. ``reason`` goes into the audit trail. Whoever still has
         valid credentials may come back: end those first.
 
-        Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason.
+        Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason. With a cluster it
+        waits for the store, and raises ClusterUnavailableError where that could not be asked: then all that is here is
+        closed, and the other workers are told as soon as they can be.
         """
         user_id = checked_user_id(user_id)
         self._guard.require(user_id, "revoke")
         actor = self._guard.acting_user()
         if not reason.strip():
             raise InvalidContextError("reason", "is empty", "say why; it goes into the audit trail")
-        contexts = [context for _, context in self._registry.live_of([user_id])]
-        try:
-            self._trail.user_revoked(actor, user_id, reason, len(contexts))
-        except Exception:  # nobody stays signed in because a disk is full
-            logger.critical(
-                "that %d contexts of a user are revoked could not be recorded", len(contexts), exc_info=True
-            )
-        self._hub.purge(user_id)
-        for context in contexts:
-            try:
-                context.close("revoked")
-            except Exception:  # no more threads, say: the others must not stay signed in for that
-                logger.exception("%r is revoked, and its closing failed", context)
-        self._hub.purge(user_id)  # and what was sent while they closed
-        self.hooks.user_revoked(user_id, reason)
-        return len(contexts)
+        return self._revocation.revoke(actor, user_id, reason)
 
     # What is there.
 
-    def get_active_contexts(self) -> dict[Key, dict[str, Any]]:
+    def get_active_contexts(self, *, cluster: bool = False) -> dict[Key, dict[str, Any]]:
         """Each live context by a key of its own, as plain values without secrets. From inside a context, that
-        user's only."""
+        user's only.
+
+        With ``cluster``, each live context of these users on all workers, by user and lease: the store knows no names,
+        so from outside of any context it is asked for the users who have a context here. It waits for the store, and
+        raises ClusterUnavailableError where that cannot be asked, ConfigurationError without one.
+        """
         users = self._guard.visible_users("get_active_contexts")
+        if cluster:
+            return self._active_in_cluster(users)
         shown = self._registry.live() if users is None else self._registry.live_of(users)
         # One that a thread is just closing may still stand in the table.
-        live = ((key, context) for key, context in shown if context.is_open and not context.lifetime.is_expired)
+        live = ((key, context) for key, context in shown if context.is_open and context.lifetime.permits_use)
         return {key: self._describe(context) for key, context in live}
 
     def validate_isolation(self) -> bool:
@@ -522,7 +533,15 @@ class UserContextManager(Hosting):
 
     def is_healthy(self) -> bool:
         """True while new contexts are opened, and their records can be kept."""
-        return not self._draining and (self._durable_ledger is None or self._durable_ledger.problem is None)
+        return self.health().is_healthy
+
+    def health(self) -> Health:
+        """The same with what it comes from."""
+        problem = None if self._durable_ledger is None else self._durable_ledger.problem
+        figures = self._figures()
+        state = None if figures is None else figures.state
+        is_healthy = not self._draining and problem is None and state not in ("down", "recovering")
+        return Health(is_healthy, self._draining, problem, state, None if figures is None else figures.silent)
 
     def privileged(
         self, *, reason: str, users: Collection[str] | Literal[Everyone.EVERYONE]
@@ -571,9 +590,21 @@ class UserContextManager(Hosting):
         contexts = [context for _, context in self._registry.live()]
         await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
         await self.all_written()
+        if self.cluster is not None:
+            await self.cluster.stop()
         return len(contexts)
 
     # Inside.
+
+    def _active_in_cluster(self, users: Collection[str] | None) -> dict[Key, dict[str, Any]]:
+        if self.cluster is None:
+            raise ConfigurationError(
+                "there is no cluster to ask: give UserContextManager(cluster=...) a URL, or set UCM_CLUSTER_URL"
+            )
+        if users is None:
+            live = (context for _, context in self._registry.live())
+            users = dict.fromkeys(context.user_id for context in live if not context.is_anonymous)
+        return live_in_cluster(self.cluster, users)
 
     def _find(self, key: Key, action: str, *, missing_is_fine: bool = False) -> UserExecutionContext | None:
         """The live context under a key, None when there is none. Foreign and missing take the same way out."""
@@ -583,7 +614,7 @@ class UserContextManager(Hosting):
         if context is not None and self._guard.admits(context.user_id):
             if not context.lifetime.is_expired:
                 return context
-            self._close_apart(context, "expired")
+            close_apart(context, "expired")
             if missing_is_fine:
                 return None
             raise ContextExpiredError("the context under this key reached its deadline")
@@ -591,6 +622,13 @@ class UserContextManager(Hosting):
             raise self._guard.denied(action, mention(asked))
         self._guard.require(key if isinstance(key, str) else key[0], action, mention(asked))
         return None
+
+    def _owned(self, context: UserExecutionContext | None, key: Key) -> tuple[str, Key]:
+        """Whose a key is, by the context that was under it, or by itself; and the key as it is for everybody."""
+        key = self._own(_checked_key(key))
+        if context is not None:
+            return context._user_id, key
+        return key if isinstance(key, str) else key[0], key
 
     def _own(self, key: Key) -> Key:
         """In a user's context a text key other than the own id means the pair (own id, text).

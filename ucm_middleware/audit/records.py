@@ -32,6 +32,7 @@ Event = Literal[
     "egress",
     "outlived",
     "erased",
+    "cluster",
 ]
 """What can happen; docs/reference/audit-records.md says for each what its record holds."""
 
