@@ -89,8 +89,8 @@ class Links:
         worker = MemberWorker(member)
         errands = Errands(worker)
         seals = Seals(secrets.all, lambda: member.users.seal, trail.cluster_unopened)
-        self.relay = Relay(hub, worker, errands, seals, trail, _close_in_thread)
         self.notices = Notices(worker, errands, seals, _weakly(apply))
+        self.relay = Relay(hub, worker, errands, seals, trail, _close_in_thread, self.notices.catch_up)
         hub.relay = self.relay
         member.on_event = _weakly(self.relay.heard)
         member.on_deaf = _weakly(self.relay.was_deaf)
