@@ -31,6 +31,9 @@ FIRST_PROBE: Final = 0.25
 LONGEST_PROBE: Final = 5.0
 """Seconds between two looks at a store that cannot be asked: at first, and at most."""
 
+UNKNOWN: Final = "?"
+"""Stands for the position of notices of which it is not known whether there are any."""
+
 SLICE: Final = 8
 """How many leases are placed at a time."""
 
@@ -49,6 +52,7 @@ class Upkeep:
         self._hears = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._telling: set[tuple[UserKey, str]] = set()
+        self._unread: dict[UserKey, None] = {}
 
     async def run(self, thread: "ClusterThread") -> None:
         """Take turns until the thread is to end, and give back what is left."""
@@ -233,6 +237,8 @@ class Upkeep:
         answers = await member.session.renew(renewals)
         member.answered_at = member.clock()
         member.renewals += len(renewals)
+        for key in self._unread:
+            self._begin_task(self._read_unread(key))
         for tenancy, told_there, touch, answer in zip(tenancies, told, touched, answers, strict=True):
             if isinstance(answer, Alive):
                 self._alive(tenancy, answer, sent, told_there, touch)
@@ -259,6 +265,7 @@ class Upkeep:
         member = self._member
         member.recovers_at[tenancy.bucket] = 0.0
         member.book.extend(tenancy, sent)
+        member.book.forget_noticed(tenancy)
         for lease in touched:
             lease.touched_at = sent
         for digest, position in told:
@@ -273,11 +280,21 @@ class Upkeep:
         if (key, position) in self._telling:
             return
         self._telling.add((key, position))
+        tenancy.noticed[key.digest] = position  # first: what comes to live from now on looks for itself
         try:
             await self._member.on_noticed(key, position)
             tenancy.told[key.digest] = position
         finally:
             self._telling.discard((key, position))
+
+    def catch_up_soon(self, key: UserKey) -> None:
+        """Have a user's notices read, again and again until they can be: the store tells of them no more."""
+        self._unread[key] = None
+        self._begin_task(self._read_unread(key))
+
+    async def _read_unread(self, key: UserKey) -> None:
+        await self._member.on_noticed(key, "")
+        self._unread.pop(key, None)
 
     # Another server.
 
@@ -369,6 +386,8 @@ class Upkeep:
             if member.book.lose_one(lease):
                 member.close_lost([lease])
         elif found is lease:
+            if lease.is_awaited:  # what was noticed found nobody, and is to be looked up by whatever comes to live
+                lease.tenancy.noticed[lease.key.digest] = UNKNOWN
             await member.on_noticed(lease.key, "")  # and what was left meanwhile
 
     def _begin_task(self, work: Awaitable[None]) -> None:
