@@ -228,13 +228,17 @@ class Relay:
 
     def joined(self, connection: Connection, user_id: str, channel: Channel) -> None:
         """A connection is there, and is owed what came after its place. Never waits."""
+        audience = self._audience_of(user_id)
+        audience.cursors[connection] = self._cursor_of(connection, user_id, channel)
+        audience.is_behind = True
+        self._worker.call(self._attend, audience)
+
+    def _audience_of(self, user_id: str) -> Audience:
         key = self._worker.key_of(user_id)
         audience = self._audiences.get(key)
         if audience is None:
             audience = self._audiences[key] = Audience(user_id, key)
-        audience.cursors[connection] = self._cursor_of(connection, user_id, channel)
-        audience.is_behind = True
-        self._worker.call(self._attend, audience)
+        return audience
 
     def left(self, connection: Connection, user_id: str) -> None:
         """It is not there any more. Never waits."""
@@ -285,7 +289,26 @@ class Relay:
     def store_is_back(self) -> None:
         """The store can be asked again: what was numbered here alone is over."""
         self._hub.purge_numbered()
+        self._move()
         self._again.now()
+
+    def _move(self) -> None:
+        """Users stand elsewhere when another secret's seal stands in the store: their connections are heard for there,
+        and what they missed is not known.
+        """
+        with self._hub.lock:
+            audiences = [*self._audiences.values()]
+        moved = [one for one in audiences if self._worker.key_of(one.user_id) != one.key]
+        for old in moved:
+            with self._hub.lock:
+                cursors, old.cursors = old.cursors, {}
+                new = self._audience_of(old.user_id)
+                for connection in cursors:
+                    if not connection.outbox.is_over:  # it left, and was looked for where the user stands now
+                        new.cursors[connection] = Cursor(None, None)
+                new.is_behind = True
+            self._attend(old)
+            self._attend(new)
 
     # Looking up what is owed, on the cluster's thread.
 
