@@ -669,3 +669,36 @@ async def test_connections_of_a_user_who_stands_elsewhere_from_now_on_hear_there
         assert before not in one.worker.session.subscribed
         assert {key.digest for key in one.relay._audiences} == {"new-digest-of-alice", "new-digest-of-bob"}
         assert all(len(audience.cursors) == 1 for audience in one.relay._audiences.values())
+
+
+@pytest.mark.parametrize("is_heard_first", [False, True])
+async def test_local_an_event_that_may_have_been_sent_is_had_once_by_those_here(
+    server: MemoryServer, monkeypatch: pytest.MonkeyPatch, is_heard_first: bool
+) -> None:
+    async with site(server, when_unavailable="local") as one, site(server) as two:
+        _, here = await join(one)
+        _, there = await join(two)
+        await quiet()
+        server.lose_answers = 1
+        publish = one.worker.session.publish
+
+        async def slow(*args: Any) -> Any:
+            try:
+                return await publish(*args)
+            except ClusterUnavailableError:
+                if is_heard_first:
+                    await quiet()
+                raise
+
+        monkeypatch.setattr(one.worker.session, "publish", slow)
+        said = await one.manager.send_event(ALICE, "message", 1)
+        await quiet()
+        await send(one, 2)
+        await quiet()
+        _, again = await join(one, after=("epoch1", 0))
+        await quiet()
+
+        assert there.data == again.data == [1, 2]
+        assert [what for _, _, what in seen(here)] == [1, 2]
+        assert said.queued + said.delivered == 1
+        assert (said.epoch == "epoch1") is is_heard_first

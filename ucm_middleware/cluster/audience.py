@@ -8,14 +8,18 @@ from ucm_middleware.cluster.store import Place, Session, UserKey
 from ucm_middleware.events.channel import Connection, LastEvent
 from ucm_middleware.events.envelope import Event
 from ucm_middleware.events.policy import EventPolicy
+from ucm_middleware.ids import Core
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What came from the store at a place. Without an event: it must not be delivered here."""
+    """What came from the store at a place. Without an event: it must not be delivered here. ``had_by`` are those who
+    had it here already, by the core of their context.
+    """
 
     place: Place
     event: Event | None
+    had_by: frozenset[Core] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 """Events between workers: from the store to the connections here, in the store's order, without loss or doubling."""
 
+# pyright: reportPrivateUsage=false
+# The core of a context is read where it is.
+
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -13,7 +16,7 @@ from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.cluster.audience import Asked, Audience, Heard
 from ucm_middleware.cluster.errands import Again, Errands
-from ucm_middleware.cluster.outgoing import Outgoing, Publication
+from ucm_middleware.cluster.outgoing import NOBODY, Outgoing, Publication
 from ucm_middleware.cluster.places import MOST, Cursor, is_place
 from ucm_middleware.cluster.sealing import Seals
 from ucm_middleware.cluster.store import History, Place, Published, Session, UserKey
@@ -426,19 +429,22 @@ class Relay:
     def _opened(self, audience: Audience, place: Place, payload: bytes) -> Heard:
         user_id = audience.user_id
         packed = self._seals.unseal("event", audience.key, payload)
-        draft = worker = None
+        draft, mark = None, ""
         if packed is not None:
             try:
-                draft, worker = Draft.unpacked(packed)
+                draft, mark = Draft.unpacked(packed)
             except (ValueError, TypeError):
                 self._seals.refuse()
+        had_by = NOBODY
         if draft is None:  # it takes its place all the same, and clients are told that they miss something
             draft = missed(user_id, LastEvent(place.epoch, place.sequence - 1), self._hub.policy)
-        elif worker != self._worker.id:
+        elif mark.partition(".")[0] == self._worker.id:
+            had_by = self._outgoing.heard(mark, place)
+        else:
             watch = self._hub.watch
             if watch is not None and watch.keeps_out(user_id, draft.data_text):
                 return Heard(place, None)
-        return Heard(place, draft.numbered(place.epoch, place.sequence, 0.0))
+        return Heard(place, draft.numbered(place.epoch, place.sequence, 0.0), had_by)
 
     def _missed(self, user_id: str, last: LastEvent, newest: Place | None) -> Event:
         """With the newest number there is: what comes after it is live. Where there is none, with one of no epoch of
@@ -495,6 +501,8 @@ def _put(connection: Connection, heard: Heard, effects: Effects, *, is_kept: boo
     """Put an event in line, with the hub's lock held."""
     event, outbox = heard.event, connection.outbox
     if event is None or outbox.is_over or connection.is_hushed or not connection.gets(event.narrowing):
+        return
+    if heard.had_by and connection.context._core in heard.had_by:
         return
     effects.put[connection] = None
     if is_kept:
