@@ -151,11 +151,16 @@ async def test_a_slot_that_moves_never_grants_too_many(
         assert await session.acquire(order(slot(anna, number), per_user=2)) == GRANTED
     late = order(slot(anna, 9, "w2-1"), per_user=2)
     answers: list[object] = []
+    seen: list[object] = []
     for _ in steps_of_a_move(source, target, bucket):
         # Refused, or it cannot be told at the moment; granted never.
         answers.append((await asyncio.gather(other.acquire(late), return_exceptions=True))[0])
+        seen.append((await asyncio.gather(other.leases_of(anna), return_exceptions=True))[0])
     assert {type(answer) for answer in answers} <= {Refused, Recovering, StoreError}
     assert {type(answer) for answer in answers} >= {Recovering}
+    # Before the last step all keys are on the other node, and the slot is not its own yet: the old one sends there.
+    held = [slot(anna, 1), slot(anna, 2)]
+    assert seen[-2] in (held, held[::-1])
     # Another run of a server answers for the bucket now: it recovers, and takes back what was held.
     (answer,) = await session.renew([Renewal(bucket, "w1-1", LEASE)])
     assert isinstance(answer, Recovering)
