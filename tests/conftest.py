@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from support.contexts import MakeManager
 
 pytest_plugins = "pytester"
-# What needs Chromium and playwright, a framework of agents, or a store and its adapter, is asked for by its path, as tox's
-# environments do.
+# What needs Chromium and playwright, a framework of agents, or a store and its adapter is asked for by its path, as
+# tox's environments do.
 collect_ignore = ["browser", "cluster/real", "frameworks", "test_chat_example.py"]
 
 settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)

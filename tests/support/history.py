@@ -2,8 +2,8 @@
 wrong.
 
 It knows the keys (`<prefix>{<bucket>}:t:<tenancy>`, `…:u:<user>`, `…:engine`) and what commands do to them, and nothing
-of the scripts but which of them acquires and which restores. A lease *counts* from its acquire until it is released or its
-tenancy's last renewal has run out, also while the server that it stood in is gone: its worker goes by that.
+of the scripts but which of them acquires and which restores. A lease *counts* from its acquire until it is released or
+its tenancy's last renewal has run out, also while the server that it stood in is gone: its worker goes by that.
 """
 
 import heapq
