@@ -22,7 +22,7 @@ happens so near to an expiry may come out either way, and neither is held agains
 
 Kind = Literal["new server", "begun", "acquired", "renewed", "restored", "released", "expired"]
 LeaseId = tuple[str, int]
-"""Its tenancy, and its number there."""
+"""The worker, and the number: it stays the same when a restore puts the lease under another tenancy of the worker."""
 
 READS = frozenset(
     [
@@ -95,12 +95,13 @@ class _Tenancy:
     renewed: Line
     stands: bool = True  # in the server that runs
     ended: bool = False
-    leases: dict[int, "_Lease"] = field(default_factory=dict)
+    leases: dict[LeaseId, "_Lease"] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Lease:
     user: str
+    tenancy: str
     acquired: Line
     stands: bool = True
 
@@ -108,17 +109,18 @@ class _Lease:
 class Model:
     """``scripts`` says of scripts that acquire or restore, by their hash or name, "acquire" or "restore"."""
 
-    def __init__(self, prefix: str, *, limit: int, lease: float, scripts: Mapping[str, str]) -> None:
+    def __init__(self, prefix: str, *, limit: int, scripts: Mapping[str, str]) -> None:
         self.history = History()
         self._prefix = prefix
         self._limit = limit
-        self._lease = lease
         self._scripts = scripts
         self._tenancies: dict[str, _Tenancy] = {}
         self._users: dict[str, dict[LeaseId, _Lease]] = defaultdict(dict)
         self._users_until: dict[str, float] = {}
         self._recovers: dict[str, float] = {}
         self._due: list[tuple[float, str]] = []
+        self._users_due: list[tuple[float, str]] = []
+        self._refused: tuple[int, str] = (-1, "")  # the call and the key of a renewal that came too late
         self._servers = 0
 
     def new_server(self, at: float) -> None:
@@ -150,7 +152,11 @@ class Model:
         return self.history
 
     def _on_key(self, line: Line, key: str) -> None:
-        if not key.startswith(self._prefix + "{") or line.command in READS:
+        if not key.startswith(self._prefix + "{"):
+            return
+        if self._refused == (line.call, key):
+            self._violate("a renewal after the expiry was taken for one", key, line)
+        if line.command in READS:
             return
         bucket, _, rest = key[len(self._prefix) + 1 :].partition("}:")
         kind, _, name = rest.partition(":")
@@ -163,8 +169,8 @@ class Model:
 
     def _on_engine(self, line: Line, bucket: str) -> None:
         if line.command == "set":
-            since = float(line.words[2].split()[1]) / 1000
-            self._recovers[bucket] = since + self._lease
+            _, since, rest, *_ = line.words[2].split()
+            self._recovers[bucket] = (float(since) + float(rest)) / 1000
 
     def _on_tenancy(self, line: Line, bucket: str, name: str) -> None:
         match line.command:
@@ -188,10 +194,11 @@ class Model:
             case "hdel":
                 for name in line.words[2:]:
                     if name.startswith("l:"):
-                        self._give_up(line, user, _lease_id(name))
+                        self._give_up(line, user, name)
             case "pexpire" | "expire":
                 unit = 1000 if line.command == "pexpire" else 1
                 self._users_until[user] = line.at + float(line.words[2]) / unit
+                heapq.heappush(self._users_due, (self._users_until[user], user))
             case "persist":
                 self._users_until.pop(user, None)
             case "del" | "unlink":
@@ -207,27 +214,20 @@ class Model:
         if known is None:
             self._tenancies[name] = _Tenancy(bucket, math.inf, line, line)
             self._note("begun", line.at, name)
-        elif known.stands and not known.ended:
-            return
-        elif self._restores(line) and not known.ended:
-            known.stands = True
-        else:
+        elif known.ended or not known.stands:
             self._violate("a lost tenancy stands again", name, known.begun, known.renewed, line)
 
     def _renew(self, line: Line, name: str, until: float) -> None:
         known = self._tenancies.get(name)
-        if known is not None and known.ended:
-            self._violate("a renewal after the expiry", name, known.renewed, line)
-        elif known is None or not known.stands:
-            self._violate("a renewal of what is not there", name, line)
-        else:
-            known.until, known.renewed = until, line
-            heapq.heappush(self._due, (until, name))
-            self._note("renewed", line.at, name)
+        if known is None or known.ended or not known.stands:
+            self._refused = (line.call, line.words[1])  # it has no effect, and a script sees that
+            return
+        known.until, known.renewed = until, line
+        heapq.heappush(self._due, (until, name))
+        self._note("renewed", line.at, name)
 
     def _take(self, line: Line, user: str, name: str) -> None:
-        lease = _lease_id(name)
-        tenancy, number = lease
+        tenancy, lease = _ids(name)
         held = self._tenancies.get(tenancy)
         restores = self._restores(line)
         if held is None or held.ended or not held.stands:
@@ -237,44 +237,56 @@ class Model:
         if restores != (line.at < recovers) and abs(line.at - recovers) > SLACK:
             what = "a restore in a bucket that does not recover" if restores else "a grant in a bucket that recovers"
             self._violate(what, name, line)
-        known = held.leases.get(number)
-        if known is not None and restores:
-            known.stands = True
-            self._note("restored", line.at, tenancy, user, number)
-            return
-        if restores:
-            if not self._servers or number in held.leases or lease in self.history.lives:
-                self._violate("a restore of what was not held", name, line)
-            self.history.unseen += 1
-        elif known is not None or lease in self.history.lives:
-            self._violate("a number that was used", name, line)
-        held.leases[number] = self._users[user][lease] = _Lease(user, line)
+        known = self._users[user].get(lease)
+        if known is None:
+            self._begin(line, user, lease, tenancy)
+        elif restores:
+            del self._tenancies[known.tenancy].leases[lease]
+            held.leases[lease] = known
+            known.tenancy, known.stands = tenancy, True
+            self._note("restored", line.at, tenancy, user, lease[1])
+        elif known.tenancy != tenancy:
+            self._violate("a number that was used", name, known.acquired, line)
+        # else it is the same order once more
+
+    def _begin(self, line: Line, user: str, lease: LeaseId, tenancy: str) -> None:
+        restores = self._restores(line)
+        if lease in self.history.lives:
+            self._violate("a lease that had ended is there again", f"{lease}", line)
+        elif restores and not self._servers:
+            self._violate("a restore of what was not held", f"{lease}", line)
+        self.history.unseen += restores
+        made = self._users[user][lease] = _Lease(user, tenancy, line)
+        self._tenancies[tenancy].leases[lease] = made
         self.history.lives[lease] = Life(user, line.at)
-        self._note("restored" if restores else "acquired", line.at, tenancy, user, number)
+        self._note("restored" if restores else "acquired", line.at, tenancy, user, lease[1])
         self._count(line, user)
 
     def _count(self, line: Line, user: str) -> None:
-        counted = [lease for key, lease in self._users[user].items() if self._tenancies[key[0]].until > line.at + SLACK]
+        counted = [each for each in self._users[user].values() if self._counts(each, line.at)]
         self.history.most[user] = max(self.history.most.get(user, 0), len(counted))
         if len(counted) > self._limit:
-            lines = [lease.acquired for lease in counted]
-            self._violate(f"{len(counted)} leases at once", user, *lines)
+            self._violate(f"{len(counted)} leases at once", user, *(each.acquired for each in counted))
 
-    def _give_up(self, line: Line, user: str, lease: LeaseId) -> None:
-        tenancy, number = lease
-        held = self._tenancies.get(tenancy)
-        if held is None or number not in held.leases:
-            return  # ended before
-        if self._scripts.get(line.script or "") == "acquire" and held.until > line.at + SLACK:
-            self._violate("an acquire swept away a lease that counts", f"{tenancy}.{number}", held.renewed, line)
-        del held.leases[number]
+    def _counts(self, lease: _Lease, at: float) -> bool:
+        return self._tenancies[lease.tenancy].until > at + SLACK
+
+    def _give_up(self, line: Line, user: str, name: str) -> None:
+        tenancy, lease = _ids(name)
+        known = self._users[user].get(lease)
+        if known is None or known.tenancy != tenancy:
+            return  # it had ended, or stands elsewhere
+        held = self._tenancies[tenancy]
+        if self._scripts.get(line.script or "") == "acquire" and held.stands and self._counts(known, line.at):
+            self._violate("an acquire swept away a lease that counts", name, held.renewed, line)
+        del held.leases[lease]
         del self._users[user][lease]
         self._end_life(lease, line.at, "released")
-        self._note("released", line.at, tenancy, user, number)
+        self._note("released", line.at, tenancy, user, lease[1])
 
     def _forget_user(self, line: Line, user: str) -> None:
-        for lease, held in list(self._users[user].items()):
-            if held.stands and self._tenancies[lease[0]].until > line.at + SLACK:
+        for held in self._users[user].values():
+            if held.stands and self._counts(held, line.at):
                 self._violate("a user was forgotten who has leases", user, held.acquired, line)
         self._users_until.pop(user, None)
 
@@ -284,7 +296,10 @@ class Model:
             tenancy = self._tenancies[name]
             if tenancy.until == until and not tenancy.ended:
                 self._end_tenancy(name, until, "expired")
-        for user in [user for user, until in self._users_until.items() if until <= now - SLACK]:
+        while self._users_due and self._users_due[0][0] <= now - SLACK:
+            until, user = heapq.heappop(self._users_due)
+            if self._users_until.get(user) != until:
+                continue
             del self._users_until[user]
             for lease, held in self._users[user].items():
                 if held.stands:
@@ -296,10 +311,10 @@ class Model:
             return
         tenancy.ended, tenancy.stands = True, False
         self._note(how, at, name)
-        for number, lease in tenancy.leases.items():
-            del self._users[lease.user][name, number]
-            self._end_life((name, number), at, how)
-            self._note(how, at, name, lease.user, number)
+        for lease, held in tenancy.leases.items():
+            del self._users[held.user][lease]
+            self._end_life(lease, at, how)
+            self._note(how, at, name, held.user, lease[1])
         tenancy.leases.clear()
 
     def _end_life(self, lease: LeaseId, at: float, how: str) -> None:
@@ -316,9 +331,15 @@ class Model:
         self.history.violations.append(Violation(rule, text, lines))
 
 
-def _lease_id(name: str) -> LeaseId:
-    tenancy, _, number = name.removeprefix("l:").rpartition(".")
-    return tenancy, int(number)
+def _ids(field_name: str) -> tuple[str, LeaseId]:
+    """The tenancy and the lease of such a field of a user's hash."""
+    tenancy, _, number = field_name.removeprefix("l:").rpartition(".")
+    return tenancy, (tenancy.rpartition("-")[0], int(number))
+
+
+def life_of(history: History, lease: str) -> Life | None:
+    """The life of a lease that a worker calls `<tenancy>.<number>`."""
+    return history.lives.get(_ids(lease)[1])
 
 
 def replay(
@@ -326,12 +347,11 @@ def replay(
     *,
     prefix: str,
     limit: int,
-    lease: float,
     scripts: Mapping[str, str],
     until: float = 0.0,
 ) -> History:
     """The history of servers that followed one another at one address, each new and empty, up to a time."""
-    model = Model(prefix, limit=limit, lease=lease, scripts=scripts)
+    model = Model(prefix, limit=limit, scripts=scripts)
     last = until
     for place, lines in enumerate(servers):
         if place and lines:
