@@ -1,4 +1,4 @@
-"""Simulated: all servers of the store are restarted empty, and each worker finds them again and puts back what it holds.
+"""Simulated: the store's servers are restarted empty, and each worker finds them again and puts back what it holds.
 
 Each server is a queue with one core. Each worker looks for the store at growing waits with chance in them, as
 `ucm_middleware.cluster.upkeep` does, and then asks one thing after another.

@@ -71,7 +71,7 @@ class Assumptions:
 
 
 class Simulation:
-    """One worker after another; they do not depend on one another. ``counts`` has commands, ``items`` what is in them."""
+    """One worker after another: they meet in the store only. ``counts`` has commands, ``items`` what is in them."""
 
     def __init__(self, given: Assumptions, seed: int = 1) -> None:
         self.given = given
@@ -274,10 +274,10 @@ def _show(
         [[each.name.replace("_", " "), f"{getattr(given, each.name):g}"] for each in fields(given)],
     )
     print(
-        f"A command's cost is the CPU of the main thread of Valkey {costs.version} over {given.measured} of them, many at "
-        "once on one connection, and the bytes it counted; bytes of keys are MEMORY USAGE's. Both were measured in this "
-        "run, with the adapter's scripts. In a cluster a command is about one bucket. Threads for input and output, "
-        "replicas and TLS cost besides."
+        f"A command's cost is the CPU of the main thread of Valkey {costs.version} over up to {given.measured} of them, "
+        "many at once on one connection, and the bytes that it counted; the bytes of keys are MEMORY USAGE's. Both were "
+        "measured in this run, with the adapter's scripts. In a cluster a command is about one bucket. Replicas and TLS "
+        "cost besides."
     )
     total = sum(load.commands for load in found)
     show(
@@ -306,10 +306,8 @@ def _show(
         ],
     )
     cores = sum(load.cores for load in found)
-    print(
-        f"{servers} servers at {given.busy:.0%} of a core each; one alone serves {given.users * given.busy / cores:,.0f} "
-        "users of this kind."
-    )
+    alone = given.users * given.busy / cores
+    print(f"{servers} servers at {given.busy:.0%} of a core each; one alone serves {alone:,.0f} users of this kind.")
     show(
         "Memory, all servers together, without replicas",
         ["", "GB", "bytes a user"],
@@ -348,10 +346,10 @@ def _show_recovery(given: Assumptions, servers: int, recovered: Recovered) -> No
         ],
     )
     print(
-        f"All {recovered.leases:,} leases are back after {recovered.last:.2f} s, {recovered.per_second():,.0f} of them in "
-        f"the busiest second; {recovered.lost:,} are lost. New contexts are refused for {given.lease:g} s from when the "
-        f"store is back. No command waits for longer than {recovered.longest_wait * 1000:.0f} ms in a server, of which the "
-        f"busiest tenth of a second has {recovered.busiest:,.0f} commands a second."
+        f"All {recovered.leases:,} leases are back after {recovered.last:.2f} s, {recovered.per_second():,.0f} of them "
+        f"in the busiest second; {recovered.lost:,} are lost. New contexts are refused for {given.lease:g} s from when "
+        f"the store is first seen again. No command waits for longer than {recovered.longest_wait * 1000:.0f} ms in a "
+        f"server, which has {recovered.busiest:,.0f} commands a second in its busiest tenth of one."
     )
 
 
