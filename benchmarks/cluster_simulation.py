@@ -274,10 +274,10 @@ def _show(
         [[each.name.replace("_", " "), f"{getattr(given, each.name):g}"] for each in fields(given)],
     )
     print(
-        f"A command's cost is the CPU of the main thread of Valkey {costs.version} over up to {given.measured} of them, "
-        "many at once on one connection, and the bytes that it counted; the bytes of keys are MEMORY USAGE's. Both were "
-        "measured in this run, with the adapter's scripts. In a cluster a command is about one bucket. Replicas and TLS "
-        "cost besides."
+        f"A command's cost is the CPU of the main thread of Valkey {costs.version} over {given.measured} of them, many "
+        "at once on one connection, and the bytes that it counted; the bytes of keys are MEMORY USAGE's. Both were "
+        "measured in this run, with the adapter's scripts. In a cluster a command is about one bucket. Replicas and "
+        "TLS cost besides."
     )
     total = sum(load.commands for load in found)
     show(
