@@ -107,7 +107,12 @@ class Fleet:
 
 @contextmanager
 def start_worker(
-    store_port: int, *, proxied: bool = True, env: Mapping[str, str] | None = None, **policy: Any
+    store_port: int,
+    *,
+    app: str = "cluster_app:app",
+    proxied: bool = True,
+    env: Mapping[str, str] | None = None,
+    **policy: Any,
 ) -> Generator[Worker]:
     """One worker."""
     with ExitStack() as stack:
@@ -115,7 +120,7 @@ def start_worker(
         url = url_at(store_port if proxy is None else proxy.port)
         server = stack.enter_context(
             start_server(
-                "cluster_app:app",
+                app,
                 app_dir=APPS,
                 env={**environment(url, **policy), **(env or {})},
                 options=QUIET,

@@ -6,8 +6,8 @@ It is short here; `tox run -e cluster-soak` goes on for a minute.
 import asyncio
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -21,6 +21,9 @@ from ucm_middleware.testing.server import start_server
 USERS = int(os.environ.get("UCM_TEST_USERS", "200"))
 SECONDS = float(os.environ.get("UCM_TEST_SECONDS", "4"))
 LEASE = 2.0
+
+
+Start = Callable[[Restarts], AbstractContextManager[list[int]]]
 
 
 @contextmanager
@@ -54,7 +57,9 @@ def tell(outcome: Outcome, history: History) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("start", [supervised, separate])
-def test_never_an_eleventh_lease_nor_an_answer_under_a_lost_one(start, store: Restarts, witness: Witness) -> None:  # type: ignore[no-untyped-def]
+def test_never_an_eleventh_lease_nor_an_answer_under_a_lost_one(
+    start: Start, store: Restarts, witness: Witness
+) -> None:
     offset = wall_minus_monotonic()
     with start(store) as ports:
         outcome = asyncio.run(hammer(ports, USERS, SECONDS))

@@ -1,0 +1,136 @@
+"""What a worker says to a store that it cannot work with: a clear error at its start, or the declared policy."""
+
+import asyncio
+import json
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from support.fleet import APPS, LIMIT, QUIET, Worker, environment, start_worker
+from support.hammer import check_served, hammer, most_at_once
+from support.old_server import start_old_server
+from support.processes import HOST
+from support.restarts import Restarts, restartable_valkey, url_at
+from support.valkey import ADMIN
+from support.witness import Witness, wait_until_free, wall_minus_monotonic
+from ucm_middleware.testing.server import start_server
+
+LEASE = 1.0
+ANOTHER_SECRET = "kT4nW8bQ2xZ6vM1cR9yL5sD3pG7hJ0fA"
+
+
+def refusal(env: Mapping[str, str]) -> str:
+    """What a worker says that does not start."""
+    with (
+        pytest.raises(AssertionError, match="ended while starting") as ended,
+        start_server("cluster_app:app", app_dir=APPS, env=env, options=QUIET),
+    ):
+        pass
+    return str(ended.value)
+
+
+def refused(url: str, **policy: Any) -> str:
+    said = refusal(environment(url, lease=LEASE, **policy))
+    assert "ConfigurationError: cluster: " in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgresql://127.0.0.1", "postgresql"),
+        ("valkey://:hidden-word@127.0.0.1:notaport", "host or port"),
+        ("valkey://:hidden-word@127.0.0.1/zero", "number of a database"),
+        ("valkey://:hidden-word@127.0.0.1?clutser=true", "option"),
+    ],
+)
+def test_a_url_that_is_wrong(url: str, expected: str) -> None:
+    said = refused(url)
+    assert expected in said
+    assert "hidden-word" not in said
+
+
+def test_a_password_that_is_wrong(store: Restarts) -> None:
+    said = refused(f"valkey://:hidden-word@{HOST}:{store.port}")
+    assert "password" in said
+    assert "hidden-word" not in said
+
+
+def test_no_password_where_one_is_wanted(store: Restarts) -> None:
+    assert "password" in refused(f"valkey://{HOST}:{store.port}")
+
+
+def test_a_user_who_may_run_no_scripts(store: Restarts) -> None:
+    store.server.admin.acl_setuser(
+        "app", enabled=True, passwords=["+of-the-app"], categories=["+@all"], commands=["-evalsha", "-eval"],
+        keys=["*"], channels=["*"],
+    )  # fmt: skip
+    said = refused(f"valkey://app:of-the-app@{HOST}:{store.port}")
+    assert "evalsha" in said.lower()
+    assert "of-the-app" not in said
+
+
+def test_a_server_that_may_evict_keys() -> None:
+    with restartable_valkey("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru") as store:
+        assert "maxmemory-policy" in refused(store.url)
+
+
+@pytest.mark.parametrize("version", ["6.0.16", "6.2.14"])
+def test_a_server_that_is_too_old(version: str) -> None:
+    with start_old_server(version) as port:
+        assert version in refused(f"valkey://{HOST}:{port}")
+
+
+def test_another_applications_prefix(store: Restarts) -> None:
+    """With another secret it is another application: it must not start, and the first one goes on."""
+    with start_worker(store.port, lease=LEASE) as first:
+        said = refusal({**environment(store.url, lease=LEASE), "UCM_SECRET": ANOTHER_SECRET})
+        assert "name of its own" in said
+        assert ANOTHER_SECRET not in said
+        assert first.request("alice").status_code == 200
+        with start_worker(store.port, lease=LEASE) as another:
+            assert another.request("alice").status_code == 200
+
+
+@pytest.mark.parametrize(("when", "status", "healthy"), [("closed", 503, False), ("local", 200, True)])
+def test_a_store_that_is_not_there_yet(when: str, status: int, healthy: bool) -> None:
+    """The declared policy holds until it is."""
+    with socket.socket() as holder:
+        holder.bind((HOST, 0))
+        url = url_at(holder.getsockname()[1])
+        env = environment(url, lease=LEASE, timeout=0.2, when_unavailable=when)
+        with start_server("cluster_app:app", app_dir=APPS, env=env, options=QUIET) as server:
+            worker = Worker(server, None)
+            try:
+                answer = worker.request("alice")
+                assert answer.status_code == status
+                assert ("retry-after" in answer.headers) is (status == 503)
+                state = worker.ask("state")
+                assert (state["is_healthy"], state["state"]) == (healthy, "local" if healthy else "down")
+                assert "CRITICAL" in server.output
+                assert ADMIN not in server.output
+            finally:
+                worker.close()
+
+
+def test_clocks_that_are_an_hour_apart(store: Restarts, witness: Witness) -> None:
+    offset = wall_minus_monotonic()
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                start_worker(store.port, app="cluster_app_ahead:app", env={"CLOCK_AHEAD": str(ahead)}, lease=LEASE)
+            )
+            for ahead in (3600, 0, -3600)
+        ]
+        outcome = asyncio.run(hammer([worker.server.port for worker in workers], 30, 2 * LEASE))
+        wait_until_free(store.server)
+    history = witness.history()
+    print(json.dumps(dict(outcome.counts)))
+    assert max(history.most.values()) == LIMIT
+    assert most_at_once(outcome.served) <= LIMIT
+    assert len({answer.pid for answer in outcome.served}) == 3
+    check_served(outcome.served, history, offset)
+    assert not history.live
