@@ -112,6 +112,7 @@ def test_a_server_that_comes_back_empty_is_told_what_is_held() -> None:
     first.acquire(1000, 1, begins=True)
     first.acquire(1000, 2)
     second = again(1001)
+    second.release(1001.4, 1)  # under its old name, which is not there
     second.restore(1001.5, 1)
     second.release(1001.6, 1, "w-2")
     second.renew(1003.1, "w-1", says="gone")
@@ -121,6 +122,21 @@ def test_a_server_that_comes_back_empty_is_told_what_is_held() -> None:
     assert history.lives["w", 1].end == 1001.6
     # Never restored: its worker went by the last renewal of the tenancy that it stood under.
     assert history.lives["w", 2].end == 1002
+
+
+def test_what_is_put_back_under_another_tenancy_once_more_goes_on() -> None:
+    first = Writer()
+    first.acquire(1000, 1, begins=True)
+    second = again(1001)
+    second.restore(1001.5, 1)
+    second.release(1001.6, 1, "w-2")
+    second.restore(1001.6, 1, "w-3")
+    history = judge(first, second)
+    history.check()
+    assert history.live == [("w", 1)]
+    second.release(1001.7, 1, "w-3")
+    second.acquire(1003.1, 1, "w-3")
+    assert rules(judge(first, second)) == ["a lease that had ended is there again"]
 
 
 def test_a_renewal_that_came_too_late_and_was_refused_is_no_wrong() -> None:
@@ -274,11 +290,14 @@ def test_lines_of_monitor() -> None:
         b'1796034313.736079 [0 127.0.0.1:54220] "EVALSHA" "7a37" "1" "ucm:x:{3}:u:\\"a\\n\\xc3"',
         b'1796034313.936118 [0 lua] "hset" "k\\\\" "l:a.1"',
         b'1796034314.000000 [0 127.0.0.1:54220] "PING"',
+        b'1796034314.100000 [0 127.0.0.1:54220] "EVAL" "return 1" "0"',
+        b'1796034314.100001 [0 lua] "get" "k"',
     ]
-    first, second, third = read_lines(raw)
+    first, second, third, _, fifth = read_lines(raw)
     assert first.words[3] == 'ucm:x:{3}:u:"a\n\xc3'
     assert (second.script, second.at, second.call, second.words[1]) == ("7a37", first.at, 0, "k\\")
     assert (third.script, third.call) == (None, 2)
+    assert fifth.script == "e0e1f9fabfc9d4800c877a703b823ac0578ff8db"  # of the text
     with pytest.raises(GapError):
         list(read_lines([b"1796034313.73"]))
 

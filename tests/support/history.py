@@ -120,6 +120,7 @@ class Model:
         self._recovers: dict[str, float] = {}
         self._due: list[tuple[float, str]] = []
         self._users_due: list[tuple[float, str]] = []
+        self._given_up: set[LeaseId] = set()  # in a bucket that recovers: perhaps only to be put back elsewhere
         self._refused: tuple[int, str] = (-1, "")  # the call and the key of a renewal that came too late
         self._servers = 0
 
@@ -251,14 +252,20 @@ class Model:
 
     def _begin(self, line: Line, user: str, lease: LeaseId, tenancy: str) -> None:
         restores = self._restores(line)
-        if lease in self.history.lives:
-            self._violate("a lease that had ended is there again", f"{lease}", line)
-        elif restores and not self._servers:
-            self._violate("a restore of what was not held", f"{lease}", line)
-        self.history.unseen += restores
+        life = self.history.lives.get(lease)
+        if life is not None and restores and lease in self._given_up:
+            self._given_up.discard(lease)
+            life.end, life.how = math.inf, ""
+        elif life is not None:
+            self._violate("a lease that had ended is there again", f"{lease}, {life.how} at {life.end:.6f}", line)
+        elif restores:
+            self.history.unseen += 1
+            if not self._servers:
+                self._violate("a restore of what was not held", f"{lease}", line)
         made = self._users[user][lease] = _Lease(user, tenancy, line)
         self._tenancies[tenancy].leases[lease] = made
-        self.history.lives[lease] = Life(user, line.at)
+        if life is None:
+            self.history.lives[lease] = Life(user, line.at)
         self._note("restored" if restores else "acquired", line.at, tenancy, user, lease[1])
         self._count(line, user)
 
@@ -274,11 +281,13 @@ class Model:
     def _give_up(self, line: Line, user: str, name: str) -> None:
         tenancy, lease = _ids(name)
         known = self._users[user].get(lease)
-        if known is None or known.tenancy != tenancy:
-            return  # it had ended, or stands elsewhere
+        if known is None or known.tenancy != tenancy or not known.stands:
+            return  # it had ended, or stands elsewhere, or is on its way from a server that is gone to another place
         held = self._tenancies[tenancy]
         if self._scripts.get(line.script or "") == "acquire" and held.stands and self._counts(known, line.at):
             self._violate("an acquire swept away a lease that counts", name, held.renewed, line)
+        if line.at < self._recovers.get(held.bucket, 0.0):
+            self._given_up.add(lease)
         del held.leases[lease]
         del self._users[user][lease]
         self._end_life(lease, line.at, "released")

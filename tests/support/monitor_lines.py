@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha1
 from typing import Final
 
 SCRIPTS: Final = ("evalsha", "eval", "evalsha_ro", "eval_ro", "fcall", "fcall_ro")
@@ -21,7 +22,7 @@ class GapError(AssertionError):
 @dataclass(frozen=True, slots=True)
 class Line:
     """One command. ``at`` is the server's wall clock in seconds; of what a script called, that of the script's start,
-    since a server's time stands still in a script. ``script`` is which one called it, None for a client's own command;
+    since a server's time stands still in a script. ``script`` is the hash of which one called it, None for a client's own;
     ``call`` is the number of the client's command that it belongs to.
     """
 
@@ -49,13 +50,22 @@ def read_lines(raw: Iterable[bytes]) -> Iterator[Line]:
         if found is None:
             raise GapError(f"line {number} is not one of MONITOR: {text[:200]!r}")
         client = found[2].decode()
-        words = tuple(_unescaped(word).decode("latin-1") for word in _WORD.findall(found[3]))
+        words = _words(found[3])
         if client == "lua":
             yield Line(number, at, client, script, call, words)
             continue
         call, at = number, float(found[1])
-        script = words[1] if words[0].lower() in SCRIPTS else ""
+        command = words[0].lower()
+        script = words[1] if command in SCRIPTS else ""
+        if command.startswith("eval") and "sha" not in command:
+            script = sha1(script.encode("latin-1"), usedforsecurity=False).hexdigest()
         yield Line(number, at, client, None, call, words)
+
+
+def _words(text: bytes) -> tuple[str, ...]:
+    if b"\\" not in text:
+        return tuple(text.decode("latin-1")[1:-1].split('" "'))
+    return tuple(_unescaped(word).decode("latin-1") for word in _WORD.findall(text))
 
 
 def _unescaped(word: bytes) -> bytes:

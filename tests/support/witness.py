@@ -23,14 +23,14 @@ class Witness:
     def __init__(self, store: Restarts, stack: ExitStack) -> None:
         self._store = store
         self._stack = stack
-        self._before: list[list[Line]] = []
+        self._before: list[Recording] = []
         self._now = self._record()
 
     def kill(self) -> None:
         """Kill the store. What it did last may be missing."""
         self._now.server_was_killed()
         self._store.kill()
-        self._before.append(self._now.lines())
+        self._before.append(self._now)  # read at the end: that takes a while, in which the store would be away
 
     def restart(self) -> None:
         """Start it again, empty."""
@@ -43,7 +43,8 @@ class Witness:
 
     def history(self, limit: int = LIMIT) -> History:
         """All that was, checked: raises AssertionError for what was wrong, GapError where something is missing."""
-        history = replay([*self._before, self.lines()], prefix=PREFIX, limit=limit, scripts=KINDS, until=time.time())
+        servers = [*(each.lines() for each in self._before), self.lines()]
+        history = replay(servers, prefix=PREFIX, limit=limit, scripts=KINDS, until=time.time())
         history.check()
         return history
 
