@@ -59,6 +59,7 @@ CloseReason = Literal[
     "shutdown",
     "disconnected",
     "slow",
+    "lost",
 ]
 
 HANDLER_GRACE: Final = 5.0
@@ -66,7 +67,7 @@ HANDLER_GRACE: Final = 5.0
 same.
 """
 
-INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected", "slow"})
+INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected", "slow", "lost"})
 """The reasons that stop a handler in the middle of its work; after any other it may run on without its context."""
 
 

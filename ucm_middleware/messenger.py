@@ -10,10 +10,11 @@ from functools import partial
 
 from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ConfigurationError, InvalidEventError
 from ucm_middleware.events.delivery import Delivery
 from ucm_middleware.events.envelope import Draft, Narrowing, Origin
-from ucm_middleware.events.hub import Hub, Sent
+from ucm_middleware.events.hub import Hub, Posted, Sent, lost_by
 from ucm_middleware.guard import Guard
 from ucm_middleware.ids import checked_user_id
 from ucm_middleware.waiting import running_loop
@@ -31,10 +32,19 @@ class Messenger:
         self._live_of = live_of
 
     async def send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
-        """Send, and give the connections on this loop the time to take it. Under the policy "wait": wait for room."""
+        """Send, and give the connections on this loop the time to take it. Under the policy "wait": wait for room.
+
+        With a cluster: wait until the event has its place there.
+        """
+        relay = None if self._hub.relay is None else self._hub.relay_of(user_id)
         if not self._is_here(user_id):
-            _require_known(await self._trail.knows_soon(user_id))
-        sent = self._send(user_id, event, data, narrowing)
+            is_known = await self._trail.knows_soon(user_id)
+            _require_known(is_known or (relay is not None and await relay.knows_soon(user_id)))
+        draft, actor = self._draft(user_id, event, data, narrowing)
+        sent = self._hub.send(user_id, draft) if relay is None else await relay.publish(user_id, draft)
+        self._finish(actor, user_id, draft, sent)
+        if not isinstance(sent, Sent):
+            return sent.delivery()
         if sent.waiting and self._hub.policy.when_full == "wait":
             await self._wait_for_room(sent)
         delivery = sent.delivery()
@@ -44,19 +54,29 @@ class Messenger:
         return delivery
 
     def post(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Delivery:
-        """Send from a thread without an event loop. Under the policy "wait" it blocks until there is room."""
-        if self._hub.policy.when_full == "wait" and running_loop() is not None:
+        """Send from a thread without an event loop. Under the policy "wait" it blocks until there is room.
+
+        With a cluster it is given away to be sent, and never waits, but to learn whether there is such a user.
+        """
+        relay = None if self._hub.relay is None else self._hub.relay_of(user_id)
+        if relay is None and self._hub.policy.when_full == "wait" and running_loop() is not None:
             raise ConfigurationError(
                 "post_event would block the event loop that runs here, since when_full is 'wait'; await send_event"
             )
         if not self._is_here(user_id):
-            _require_known(self._trail.knows(user_id))
-        sent = self._send(user_id, event, data, narrowing)
-        if self._hub.policy.when_full == "wait":
+            is_known = self._trail.knows(user_id)
+            _require_known(is_known or (relay is not None and relay.knows(user_id)))
+        draft, actor = self._draft(user_id, event, data, narrowing)
+        sent = self._hub.send(user_id, draft) if relay is None else relay.post(user_id, draft)
+        self._finish(actor, user_id, draft, sent)
+        if isinstance(sent, Sent) and self._hub.policy.when_full == "wait":
             self._block_for_room(sent)
         return sent.delivery()
 
-    def _send(self, user_id: str, event: str, data: object, narrowing: Narrowing) -> Sent:
+    def _draft(
+        self, user_id: str, event: str, data: object, narrowing: Narrowing
+    ) -> tuple[Draft, UserExecutionContext | None]:
+        """The event, once it is known that the asking code may send it; and the context that this runs in."""
         hub = self._hub
         if type(user_id) is not str:
             user_id = checked_user_id(user_id)
@@ -68,14 +88,15 @@ class Messenger:
             origin = Origin(user_id)
         draft = Draft(event, data, origin, narrowing, hub.policy)
         self._trail.require_room()
-        sent = hub.send(user_id, draft)
-        is_full = any(lost.why in ("full", "oldest") for lost in sent.dropped)
+        return draft, actor
+
+    def _finish(self, actor: UserExecutionContext | None, user_id: str, draft: Draft, sent: Posted) -> None:
+        """Put on record what was sent, and close whoever does not keep up."""
         try:
-            self._trail.event_sent(actor, user_id, _recorded(draft, sent), is_full=is_full)
+            self._trail.event_sent(actor, user_id, _recorded(draft, sent), lost_by(sent))
         finally:  # also when the ledger is in trouble
             for context in sent.full:
                 context.close("slow")
-        return sent
 
     def _is_here(self, user_id: str) -> bool:
         """Whether the user has a connection, events that are kept or a live context: else the ledger must be asked.
@@ -118,9 +139,9 @@ def _set_on(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
         loop.call_soon_threadsafe(event.set, context=Context())
 
 
-def _recorded(draft: Draft, sent: Sent) -> Data:
+def _recorded(draft: Draft, sent: Posted) -> Data:
     """What is on record of an event: never what it says."""
-    data: Data = ("type", draft.type), ("sequence", sent.event.sequence), ("connections", len(sent.waiting))
+    data: Data = ("type", draft.type), *sent.placed
     return (*data, ("dropped", len(sent.dropped))) if sent.dropped else data
 
 

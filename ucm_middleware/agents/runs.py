@@ -11,7 +11,7 @@ from ucm_middleware.audit.records import Data, Outcome
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.errors import InvalidEventError
 from ucm_middleware.events.envelope import TO_ALL, Draft
-from ucm_middleware.events.hub import Hub, Sent
+from ucm_middleware.events.hub import Hub, Posted, lost_by
 from ucm_middleware.events.policy import LEAST_SIZE
 from ucm_middleware.telemetry import Telemetry
 
@@ -55,13 +55,7 @@ class AgentRuns:
         the ledger raises.
         """
         sent = self._send(run, phase, {"agent": run.agent_name, **shown})
-        data: Data = (
-            ("phase", phase),
-            ("agent", run.agent_name),
-            *about,
-            ("sequence", sent.event.sequence),
-            ("connections", len(sent.waiting)),
-        )
+        data: Data = ("phase", phase), ("agent", run.agent_name), *about, *sent.placed
         try:
             self._trail.agent_run(run.context, outcome, reason, seconds, data)
         finally:
@@ -90,10 +84,9 @@ class AgentRuns:
     def emit(self, run: "AgentRun", event: str, data: object) -> None:
         """Send an event of the application's. Raises as ``tell`` does."""
         sent = self._send(run, event, data)
-        is_full = any(lost.why != "gone" for lost in sent.dropped)
-        about = ("type", event), ("sequence", sent.event.sequence), ("connections", len(sent.waiting))
+        about = ("type", event), *sent.placed
         try:
-            self._trail.event_sent(run.context, run.context.user_id, about, is_full=is_full)
+            self._trail.event_sent(run.context, run.context.user_id, about, lost_by(sent))
         finally:
             _close_slow(sent)
 
@@ -113,7 +106,7 @@ class AgentRuns:
         spans = self._telemetry.spans
         return None if spans is None else spans.enter_tool(run.context, number)
 
-    def _send(self, run: "AgentRun", event: str, data: object) -> Sent:
+    def _send(self, run: "AgentRun", event: str, data: object) -> Posted:
         hub = self._hub
         user_id = run.context.user_id
         try:
@@ -122,9 +115,10 @@ class AgentRuns:
             rule = f"{error.rule} (in an event of agent {run.agent_name!r})"
             raise InvalidEventError(error.field, rule, error.remedy) from None
         self._trail.require_room()
-        return hub.send(user_id, draft)
+        relay = None if hub.relay is None else hub.relay_of(user_id)
+        return hub.send(user_id, draft) if relay is None else relay.post(user_id, draft)
 
 
-def _close_slow(sent: Sent) -> None:
+def _close_slow(sent: Posted) -> None:
     for context in sent.full:
         context.close("slow")

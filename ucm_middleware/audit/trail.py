@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import count
 from os import urandom
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from ucm_middleware.audit.denials import OTHERS, Denials, Kind
 from ucm_middleware.audit.journal import Journal
@@ -64,6 +64,9 @@ _BY_RESOLVER: Final = "resolver"
 
 Where = tuple[str, Core, str | Core, str | None, str | None]
 """In whose trail, and the ids of the context: its core; the request's, the thread's and the run's, as given."""
+
+LostBy = Literal["full", "cluster"]
+"""By what an event is lost: a connection that did not keep up, or a store of the cluster that could not be asked."""
 
 ANONYMOUS: Final = RESERVED_PREFIX
 """Stands for all anonymous users where their denials are counted."""
@@ -247,8 +250,10 @@ class AuditTrail:
         """What happened in a run of an agent."""
         self._about(context, "agent_run", outcome, reason, seconds, data)
 
-    def event_sent(self, actor: UserExecutionContext | None, user_id: str, data: Data, *, is_full: bool) -> None:
-        """An event was put in line for a user's connections. With ``is_full``, one of them loses an event by it."""
+    def event_sent(
+        self, actor: UserExecutionContext | None, user_id: str, data: Data, lost: LostBy | None = None
+    ) -> None:
+        """An event was put in line for a user's connections; ``lost`` is by what an event is lost with it."""
         by: str | None = None
         core: Core | None = None
         request_id: str | Core | None = None
@@ -271,8 +276,8 @@ class AuditTrail:
                 request_id,
                 thread_id,
                 run_id,
-                "failed" if is_full else "ok",
-                "full" if is_full else None,
+                "ok" if lost is None else "failed",
+                lost,
                 None,
                 data,
                 self._next_id(),
@@ -281,10 +286,20 @@ class AuditTrail:
             )
         )
 
-    def user_revoked(self, actor_id: str | None, user_id: str, reason: str, contexts: int) -> None:
-        """A user is signed out everywhere. Each context has a record of its own besides."""
+    def event_lost(self, user_id: str, kind: str | None, lost: LostBy, sequence: int | None = None) -> None:
+        """An event that was sent, or came from another worker, has not reached a connection."""
+        about: Data = ("type", kind), ("sequence", sequence)
+        data = tuple(one for one in about if one[1] is not None)
+        self._about_nobody("event_sent", "failed", lost, user_id=user_id, actor_id=TRUSTED_CODE, data=data)
+
+    def user_revoked(
+        self, actor_id: str | None, user_id: str, reason: str, contexts: int, notice: str | None = None
+    ) -> None:
+        """A user is signed out everywhere. Each context has a record of its own besides. With ``notice``, another
+        worker has said so, and these are the contexts here.
+        """
         by = TRUSTED_CODE if actor_id is None else None if actor_id == user_id else actor_id
-        data: Data = (("contexts", contexts),)
+        data: Data = (("contexts", contexts),) if notice is None else (("contexts", contexts), ("notice", notice))
         self._about_nobody("revoked", "ok", text_for_record(reason), user_id=user_id, actor_id=by, data=data)
 
     def knows(self, user_id: str) -> bool:

@@ -200,6 +200,12 @@ class EgressGuard:
         if self._fields is not None:
             self.learn(user_id, exchange_here(user_id), as_bytes(text))
 
+    def keeps_out(self, user_id: str, text: str) -> bool:
+        """Whether an event from another worker must not be put in line here. What is found is on record in any case;
+        what its fields say is not protected: whether the user's own client has sent it, is known there.
+        """
+        return self._found_in_event(user_id, text) and self.policy.block
+
     def _found_in_event(self, user_id: str, text: str) -> bool:
         hits = self.hits_here(text, "event", receiver_id=user_id)
         self.report(user_id, hits, is_blocked=self.policy.block)

@@ -4,13 +4,15 @@
 # The fields of a context are read where they are.
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from ucm_middleware.audit.records import Data
+from ucm_middleware.audit.trail import LostBy
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ContextNotFoundError, InvalidContextError
-from ucm_middleware.events.channel import MAX_FOLLOWED, NO_IDS, Channel, Connection
+from ucm_middleware.events.channel import MAX_FOLLOWED, NO_IDS, Channel, Connection, LastEvent
 from ucm_middleware.events.delivery import Delivery, Dropped
 from ucm_middleware.events.envelope import TO_ALL, Draft, Event, Origin
 from ucm_middleware.events.policy import EVENTS_MISSED, EventPolicy
@@ -35,6 +37,11 @@ class Sent:
     dropped: list[Dropped]
     full: list[UserExecutionContext]
     kept: bool
+
+    @property
+    def placed(self) -> Data:
+        """For the record: its place, and for how many connections it waits."""
+        return ("sequence", self.event.sequence), ("connections", len(self.waiting))
 
     def delivery(self) -> Delivery:
         """What has become of it by now."""
@@ -63,6 +70,65 @@ class Watch(Protocol):
         """It was put in line: tell what is found in it."""
         ...
 
+    def keeps_out(self, user_id: str, text: str) -> bool:
+        """Whether an event that another worker has sent must not be put in line here, where other values are known.
+        What is found is told in any case.
+        """
+        ...
+
+
+class Posted(Protocol):
+    """What is known of an event that was given away to be sent."""
+
+    @property
+    def placed(self) -> Data:
+        """For the record: what is known of its place by then."""
+        ...
+
+    @property
+    def dropped(self) -> Sequence[Dropped]:
+        """What is lost already."""
+        ...
+
+    @property
+    def full(self) -> Sequence[UserExecutionContext]:
+        """The contexts of connections that must be closed for it."""
+        ...
+
+    def delivery(self) -> Delivery:
+        """What has become of it by now."""
+        ...
+
+
+class Relays(Protocol):
+    """Brings a named user's events to all workers that share the user. Events come back to each of them that has a
+    connection, this one too.
+    """
+
+    def post(self, user_id: str, draft: Draft) -> Posted:
+        """Have an event sent, behind those of the same user that were posted here before. Never waits."""
+        ...
+
+    async def publish(self, user_id: str, draft: Draft) -> Posted:
+        """The same, and wait for its place. Raises ClusterUnavailableError."""
+        ...
+
+    async def knows_soon(self, user_id: str) -> bool:
+        """Whether a user is live on any worker, or has events that are kept. Raises ClusterUnavailableError."""
+        ...
+
+    def knows(self, user_id: str) -> bool:
+        """The same in a thread, which it holds up."""
+        ...
+
+    def joined(self, connection: Connection, user_id: str, channel: Channel) -> None:
+        """A connection is there, and is owed what came after its place. Never waits; the hub's lock is held."""
+        ...
+
+    def left(self, connection: Connection, user_id: str) -> None:
+        """It is not there any more. Never waits; the hub's lock is held."""
+        ...
+
 
 class Hub:
     """Thread-safe. One lock, which is held for the few steps that give an event its place and put it in line.
@@ -81,12 +147,14 @@ class Hub:
         "_plan",
         "_wake",
         "policy",
+        "relay",
         "watch",
     )
 
     def __init__(self, policy: EventPolicy, clock: Callable[[], float], plan: Callable[[float], None]) -> None:
         self.policy = policy
         self.watch: Watch | None = None
+        self.relay: Relays | None = None
         self._clock = clock
         self._plan = plan
         self.after_fork()
@@ -109,15 +177,35 @@ class Hub:
         """What outboxes share with the hub."""
         return self._lock
 
+    def relay_of(self, user_id: str) -> Relays | None:
+        """What brings this user's events to other workers; None where there are none that could have the user's
+        connections. Those of an anonymous one are all here.
+        """
+        return None if self.relay is None or is_anonymous_id(user_id) else self.relay
+
     def knows(self, user_id: str) -> bool:
-        """Whether the user has a connection, or events that are kept."""
+        """Whether the user has a connection here, or events that are kept."""
         return user_id in self._channels
 
+    def connections_of(self, user_id: str) -> list[Connection]:
+        """The user's connections to this worker."""
+        with self._lock:
+            channel = self._channels.get(user_id)
+            return [] if channel is None else [*channel.connections.values()]
+
     def send(self, user_id: str, draft: Draft) -> Sent:
-        """Put an event in line for each connection of the user that it is for, and keep it."""
+        """Put an event in line for each connection of the user to this worker that it is for, and keep it."""
         watch = self.watch
-        if watch is not None and watch.holds_back(user_id, draft.data_text):
+        if watch is None:
+            return self.line_up(user_id, draft)
+        if watch.holds_back(user_id, draft.data_text):
             return self._held_back(user_id, draft)
+        sent = self.line_up(user_id, draft)
+        watch.look_at(user_id, draft.data_text)
+        return sent
+
+    def line_up(self, user_id: str, draft: Draft) -> Sent:
+        """The same for an event that was looked at."""
         with self._lock:
             wake = self._wake
             channel = self._channel(user_id)
@@ -131,8 +219,6 @@ class Hub:
             self._plan(wake)  # not with the lock held: the sweeper has a lock of its own
         for connection, _ in sent.waiting:
             connection.outbox.wake()
-        if watch is not None:
-            watch.look_at(user_id, draft.data_text)
         return sent
 
     def _held_back(self, user_id: str, draft: Draft) -> Sent:
@@ -168,7 +254,11 @@ class Hub:
             channel = self._channel(user_id)
             channel.connections[context._core] = connection
             connection.followed |= self._ahead.pop(context._core, NO_IDS)
-            self._replay(connection, channel, user_id)
+            relay = self.relay_of(user_id)
+            if relay is None:
+                self.replay(connection, channel, user_id)
+            else:
+                relay.joined(connection, user_id, channel)
         if context.lifetime.is_open:
             connection.outbox.wake()
         else:  # closed in the middle of this, and whoever closed it may have found no connection
@@ -195,6 +285,8 @@ class Hub:
                 self._forget_idle(user_id, channel)
             if connection is not None:
                 connection.outbox.end()
+                if self.relay is not None:
+                    self.relay.left(connection, user_id)
 
     def follow(self, context: UserExecutionContext, *ids: str) -> None:
         """Let a connection have the events of these threads and runs too. Before it is accepted, those that are
@@ -225,7 +317,8 @@ class Hub:
         channel = self._channels.get(context.user_id)
         return None if channel is None else channel.connections.get(context._core)
 
-    def _replay(self, connection: Connection, channel: Channel, user_id: str) -> None:
+    def replay(self, connection: Connection, channel: Channel, user_id: str) -> None:
+        """Put in line what was kept here after a connection's last event. The lock is held."""
         after = connection.after
         if after is None or is_anonymous_id(user_id):  # then there is nothing yet that it could have missed
             return
@@ -234,8 +327,7 @@ class Hub:
         self._stop_keeping_if_empty(user_id, channel)
         events = channel.since(after)
         if events is None:
-            about = {"epoch": after.epoch, "sequence": after.sequence}
-            draft = Draft(EVENTS_MISSED, about, Origin(user_id), TO_ALL, self.policy)
+            draft = missed(user_id, after, self.policy)
             # With the newest number there is: what comes after it is live.
             events = [draft.numbered(channel.epoch, channel.sequence, self._clock())]
         for event in events:
@@ -256,6 +348,14 @@ class Hub:
             self._keeping.pop(user_id, None)
             self._channels[user_id] = fresh
             self._forget_idle(user_id, fresh)
+
+    def purge_numbered(self, user_id: str | None = None) -> None:
+        """The same, for named users whose events were numbered here: this one, or all of them with None."""
+        with self._lock:
+            for one in tuple(self._channels) if user_id is None else (user_id,):
+                channel = self._channels.get(one)
+                if channel is not None and channel.sequence > 0 and not is_anonymous_id(one):
+                    self.purge(one)
 
     def sweep(self) -> None:
         """Forget what was kept for long enough, some users' at a time: others wait for the lock."""
@@ -315,6 +415,22 @@ class Hub:
     def _forget_idle(self, user_id: str, channel: Channel) -> None:
         if not channel.connections and not channel.kept and self._channels.get(user_id) is channel:
             del self._channels[user_id]
+
+
+def lost_by(sent: Posted) -> LostBy | None:
+    """For the record: by what an event is lost with it, if any is."""
+    for lost in sent.dropped:
+        if lost.why == "cluster":
+            return "cluster"
+        if lost.why in ("full", "oldest"):
+            return "full"
+    return None
+
+
+def missed(user_id: str, after: LastEvent, policy: EventPolicy) -> Draft:
+    """What tells a connection that not all after this event can be had."""
+    about = {"epoch": after.epoch, "sequence": after.sequence}
+    return Draft(EVENTS_MISSED, about, Origin(user_id), TO_ALL, policy)
 
 
 def _awaits_accept(context: UserExecutionContext) -> bool:

@@ -1,0 +1,150 @@
+"""Events on their way to the store: those of one user one after the other, as they were sent here."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Final
+
+from ucm_middleware.cluster.errands import Errands
+from ucm_middleware.cluster.sealing import Seals
+from ucm_middleware.cluster.store import Keep, Published
+from ucm_middleware.cluster.worker import Worker
+from ucm_middleware.errors import ClusterUnavailableError
+from ucm_middleware.events.envelope import Draft
+from ucm_middleware.events.hub import Hub, Sent
+from ucm_middleware.events.policy import EventPolicy
+
+MOST_BYTES: Final = 64 * 1024 * 1024
+"""Of all events that were posted and are not sent yet."""
+
+Publication = Published | Sent
+"""What the store says of an event; or this worker, where the store could not be asked, and the policy is "local"."""
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One user's events that are not sent yet. With a future, somebody waits for it."""
+
+    drafts: deque[tuple[Draft, "Future[Publication] | None"]] = field(
+        default_factory=deque[tuple[Draft, "Future[Publication] | None"]]
+    )
+    size: int = 0
+
+
+class Outgoing:
+    """Thread-safe. ``lost`` is called, on the cluster's thread, for a posted event that could not be sent; ``lined_up``
+    for one that was put in line here alone.
+    """
+
+    __slots__ = ("_errands", "_hub", "_lined_up", "_lines", "_lock", "_lost", "_seals", "_size", "_worker")
+
+    def __init__(
+        self,
+        worker: Worker,
+        errands: Errands,
+        hub: Hub,
+        seals: Seals,
+        lost: Callable[[str, Draft], None],
+        lined_up: Callable[[Sent], None],
+    ) -> None:
+        self._worker = worker
+        self._errands = errands
+        self._hub = hub
+        self._seals = seals
+        self._lost = lost
+        self._lined_up = lined_up
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child: what waits is sent by the parent."""
+        self._lock = threading.RLock()  # reentrant: a finalizer that sends an event may come in between
+        self._lines: dict[str, Line] = {}
+        self._size = 0
+
+    def put(self, user_id: str, draft: Draft, waiter: "Future[Publication] | None" = None) -> bool:
+        """Let an event wait. False when it has no room, or will never be sent; one that is waited for has room."""
+        policy = self._hub.policy
+        with self._lock:
+            line = self._lines.get(user_id)
+            is_new = line is None
+            if line is None:
+                line = self._lines[user_id] = Line()
+            if waiter is None and (
+                len(line.drafts) >= policy.queue_events
+                or line.size + draft.size > policy.queue_bytes
+                or self._size + draft.size > MOST_BYTES
+            ):
+                return False
+            line.drafts.append((draft, waiter))
+            line.size += draft.size
+            self._size += draft.size
+        return not is_new or self._begin(user_id, line)
+
+    def _begin(self, user_id: str, line: Line) -> bool:
+        async def send_all() -> None:
+            while (one := self._next(user_id, line)) is not None:
+                await self._send(user_id, *one)
+
+        if self._worker.call(self._errands.start, send_all):
+            return True
+        with self._lock:
+            self._size -= line.size
+            self._lines.pop(user_id, None)
+        return False
+
+    def _next(self, user_id: str, line: Line) -> "tuple[Draft, Future[Publication] | None] | None":
+        with self._lock:
+            if not line.drafts:
+                self._lines.pop(user_id, None)
+                return None
+            draft, waiter = line.drafts.popleft()
+            line.size -= draft.size
+            self._size -= draft.size
+            return draft, waiter
+
+    async def _send(self, user_id: str, draft: Draft, waiter: "Future[Publication] | None") -> None:
+        if waiter is not None and not waiter.set_running_or_notify_cancel():
+            return  # whoever waited for it has given up before it was sent
+        try:
+            publication = await self._publication(user_id, draft)
+        except BaseException as error:
+            if waiter is None:
+                self._lost(user_id, draft)
+            else:
+                waiter.set_exception(
+                    error if isinstance(error, Exception) else ClusterUnavailableError("down", is_unknown=True)
+                )
+            if not isinstance(error, ClusterUnavailableError):
+                raise
+        else:
+            if waiter is not None:
+                waiter.set_result(publication)
+
+    async def _publication(self, user_id: str, draft: Draft) -> Publication:
+        worker = self._worker
+        if worker.state == "down":
+            raise ClusterUnavailableError("down")
+        if worker.state == "local":
+            return self._line_up(user_id, draft)
+        user = worker.key_of(user_id)
+        sealed = self._seals.seal("event", user, draft.packed(worker.id))
+        try:
+            published = await worker.session.publish(user, sealed, keep_of(self._hub.policy))
+        except ClusterUnavailableError:
+            if worker.policy.when_unavailable == "local":
+                return self._line_up(user_id, draft)
+            raise
+        self._hub.purge_numbered(user_id)  # what was numbered here meanwhile is over
+        return published
+
+    def _line_up(self, user_id: str, draft: Draft) -> Sent:
+        sent = self._hub.line_up(user_id, draft)
+        self._lined_up(sent)
+        return sent
+
+
+def keep_of(policy: EventPolicy) -> Keep:
+    """What the store keeps of each user."""
+    return Keep(policy.keep_events, policy.keep_bytes, policy.keep_seconds)

@@ -1,0 +1,85 @@
+"""The thread of a worker's cluster: an event loop of its own, which no handler can hold up."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextlib import suppress
+from contextvars import Context
+from typing import Any, Final, TypeVar
+
+from ucm_middleware.errors import ClusterUnavailableError
+
+T = TypeVar("T")
+
+THREAD_NAME: Final = "ucm-middleware cluster"
+
+GATHER: Final = 0.005
+"""Seconds that what ends is gathered, to be given back together."""
+
+
+class ClusterThread:
+    """Runs ``run`` until ``end``. It is given an event that is set when there is something to do."""
+
+    def __init__(self, run: Callable[["ClusterThread"], Coroutine[Any, Any, None]]) -> None:
+        self._work = run
+        self.loop = asyncio.new_event_loop()
+        self.woken = asyncio.Event()
+        self.is_ending = False
+        self.ended: Future[None] = Future()
+        self._is_waking = False
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the asking code runs in it."""
+        return threading.current_thread() is self._thread
+
+    def call(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run something on the thread's loop, in an empty Context: it is no part of whoever asks.
+
+        Raises ClusterUnavailableError once the thread has ended.
+        """
+        try:
+            return Context().run(asyncio.run_coroutine_threadsafe, work, self.loop)
+        except RuntimeError:
+            work.close()
+            raise ClusterUnavailableError("down") from None
+
+    def wake(self) -> None:
+        """There is something to do, at once."""
+        with suppress(RuntimeError):  # it has ended
+            self.loop.call_soon_threadsafe(self.woken.set, context=Context())
+
+    def wake_soon(self) -> None:
+        """There is something to do, and perhaps more in a moment. Cheap when it was said before."""
+        if not self._is_waking:
+            self._is_waking = True
+            with suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._gather, context=Context())
+
+    def _gather(self) -> None:
+        self.loop.call_later(GATHER, self._wake_gathered)
+
+    def _wake_gathered(self) -> None:
+        self._is_waking = False  # first: what comes from now on wakes anew
+        self.woken.set()
+
+    def end(self) -> None:
+        """Do what is left, and end."""
+        self.is_ending = True
+        self.wake()
+
+    def _run(self) -> None:
+        loop = self.loop
+        try:
+            loop.run_until_complete(self._work(self))
+            for task in (rest := asyncio.all_tasks(loop)):
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+        finally:
+            loop.close()
+            self.ended.set_result(None)

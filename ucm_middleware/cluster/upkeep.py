@@ -1,0 +1,410 @@
+"""What the cluster's thread does: renew, give back, look whether the store can be asked, and come back to it."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from ucm_middleware.cluster.leases import CARRIED, Lease, Tenancy
+from ucm_middleware.cluster.state import MemberState
+from ucm_middleware.cluster.store import (
+    KEEP_USER,
+    Alive,
+    Gone,
+    Place,
+    Recovering,
+    Refused,
+    Release,
+    Renewal,
+    UserKey,
+)
+from ucm_middleware.errors import ClusterUnavailableError, ConfigurationError
+
+if TYPE_CHECKING:
+    from ucm_middleware.cluster.member import Member
+    from ucm_middleware.cluster.thread import ClusterThread
+
+logger = logging.getLogger(__name__)
+
+FIRST_PROBE: Final = 0.25
+LONGEST_PROBE: Final = 5.0
+"""Seconds between two looks at a store that cannot be asked: at first, and at most."""
+
+SLICE: Final = 8
+"""How many leases are placed at a time."""
+
+ENROLL: Final = 3600.0
+"""Seconds until the seal is kept for a day more."""
+
+
+class Upkeep:
+    """One ``turn`` does all that is due, and says when the next one is. ``clock`` decides, and nothing sleeps in it."""
+
+    def __init__(self, member: "Member") -> None:
+        self._member = member
+        self._renew_at = self._probe_at = self._place_at = self._enroll_at = 0.0
+        self._failures = 0
+        self._must_look = False
+        self._hears = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._telling: set[tuple[UserKey, str]] = set()
+
+    async def run(self, thread: "ClusterThread") -> None:
+        """Take turns until the thread is to end, and give back what is left."""
+        member = self._member
+        self._hears = False
+        self._probe_at = 0.0
+        while not thread.is_ending:
+            thread.woken.clear()
+            try:
+                delay = await self.turn()
+            except Exception:
+                # A fault in one turn must not cost all leases.
+                logger.exception("the cluster's upkeep failed; it goes on in a second")
+                delay = 1.0
+            try:
+                async with asyncio.timeout(delay):
+                    await thread.woken.wait()
+            except TimeoutError:
+                pass
+        try:
+            await self._give_all_back()
+        except ClusterUnavailableError:
+            logger.warning("leases could not be given back: they end by themselves")
+        await member.leave_loop()
+
+    async def turn(self) -> float:
+        """Do what is due. Returns in how many seconds something is again."""
+        member = self._member
+        self._end_overdue()
+        try:
+            now = member.clock()
+            if not member.is_reachable or self._must_enroll(now):
+                if now >= self._probe_at:
+                    await self._probe()
+            elif self._must_look or now >= self._renew_at:
+                await self._renew()
+            if member.is_reachable:
+                await self._give_back()
+                await self._place_some()
+        except ClusterUnavailableError as error:
+            self._failed(error)
+        self._settle()
+        return self._delay()
+
+    def _delay(self) -> float:
+        member = self._member
+        now = member.clock()
+        if not member.is_reachable:
+            ends = [one.valid_until for one in member.book.all_tenancies() if one.has_begun]
+            return max(0.0, min([self._probe_at, *ends]) - now)
+        if self._must_look:
+            return 0.0
+        wakes = [self._renew_at, *(at for at in member.recovers_at if at > now)]
+        if member.book.unplaced:
+            wakes.append(max(self._place_at, self._all_recovered(now)))
+        return max(0.0, min(wakes) - now)
+
+    # Asked by the member.
+
+    def look_soon(self) -> None:
+        """See at the next turn whether the store can be asked, and what has become of what is held."""
+        self._must_look = True
+
+    def lose_soon(self, tenancy: Tenancy) -> None:
+        """The store has said that it is gone."""
+        self._member.book.retire(tenancy)
+        self._member.thread_wakes()
+
+    def note_recovering(self, bucket: int | None, seconds: float) -> None:
+        """The store has said that a bucket recovers, or, without one, that all may."""
+        member = self._member
+        now = member.clock()
+        if seconds <= 0:
+            return
+        if bucket is None or member.recovers_at[bucket] <= now:
+            self._enroll_at = now  # it is news: see to it that the new server sees every bucket
+            member.thread_wakes()
+        if bucket is not None:
+            member.recovers_at[bucket] = now + seconds
+
+    def seconds_to_probe(self) -> float:
+        """In how many seconds the store is looked at again."""
+        return max(0.0, self._probe_at - self._member.clock())
+
+    async def settled(self) -> None:
+        """Wait until the store was looked at, and has recovered."""
+        member = self._member
+        await asyncio.wrap_future(member.looked)
+        if member.is_reachable and (left := max(member.recovers_at) - member.clock()) > 0:
+            await asyncio.sleep(left)
+
+    # Looking.
+
+    def _must_enroll(self, now: float) -> bool:
+        return now >= self._enroll_at
+
+    async def _probe(self) -> None:
+        """Look at the store as if for the first time."""
+        member = self._member
+        session = member.session
+        was_reachable, sent = member.is_reachable, member.clock()
+        try:
+            seal = await session.inspect()
+            seconds = await session.enroll(member.policy.lease)
+            if not self._hears:
+                await session.listen(_Ears(self, member))
+                self._hears = True
+        except ConfigurationError as error:
+            if member.fault is None:
+                logger.critical("the cluster's store cannot serve: %s", error)
+            member.fault = error
+            self._failed(ClusterUnavailableError("refused"))
+            return
+        now = member.clock()
+        member.fault, member.answered_at = None, now
+        self._enroll_at = sent + ENROLL
+        member.recovers_at = [now + seconds if seconds > 0 else 0.0] * len(member.recovers_at)
+        if seal != member.users.seal:
+            self._go_by(seal)
+        await self._renew(is_probing=True)
+        self._failures = 0
+        member.is_reachable = True
+        self._place_at = now + random.uniform(0, member.policy.lease / 3)
+        if not was_reachable or seconds > 0:
+            self._begin_task(member.on_reconnected(seconds > 0))
+
+    def _go_by(self, seal: int) -> None:
+        """Another secret's seal stands there: what is held stands under keys that hold no more."""
+        member = self._member
+        for tenancy in member.book.all_tenancies():
+            self._lose(tenancy)
+        member.users.seal = seal
+
+    def _failed(self, error: ClusterUnavailableError) -> None:
+        member = self._member
+        self._failures += 1
+        pause = min(FIRST_PROBE * 2 ** min(self._failures, 16), LONGEST_PROBE, member.policy.lease / 3)
+        self._probe_at = member.clock() + pause * random.uniform(0.5, 1.0)
+        member.is_reachable, member.reason = False, error.reason
+        if member.is_local:
+            self._carry_on()
+
+    def _settle(self) -> None:
+        """Say how it stands, where that has changed."""
+        member = self._member
+        now = member.clock()
+        state: MemberState
+        if not member.is_reachable:
+            state = "local" if member.is_local else "down"
+        elif self._all_recovered(now) > now:
+            state = "local" if member.is_local else "recovering"
+            member.reason = "recovering"
+        else:
+            state, member.reason = "up", None
+        member.become(state)
+
+    def _all_recovered(self, now: float) -> float:
+        return max(now, *self._member.recovers_at)
+
+    # Renewing.
+
+    async def _renew(self, *, is_probing: bool = False) -> None:
+        member = self._member
+        book, lease = member.book, member.policy.lease
+        self._must_look = False
+        now = member.clock()
+        self._renew_at = now + lease / 3 * random.uniform(0.85, 1.0)
+        tenancies = [one for one in book.all_tenancies() if one.has_begun and not book.forget_idle(one)]
+        if not tenancies:  # ask all the same, or nobody would see that it cannot be
+            if not is_probing:
+                self.note_recovering(None, await member.session.enroll(lease))
+                member.answered_at = member.clock()
+            return
+        touched = [self._to_touch(one, now) for one in tenancies]
+        told = [tuple(one.told.items()) for one in tenancies]
+        renewals = [
+            Renewal(one.bucket, one.id, lease, told_there, tuple({each.key: None for each in touch}))
+            for one, told_there, touch in zip(tenancies, told, touched, strict=True)
+        ]
+        sent = member.clock()
+        answers = await member.session.renew(renewals)
+        member.answered_at = member.clock()
+        member.renewals += len(renewals)
+        for tenancy, told_there, touch, answer in zip(tenancies, told, touched, answers, strict=True):
+            if isinstance(answer, Alive):
+                self._alive(tenancy, answer, sent, told_there, touch)
+            elif isinstance(answer, Gone):
+                self._lose(tenancy)
+            else:
+                await self._restore(tenancy, answer)
+
+    def _to_touch(self, tenancy: Tenancy, now: float) -> list[Lease]:
+        return [one for one in list(tenancy.leases) if now >= one.touched_at + KEEP_USER / 2]
+
+    def _alive(
+        self,
+        tenancy: Tenancy,
+        answer: Alive,
+        sent: float,
+        told: Sequence[tuple[str, str]],
+        touched: Sequence[Lease],
+    ) -> None:
+        member = self._member
+        member.recovers_at[tenancy.bucket] = 0.0
+        member.book.extend(tenancy, sent)
+        for lease in touched:
+            lease.touched_at = sent
+        for digest, position in told:
+            if tenancy.told.get(digest) == position:
+                del tenancy.told[digest]
+        for digest, position in answer.noticed:
+            if tenancy.told.get(digest) != position:
+                self._begin_task(self._tell_noticed(tenancy, UserKey(tenancy.bucket, digest), position))
+
+    async def _tell_noticed(self, tenancy: Tenancy, key: UserKey, position: str) -> None:
+        """Have a notice applied. Only then the store need not tell of it again."""
+        if (key, position) in self._telling:
+            return
+        self._telling.add((key, position))
+        try:
+            await self._member.on_noticed(key, position)
+            tenancy.told[key.digest] = position
+        finally:
+            self._telling.discard((key, position))
+
+    # Another server.
+
+    async def _restore(self, tenancy: Tenancy, answer: Recovering) -> None:
+        """Put back what is held, or give it up where that is over."""
+        member = self._member
+        book, lease = member.book, member.policy.lease
+        self.note_recovering(tenancy.bucket, answer.seconds)
+        heir, leases = book.heir_of(tenancy)
+        if not leases or tenancy.granted_until <= member.clock():
+            self._lose(tenancy)
+            return
+        slots = [one.slot(heir) for one in leases]
+        # Under the old name first, where the store still has them: what is there twice would count twice.
+        await member.session.release([Release(one.slot(tenancy)) for one in leases])
+        sent = member.clock()
+        if await member.session.restore(tenancy.bucket, heir.id, lease, slots):
+            member.close_lost(book.inherited(tenancy, heir, leases, sent))
+        else:
+            self._lose(tenancy)
+
+    def _lose(self, tenancy: Tenancy) -> None:
+        """What was held there is over; or, where the worker carried on with it, it needs a new place."""
+        member = self._member
+        if tenancy.is_carried:
+            member.book.set_aside(tenancy)
+        else:
+            member.close_lost(member.book.lose(tenancy))
+
+    def _carry_on(self) -> None:
+        """Under the policy "local": what is held now is held until the store says otherwise."""
+        now = self._member.clock()
+        for tenancy in self._member.book.all_tenancies():
+            if tenancy.has_begun and now < tenancy.valid_until:
+                tenancy.valid_until = CARRIED
+
+    def _end_overdue(self) -> None:
+        member = self._member
+        for tenancy in member.book.take_retired():
+            self._lose(tenancy)
+        if member.is_reachable:
+            return  # the store says itself what has become of them
+        now = member.clock()
+        for tenancy in member.book.all_tenancies():
+            if tenancy.has_begun and tenancy.valid_until <= now:
+                member.close_lost(member.book.lose(tenancy))
+
+    # Giving back, and finding a place.
+
+    async def _give_back(self) -> None:
+        book = self._member.book
+        releases = book.unreleased
+        if releases:
+            await self._member.session.release(releases)
+            book.was_told(releases)
+            self._member.answered_at = self._member.clock()
+
+    async def _give_all_back(self) -> None:
+        member = self._member
+        for tenancy in member.book.all_tenancies():
+            for lease in list(tenancy.leases):
+                member.book.release(lease)
+        for lease in list(member.book.unplaced):
+            member.book.lose_one(lease)
+        if member.is_reachable:
+            await self._give_back()
+
+    async def _place_some(self) -> None:
+        """Ask for a place for some of what was given without the store, a few at a time."""
+        member = self._member
+        book = member.book
+        now = member.clock()
+        if not book.unplaced or now < self._place_at or self._all_recovered(now) > now:
+            return
+        pause = member.policy.lease * SLICE / len(book.unplaced)
+        self._place_at = now + min(pause, member.policy.lease / 3) * random.uniform(0.5, 1.0)
+        for lease in list(book.unplaced)[:SLICE]:
+            await self._place(lease)
+
+    async def _place(self, lease: Lease) -> None:
+        member = self._member
+        lease.key = member.users.key_of(lease.user_id)
+        await member.on_noticed(lease.key, "")  # first: whoever was signed out has no place to get
+        if lease.is_over or member.limits is None:
+            return
+        attempt = member.book.attempt(lease.user_id, lease.key, lease.is_connection, member.limits)
+        found = await member.try_for(attempt, lease)
+        if isinstance(found, Refused):
+            if member.book.lose_one(lease):
+                member.close_lost([lease])
+        elif found is lease:
+            await member.on_noticed(lease.key, "")  # and what was left meanwhile
+
+    def _begin_task(self, work: Awaitable[None]) -> None:
+        """Have something done apart, so that no renewal waits for it."""
+        task = asyncio.ensure_future(_logged(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def nudged(self, bucket: int, tenancies: Sequence[str]) -> None:
+        """Some tenancies have notices."""
+        tenancy = self._member.book.tenancies.get(bucket)
+        if tenancy is not None and tenancy.id in tenancies:
+            self.look_soon()
+            self._member.thread_wakes()
+
+
+class _Ears:
+    """What the store says by itself, passed on."""
+
+    __slots__ = ("_member", "_upkeep")
+
+    def __init__(self, upkeep: Upkeep, member: "Member") -> None:
+        self._upkeep = upkeep
+        self._member = member
+
+    def event(self, user: UserKey, place: Place, payload: bytes) -> None:
+        self._member.on_event(user, place, payload)
+
+    def nudged(self, bucket: int, tenancies: Sequence[str]) -> None:
+        self._upkeep.nudged(bucket, tenancies)
+
+    def deaf(self) -> None:
+        self._upkeep.look_soon()
+        self._member.thread_wakes()
+        self._member.on_deaf()
+
+
+async def _logged(work: Awaitable[None]) -> None:
+    try:
+        await work
+    except ClusterUnavailableError as error:
+        logger.info("the cluster's store could not be asked (%s); it is tried again", error.reason)
+    except Exception:
+        logger.exception("what was told by the cluster's store could not be done")

@@ -1,0 +1,64 @@
+"""What the parts that talk through the store need of this process's membership."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ucm_middleware.cluster.policy import ClusterPolicy
+from ucm_middleware.cluster.store import Place, Session, UserKey
+from ucm_middleware.context import UserExecutionContext
+
+
+class Held(Protocol):
+    """A lease of this worker. ``position`` is that of the newest notice that was applied to its context."""
+
+    position: str
+
+    @property
+    def context(self) -> UserExecutionContext | None:
+        """Whose it is; None until it lives."""
+        ...
+
+    @property
+    def events(self) -> Place | None:
+        """The place in its user's events when the slot was taken; None when there was no event yet."""
+        ...
+
+
+class Worker(Protocol):
+    """This process among those that share the store. It has one thread, and one loop there."""
+
+    @property
+    def id(self) -> str:
+        """Tells this process from others, and from the one that it was forked from."""
+        ...
+
+    @property
+    def policy(self) -> ClusterPolicy: ...
+
+    @property
+    def state(self) -> str:
+        """ "starting", "up", "recovering", "down" or "local"."""
+        ...
+
+    @property
+    def session(self) -> Session:
+        """The store, for the thread's loop, and only used there."""
+        ...
+
+    def call(self, run: Callable[..., object], *args: Any) -> bool:
+        """Have this called soon on the thread's loop, outside of any context, in the order of the calls; from any
+        thread, and never waiting. False when the thread is gone for good.
+        """
+        ...
+
+    def key_of(self, user_id: str) -> UserKey:
+        """Where a user stands in the store."""
+        ...
+
+    def leases_here(self, user: UserKey) -> Sequence[Held]:
+        """What this worker holds for a user, in any thread."""
+        ...
+
+    def lease_of(self, context: UserExecutionContext) -> Held | None:
+        """The lease that a context lives under; None when it was opened while the store could not be asked."""
+        ...
