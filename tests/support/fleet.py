@@ -30,9 +30,10 @@ LIMIT = 10
 QUIET = ("--lifespan", "on", "--ws-ping-interval", "0", "--log-level", "warning")
 
 
-def environment(url: str, **policy: Any) -> dict[str, str]:
+def environment(url: str, *, lease: float, **policy: Any) -> dict[str, str]:
     """What a worker is started with."""
-    return {"CLUSTER": json.dumps({"url": url, "application": APPLICATION, **policy}), "UCM_SECRET": SECRET}
+    fields = {"url": url, "application": APPLICATION, "lease": lease, "timeout": lease / 3, **policy}
+    return {"CLUSTER": json.dumps(fields), "UCM_SECRET": SECRET}
 
 
 class Worker:

@@ -22,7 +22,7 @@ class GapError(AssertionError):
 @dataclass(frozen=True, slots=True)
 class Line:
     """One command. ``at`` is the server's wall clock in seconds; of what a script called, that of the script's start,
-    since a server's time stands still in a script. ``script`` is the hash of which one called it, None for a client's own;
+    since a server's time stands still in a script. ``script`` is the hash of which called it, None for a client's own;
     ``call`` is the number of the client's command that it belongs to.
     """
 

@@ -96,7 +96,7 @@ def health() -> dict[str, Any]:
         live = len(manager.get_active_contexts())
     return {
         "pid": os.getpid(),
-        "healthy": found.healthy,
+        "healthy": found.is_healthy,
         "is_healthy": manager.is_healthy(),
         "state": None if member is None else str(member.state),
         "live": live,
