@@ -107,6 +107,15 @@ def test_what_is_not_renewed_expires_with_its_tenancy_and_counts_no_more() -> No
     assert history.live == []
 
 
+def test_what_an_acquire_sweeps_away_at_the_moment_of_its_expiry_has_expired() -> None:
+    writer = Writer()
+    writer.acquire(1000, 1, begins=True)
+    writer.release(1002.001, 1, script=ACQUIRE)
+    history = judge(writer)
+    history.check()
+    assert (history.lives["w", 1].end, history.lives["w", 1].how) == (1002, "expired")
+
+
 def test_a_server_that_comes_back_empty_is_told_what_is_held() -> None:
     first = Writer()
     first.acquire(1000, 1, begins=True)

@@ -290,8 +290,10 @@ class Model:
             self._given_up.add(lease)
         del held.leases[lease]
         del self._users[user][lease]
-        self._end_life(lease, line.at, "released")
-        self._note("released", line.at, tenancy, user, lease[1])
+        how: Kind
+        how, at = ("released", line.at) if self._counts(known, line.at) else ("expired", held.until)
+        self._end_life(lease, at, how)
+        self._note(how, at, tenancy, user, lease[1])
 
     def _forget_user(self, line: Line, user: str) -> None:
         for held in self._users[user].values():

@@ -1,12 +1,13 @@
 """The network between one worker and the store is cut, and heals: under either policy."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
-from support.fleet import LIMIT, Fleet, Worker, start_fleet
+from support.fleet import LIMIT, Worker, start_fleet
 from support.restarts import Restarts
 from support.waiting import wait_until
 from support.witness import Witness, wait_until_free
@@ -44,9 +45,9 @@ def close_code(connection: ClientConnection) -> int:
 def test_closed_refuses_what_is_new_and_ends_what_it_has_with_its_lease(
     fail: Callable[[Worker], None], store: Restarts, witness: Witness
 ) -> None:
-    with start_fleet(store.port, 2, lease=LEASE, timeout=0.3) as fleet:
+    with start_fleet(store.port, 2, lease=LEASE, timeout=0.3) as fleet, ExitStack() as stack:
         alone, other = fleet.workers
-        connection = alone.connect("alice")
+        connection = stack.enter_context(alone.connect("alice"))
         held = fleet.hold(alone, "alice", LIMIT - 1)
         fail(alone)
         alone.wait_for_state("down")
@@ -70,23 +71,19 @@ def test_closed_refuses_what_is_new_and_ends_what_it_has_with_its_lease(
     assert sum(life.how == "expired" for life in history.lives.values()) == LIMIT
 
 
-def occupy(fleet: Fleet, worker: Worker, count: int) -> None:
-    fleet.hold(worker, "alice", count)
-
-
 def test_local_carries_on_by_itself_and_comes_back_to_the_limit_of_all(store: Restarts, witness: Witness) -> None:
     with start_fleet(store.port, 2, lease=LEASE, timeout=0.3, when_unavailable="local") as fleet:
         alone, other = fleet.workers
-        occupy(fleet, alone, 4)
+        fleet.hold(alone, "alice", 4)
         cut(alone)
         alone.wait_for_state("local")
-        wait_until(lambda: other.request("alice").status_code == 200, "the lease is over for the store")
-        occupy(fleet, other, 8)
+        wait_until_free(store.server)  # for the store the lease is over
+        fleet.hold(other, "alice", 8)
         # Each worker goes by its own limit now: what it had lives on, and as many more as it would allow alone.
         health = alone.ask("state")
         assert health["is_healthy"] is True
         assert health["live"] == 4
-        occupy(fleet, alone, LIMIT - 4)
+        fleet.hold(alone, "alice", LIMIT - 4)
         assert alone.request("alice").status_code == 429
         heal(alone)
         alone.wait_for_state("up")

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -41,9 +42,9 @@ def test_a_killed_workers_slots_are_free_within_the_lease(store: Restarts, witne
 def test_a_stopped_worker_resurrects_nothing(store: Restarts, witness: Witness) -> None:
     """Whoever got its slots meanwhile keeps them, and what it had is answered with 503 or closed with 1013."""
     sockets = 3
-    with start_fleet(store.port, 2, proxied=False, lease=LEASE) as fleet:
+    with start_fleet(store.port, 2, proxied=False, lease=LEASE) as fleet, ExitStack() as stack:
         stopped, other = fleet.workers
-        connections = [stopped.connect("alice") for _ in range(sockets)]
+        connections = [stack.enter_context(stopped.connect("alice")) for _ in range(sockets)]
         held = fleet.hold(stopped, "alice", LIMIT - sockets)
         assert other.request("alice").status_code == 429
         stopped.signal(signal.SIGSTOP)
@@ -67,8 +68,9 @@ def test_a_stopped_worker_resurrects_nothing(store: Restarts, witness: Witness) 
         assert stopped.request("bob").status_code == 200
         other.tell("open")
         assert statuses([each.result() for each in others]) == {200}
-        assert stopped.request("alice").status_code == 200
         wait_until_free(store.server)
+        assert stopped.request("alice").status_code == 200
+    wait_until_free(store.server)
     history = witness.history()
     assert sum(life.how == "expired" for life in history.lives.values()) == LIMIT
     assert max(history.most.values()) == LIMIT

@@ -34,7 +34,7 @@ def refusal(env: Mapping[str, str]) -> str:
 
 def refused(url: str, **policy: Any) -> str:
     said = refusal(environment(url, lease=LEASE, **policy))
-    assert "ConfigurationError: cluster: " in said
+    assert "cluster: " in said
     return said
 
 
@@ -63,13 +63,12 @@ def test_no_password_where_one_is_wanted(store: Restarts) -> None:
     assert "password" in refused(f"valkey://{HOST}:{store.port}")
 
 
-def test_a_user_who_may_run_no_scripts(store: Restarts) -> None:
-    store.server.admin.acl_setuser(
-        "app", enabled=True, passwords=["+of-the-app"], categories=["+@all"], commands=["-evalsha", "-eval"],
-        keys=["*"], channels=["*"],
-    )  # fmt: skip
+@pytest.mark.parametrize("command", ["eval", "evalsha"])
+def test_a_user_who_may_run_no_scripts(store: Restarts, command: str) -> None:
+    login = {"passwords": ["+of-the-app"], "categories": ["+@all"], "keys": ["*"], "channels": ["*"]}
+    store.server.admin.acl_setuser("app", enabled=True, commands=[f"-{command}"], **login)
     said = refused(f"valkey://app:of-the-app@{HOST}:{store.port}")
-    assert "evalsha" in said.lower()
+    assert f"+{command};" in said
     assert "of-the-app" not in said
 
 
@@ -110,7 +109,7 @@ def test_a_store_that_is_not_there_yet(when: str, status: int, healthy: bool) ->
                 assert ("retry-after" in answer.headers) is (status == 503)
                 state = worker.ask("state")
                 assert (state["is_healthy"], state["state"]) == (healthy, "local" if healthy else "down")
-                assert "CRITICAL" in server.output
+                assert "the cluster's store cannot be asked (down)" in server.output
                 assert ADMIN not in server.output
             finally:
                 worker.close()
