@@ -70,7 +70,7 @@ class TcpProxy:
         """How many connections it has taken so far."""
         self.round_trips = 0
         """How often a server has answered what its client had sent before: those of connecting are among them."""
-        self._upstream = host, port
+        self.target = host, port
         self._loop = loop
         self._lanes: dict[Direction, _Lane] = {"requests": _Lane(), "replies": _Lane()}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,6 +129,10 @@ class TcpProxy:
 
         self._call(change)
 
+    def lead_to(self, port: int, host: str = HOST) -> None:
+        """Take connections that come from now on to another server."""
+        self.target = host, port
+
     async def serve(self, ready: threading.Event, ended: asyncio.Event) -> None:
         """Run until `ended`."""
         server = await asyncio.start_server(self._accept, HOST, 0)
@@ -149,7 +153,7 @@ class TcpProxy:
         writers = [writer]
         try:
             if not self._refuses:
-                upstream_reader, upstream = await asyncio.open_connection(*self._upstream)
+                upstream_reader, upstream = await asyncio.open_connection(*self.target)
                 writers.append(upstream)
                 line = _Line()
                 await asyncio.gather(

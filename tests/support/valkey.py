@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any, Literal
@@ -51,9 +51,9 @@ class ValkeyServer:
 
 
 @contextmanager
-def start_valkey(*options: str) -> Generator[ValkeyServer]:
-    """Run a server that keeps nothing on the disk. `options` are as on its command line."""
-    with held_port() as port, unprivileged_folder("ucm-valkey-") as folder:
+def start_valkey(*options: str, port: int | None = None) -> Generator[ValkeyServer]:
+    """Run a server that keeps nothing on the disk. `options` are as on its command line; `port` one that is held."""
+    with nullcontext(port) if port else held_port() as port, unprivileged_folder("ucm-valkey-") as folder:
         # A virtual environment of root's is often closed to anybody else.
         binary = shutil.copy(get_binary_path(), folder)
         command = [

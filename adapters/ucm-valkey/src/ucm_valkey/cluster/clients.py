@@ -118,7 +118,7 @@ class Client:
             require_full_coverage=False,
             dynamic_startup_nodes=False,
             ssl=self.target.has_tls,
-            **({"cluster_error_retry_attempts": 0} if is_redis else {"connection_error_retry_attempts": 0}),
+            **({} if is_redis else {"connection_error_retry_attempts": 0}),
             **settings,
         )
         manager = cluster.nodes_manager

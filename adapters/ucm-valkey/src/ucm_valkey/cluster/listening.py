@@ -55,10 +55,11 @@ class Listener:
         self._channels: dict[bytes, _Channel] = {}
         self._ears: dict[Node, Ear] = {}
         self._unheard: set[_Channel] = set()
+        self._unwanted: list[tuple[Ear, bytes]] = []
         self._was_deaf = False
         self._wanted = asyncio.Event()
         self._attending: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
+        asking.topology.on_change = self._rearrange
 
     async def listen(self, hearer: Hearer, buckets: int) -> None:
         """Hear nudges from now on. Goes on trying when it raises ClusterUnavailableError."""
@@ -102,6 +103,9 @@ class Listener:
     def confirmed(self, ear: Ear, channel: bytes) -> None:
         """It is heard."""
         found = self._channels.get(channel)
+        if found is None:  # whoever wanted it gave up meanwhile
+            self._unwanted.append((ear, channel))
+            self._wanted.set()
         if found is None or found.ear is not ear:
             return
         found.is_heard = True
@@ -193,6 +197,17 @@ class Listener:
         self._unheard.add(channel)
         self._wanted.set()
 
+    def _rearrange(self) -> None:
+        """Leave ears for channels that stand elsewhere now: a node that was demoted would tell of them still, but not
+        be counted among those that listen.
+        """
+        for channel in self._channels.values():
+            line = self._asking.topology.line(channel.tag)
+            ear = channel.ear
+            if line is not None and ear is not None and ear.node != (line.host, line.port):
+                self._unhear(channel)
+                self._unwanted.append((ear, channel.name))
+
     async def _attend(self) -> None:
         pause = FIRST_PAUSE
         while True:
@@ -216,6 +231,11 @@ class Listener:
 
     async def _ask_for_missing(self) -> None:
         """Ask for each channel that nobody was asked for. Raises ClusterUnavailableError where a node is not there."""
+        unwanted, self._unwanted = self._unwanted, []
+        for ear, name in unwanted:
+            found = self._channels.get(name)
+            if found is None or found.ear is not ear:
+                await ear.change("sunsubscribe", [name])
         missing: dict[Node, list[_Channel]] = {}
         for channel in [each for each in self._unheard if each.ear is None]:
             line = await self._asking.line(channel.tag)

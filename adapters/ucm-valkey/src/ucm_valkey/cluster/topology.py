@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from ucm_valkey.cluster.clients import Client, Node
@@ -14,7 +14,11 @@ BETWEEN_LOOKS: Final = 0.5
 
 
 class Topology(Protocol):
-    """The servers of a store, for one loop. A ``tag`` decides where a key stands: a bucket's number, or a key."""
+    """The servers of a store, for one loop. A ``tag`` decides where a key stands: a bucket's number, or a key.
+    ``on_change`` is called when some have come to stand elsewhere.
+    """
+
+    on_change: Callable[[], None]
 
     def line(self, tag: str) -> Line | None:
         """The line to whom a tag's keys stand with; None when that is not known."""
@@ -53,7 +57,7 @@ class OneServer:
     """A server that has it all."""
 
     def __init__(self, client: Client) -> None:
-        self._client = client
+        self.on_change: Callable[[], None] = lambda: None
         self._line = Line(client, client.target.host, client.target.port)
 
     def line(self, tag: str) -> Line | None:
@@ -83,12 +87,14 @@ class ManyServers:
     """A cluster, as the library's own client for clusters finds it."""
 
     def __init__(self, client: Client) -> None:
+        self.on_change: Callable[[], None] = lambda: None
         self._client = client
         self._slots: dict[int, Node] = {}
         self._lines: dict[Node, Line] = {}
         self._slot_of: dict[str, int] = {}
         self._look: asyncio.Task[None] | None = None
         self._looked = 0.0
+        self._trouble: StoreError | None = None
 
     def line(self, tag: str) -> Line | None:
         node = self._slots.get(self._slot(tag))
@@ -119,11 +125,13 @@ class ManyServers:
             host, port = fault.node
             # An empty host is that of whom was asked.
             self._slots[fault.slot] = (host or self._client.target.host, port)
+            self.on_change()
         self.look_again()
 
     def look_again(self) -> None:
-        if self._look is None and time.monotonic() - self._looked > BETWEEN_LOOKS:
-            self._look = asyncio.get_running_loop().create_task(self._quietly())
+        if self._look is None:
+            pause = self._looked + BETWEEN_LOOKS - time.monotonic()
+            self._look = asyncio.get_running_loop().create_task(self._quietly(pause))
 
     async def aclose(self) -> None:
         if self._look is not None:
@@ -141,16 +149,19 @@ class ManyServers:
     async def _refresh(self) -> None:
         """One look at a time; whoever comes meanwhile waits for it, and is told if it fails."""
         if self._look is None:
-            self._look = asyncio.get_running_loop().create_task(self._quietly())
+            self._look = asyncio.get_running_loop().create_task(self._quietly(0))
         await asyncio.wait({self._look})
-        if not self._slots:
-            await self._discover()
+        if not self._slots and self._trouble is not None:
+            raise self._trouble
 
-    async def _quietly(self) -> None:
+    async def _quietly(self, pause: float) -> None:
         try:
+            if pause > 0:
+                await asyncio.sleep(pause)
             await self._discover()
-        except StoreError:
-            return  # what is known stands, until a line fails again
+            self._trouble = None
+        except StoreError as error:
+            self._trouble = error  # what is known stands, until a line fails again
         finally:
             self._look = None
             self._looked = time.monotonic()
@@ -158,7 +169,9 @@ class ManyServers:
     async def _discover(self) -> None:
         target = self._client.target
         nodes = dict.fromkeys([*self._slots.values(), (target.host, target.port)])
-        self._slots = await self._client.discover(list(nodes))
+        before, self._slots = self._slots, await self._client.discover(list(nodes))
+        if before != self._slots:
+            self.on_change()
         gone = [node for node in self._lines if node not in self._slots.values()]
         for node in gone:
             line = self._lines[node]
