@@ -11,6 +11,7 @@ from ucm_middleware.agents import (
 )
 from ucm_middleware.ambient import current_context
 from ucm_middleware.census import CensusPolicy
+from ucm_middleware.cluster import ClusterPolicy
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.egress import EgressFilter, EgressPolicy, EgressSpanProcessor
 from ucm_middleware.environment import Environment, IsolatedEnvironment
@@ -18,6 +19,7 @@ from ucm_middleware.errors import (
     AgentError,
     AgentParametersError,
     AgentTimeoutError,
+    ClusterUnavailableError,
     ConfigurationError,
     ContextClosedError,
     ContextExpiredError,
@@ -51,6 +53,7 @@ from ucm_middleware.execution import (
 from ucm_middleware.firewall import ContextFirewall
 from ucm_middleware.guard import EVERYONE
 from ucm_middleware.handles import revoke_handle
+from ucm_middleware.health import Health
 from ucm_middleware.hooks import hookimpl
 from ucm_middleware.identity import authenticated_user, bearer_token, session_user
 from ucm_middleware.ids import UnifiedIDManager
@@ -72,6 +75,8 @@ __all__ = [
     "AgentStream",
     "AgentTimeoutError",
     "CensusPolicy",
+    "ClusterPolicy",
+    "ClusterUnavailableError",
     "ConfigurationError",
     "ContextClosedError",
     "ContextExpiredError",
@@ -91,6 +96,7 @@ __all__ = [
     "ErasureIncompleteError",
     "EventPolicy",
     "HandleRevokedError",
+    "Health",
     "IdentityConflictError",
     "InvalidContextError",
     "InvalidEventError",

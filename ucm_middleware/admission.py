@@ -9,8 +9,10 @@ from typing import Final
 
 from starlette.exceptions import HTTPException, WebSocketException
 
+from ucm_middleware.cluster.leases import Lease
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import (
+    ClusterUnavailableError,
     ConfigurationError,
     ContextLimitError,
     LedgerUnavailableError,
@@ -32,6 +34,8 @@ KNOWN_IDS: Final = 4096
 
 Refused = UserContextError | HTTPException | WebSocketException
 """What may be raised before there is a context, and is answered: the package's own errors, and Starlette's."""
+
+_RECORDED: Final = (ClusterUnavailableError, ContextLimitError, ManagerDrainingError)
 
 REFUSED: Final = (UserContextError, HTTPException, WebSocketException)
 
@@ -57,16 +61,38 @@ class Admission:
         self._ttl = manager.ttl if ttl is None else checked_ttl(ttl)
         self._known_ids: set[int] = set()
 
-    def open_for(self, found: object, variables: Context | None, websocket: bool) -> UserExecutionContext:
-        """Open a context for whom the resolver found. ``variables`` is the Context that its releases run in."""
+    async def open_soon(self, found: object, variables: Context | None, websocket: bool) -> UserExecutionContext:
+        """The same as ``open_for`` where workers share their users: the lease is waited for."""
+        manager = self._manager
+        leasing = manager._leasing
+        if found is None or leasing is None:
+            return self.open_for(found, variables, websocket)
+        if isinstance(found, Principal):
+            found.seconds_left()  # raises for those that have expired
+        user_id = found.user_id if isinstance(found, Principal) else self._checked(found)
+        if manager._draining:
+            manager._refuse_while_draining(user_id)
+        lease = await leasing.take(user_id, is_connection=websocket)
+        try:
+            return self.open_for(found, variables, websocket, lease)
+        except BaseException:
+            leasing.member.release(lease)
+            raise
+
+    def open_for(
+        self, found: object, variables: Context | None, websocket: bool, lease: Lease | None = None
+    ) -> UserExecutionContext:
+        """Open a context for whom the resolver found. ``variables`` is the Context that its releases run in. Where
+        workers share their users, and no lease is given, it is waited for here.
+        """
         if found is None:
             if self._require_identity:
                 raise UnauthenticatedError("a user is required here")
             return self.open(None, variables, websocket)
         if not isinstance(found, Principal):
-            return self.open(self._checked(found), variables, websocket)
+            return self.open(self._checked(found), variables, websocket, lease)
         seconds_left = found.seconds_left()
-        context = self.open(found.user_id, variables, websocket)
+        context = self.open(found.user_id, variables, websocket, lease)
         if seconds_left is not None:
             try:
                 self._manager.end_within(context, seconds_left)
@@ -75,9 +101,11 @@ class Admission:
                 raise
         return context
 
-    def open(self, user_id: str | None, variables: Context | None, websocket: bool) -> UserExecutionContext:
+    def open(
+        self, user_id: str | None, variables: Context | None, websocket: bool, lease: Lease | None = None
+    ) -> UserExecutionContext:
         """Open a context for a user whose id is valid; an anonymous one for None."""
-        return self._manager._open_for_connection(user_id, self._ttl, variables, websocket)
+        return self._manager._open_for_connection(user_id, self._ttl, variables, websocket, lease)
 
     def validated(self, user_id: str) -> str:
         """A user id that is valid, remembered by its hash: no cache keeps anybody's id."""
@@ -114,7 +142,7 @@ class Admission:
             reason = f"identify raised {type(error).__name__} ({refusal.status})"
         logger.info("refused with %d: %s", refusal.status, reason)
         try:
-            if not isinstance(error, ContextLimitError | ManagerDrainingError):  # those are on record already
+            if not isinstance(error, _RECORDED):  # those are on record already
                 self._manager.record_refusal(error, reason)
         except LedgerUnavailableError as unavailable:
             refusal = refusal_for(unavailable) or refusal

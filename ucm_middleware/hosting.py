@@ -5,7 +5,7 @@
 
 import asyncio
 import logging
-import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,11 +22,16 @@ from ucm_middleware.audit.records import UserMention, mention
 from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
 from ucm_middleware.census.census import Census
 from ucm_middleware.census.policy import CensusPolicy
+from ucm_middleware.cluster.leases import Lease
+from ucm_middleware.cluster.opening import open_cluster
+from ucm_middleware.cluster.policy import ClusterPolicy
+from ucm_middleware.cluster.state import Figures
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.egress.guard import EgressGuard
 from ucm_middleware.egress.policy import EgressPolicy
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
+    ClusterUnavailableError,
     ConfigurationError,
     ContextLimitError,
     CrossUserAccessError,
@@ -44,14 +49,16 @@ from ucm_middleware.host import ClosingInspector
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.inspector import Inspector
 from ucm_middleware.keys import OwnerKeys
-from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, CloseReason, Journal, Lifetime
+from ucm_middleware.leasing import Leasing
+from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, Journal, Lifetime
 from ucm_middleware.plugins import load_hooks
 from ucm_middleware.reachability import IsolationPolicy
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sweeper import Sweeper
+from ucm_middleware.teardown import close_apart
 from ucm_middleware.telemetry import Telemetry
-from ucm_middleware.waiting import loop_is_live, running_loop
+from ucm_middleware.waiting import running_loop
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +85,7 @@ class Hosting:
         egress: EgressPolicy | None,
         isolation: IsolationPolicy,
         census: CensusPolicy,
+        cluster: ClusterPolicy | str | None,
     ) -> None:
         self.ttl = checked_ttl(ttl)
         self.environment = environment
@@ -96,12 +104,19 @@ class Hosting:
         if self._durable_ledger is not None:
             self._durable_ledger.start(self._secrets)
         self._registry = Registry(limits, clock)
+        self.cluster = open_cluster(
+            cluster, self.environment, self._secrets, None if clock is time.monotonic else clock
+        )
+        """This worker, where several share their users; None where it stands alone."""
+        self._leasing = None if self.cluster is None else Leasing(self.cluster, self._registry, self._trail)
         self._inspector = Inspector(isolation, self.hooks.shared_types(), self._registry.live, self._trail)
         self.closing_inspector: ClosingInspector | None = self._inspector if isolation.sample > 0 else None
         self._hub = Hub(events, clock, self._sweeper.plan)
         self._egress = None if egress is None else EgressGuard(egress, self._trail, clock, self._sweeper.plan)
         self._hub.watch = self._egress
-        self.telemetry = Telemetry(self._trail, self._secrets, self._live, self._lag, self._late, wanted=telemetry)
+        self.telemetry = Telemetry(
+            self._trail, self._secrets, self._live, self._lag, self._late, self._figures, wanted=telemetry
+        )
         self.agents = AgentRuns(self._hub, self._trail, self.telemetry)
         action = census.action or ("record" if environment.is_production else "warn")
         self.census = None if action == "off" else Census(census, action, self._trail)
@@ -111,6 +126,8 @@ class Hosting:
         renewed_after_fork(self)
         weakref.finalize(self, self._sweeper.stop).atexit = False
         weakref.finalize(self, self._trail.tell_counted)  # also when the interpreter ends
+        if self.cluster is not None:
+            weakref.finalize(self, self.cluster.end_soon).atexit = False
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: what is under way in the parent ends there."""
@@ -131,10 +148,15 @@ class Hosting:
     # Coming to live here.
 
     def _open_for_connection(
-        self, user_id: str | None, ttl: float | None, variables: Context | None, websocket: bool
+        self,
+        user_id: str | None,
+        ttl: float | None,
+        variables: Context | None,
+        websocket: bool,
+        lease: Lease | None = None,
     ) -> UserExecutionContext:
         """A context for a request or connection; anonymous without a user. For the middleware, which has checked
-        the id.
+        the id, and has waited for the lease where it could.
         """
         if self._draining:
             self._refuse_while_draining(user_id)
@@ -151,6 +173,8 @@ class Hosting:
             context._websocket_client_id = core
         context._host = self
         try:
+            if self._leasing is not None and user_id is not None:
+                self._leasing.let_live(context, self._leasing.take_now(context, user_id) if lease is None else lease)
             displaced = self._registry.admit(context, ttl)
         except UserContextError as error:
             raise self._not_admitted(error, context, "connection") from None
@@ -181,31 +205,49 @@ class Hosting:
                 context._detach()
             raise
         displaced: Displaced = {}
+        present: UserExecutionContext | None = None
         try:
+            if self._leasing is not None and context._lifetime.lease is None:
+                present = self._leasing.lease(context, key)
             # So that the user too finds it by this text: from inside, it means the pair.
             also = (context.user_id, key) if isinstance(key, str) and key != context.user_id else None
             displaced.update(self._registry.insert(context, key, ttl, self.ttl, also))
             self._require_still_open(context)
         except UserContextError as error:
             self._close_displaced(displaced)
+            self._give_back_lease(context, present)
             if not was_here:
                 context._detach()
             raise self._recorded(error, context, "set_context", key) from None
         self._close_displaced(displaced, context)
+        if present is not None:
+            present.close("replaced")  # it has no lease any more
         self._record_opening(context, "set_context", is_new=not was_here)
 
     def _admit(self, context: UserExecutionContext, ttl: float | None, source: str) -> None:
         """Let a new context live here, under the pair of its user and its request."""
+        present = None
         try:
+            if self._leasing is not None:
+                present = self._leasing.lease(context, (context._user_id, context.request_id))
             displaced = self._registry.admit(context, ttl)
         except UserContextError as error:
+            self._give_back_lease(context, present)
             raise self._not_admitted(error, context, source) from None
         if displaced is not None:
             self._make_way(displaced, context, source)
+        if present is not None:
+            present.close("replaced")  # it has no lease any more
 
     def _not_admitted(self, error: UserContextError, context: UserExecutionContext, source: str) -> UserContextError:
+        self._give_back_lease(context)
         context._detach()
         return self._recorded(error, context, source, (context.user_id, context.request_id))
+
+    def _give_back_lease(self, context: UserExecutionContext, present: UserExecutionContext | None = None) -> None:
+        """A context needs its lease no more, if it has one: the one that it took it over from does, where it lives."""
+        if self._leasing is not None and context._lifetime.lease is not None:
+            self._leasing.give_back(context, present)
 
     def _make_way(self, displaced: Displaced, context: UserExecutionContext, source: str) -> None:
         """Close what a new context took the place of."""
@@ -235,7 +277,9 @@ class Hosting:
         """The error to raise for a context that could not live here, once it is on record."""
         if isinstance(error, CrossUserAccessError):
             return self._guard.denied(source, mention(key))
-        if isinstance(error, ContextLimitError):  # nobody would ever look for the id of a visitor that was refused
+        if isinstance(
+            error, ContextLimitError | ClusterUnavailableError
+        ):  # nobody would ever look for the id of a visitor that was refused
             self._trail.refused(None if context.is_anonymous else context.user_id, error, str(error))
         return error
 
@@ -288,6 +332,8 @@ class Hosting:
             self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
+        if context._lifetime.lease is not None:
+            self._give_back_lease(context)
         if (run := getattr(context, "_agent_run", None)) is not None:
             run.context_closes(context._lifetime.reason)
         if context._websocket_client_id is not None:
@@ -300,6 +346,8 @@ class Hosting:
 
     def context_ended(self, context: UserExecutionContext, metadata: Mapping[str, object] | None) -> None:
         self._registry.remove(context)
+        if context._lifetime.lease is not None:
+            self._give_back_lease(context)
         if context._websocket_client_id is not None:
             self._hub.leave(context)
         self._record_end(context, metadata)
@@ -323,7 +371,7 @@ class Hosting:
         self._guard.require_unbound(context)
         anonymous_id = context.user_id
         context.verify_isolation()
-        displaced = self._registry.rebind(context, user_id, lambda: context._become(user_id))
+        displaced = self._rebind(context, user_id)
         try:
             self._close_displaced(displaced)
             if context.user_id != user_id:
@@ -337,6 +385,25 @@ class Hosting:
             if context._websocket_client_id is not None:
                 self._hub.move(context, anonymous_id)
         self.hooks.context_bound(context, anonymous_id)
+
+    def _rebind(self, context: UserExecutionContext, user_id: str) -> Displaced:
+        leasing = self._leasing
+        if leasing is None:
+            return self._registry.rebind(context, user_id, lambda: context._become(user_id))
+        try:
+            lease = leasing.take_now(context, user_id)
+        except UserContextError as error:
+            raise self._recorded(error, context, "bind", user_id) from None
+
+        def become() -> None:
+            if context._become(user_id):
+                leasing.let_live(context, lease)
+
+        try:
+            return self._registry.rebind(context, user_id, become)
+        finally:
+            if context._lifetime.lease is not lease:
+                leasing.member.release(lease)
 
     def end_within(self, context: UserExecutionContext, seconds: float) -> None:
         self._plan(self._registry.limit(context, seconds))
@@ -381,7 +448,7 @@ class Hosting:
                     if context.lifetime.loop is not None and context.lifetime.loop is running_loop():
                         context.close("expired")
                     else:
-                        self._close_apart(context, "expired")
+                        close_apart(context, "expired")
                 except Exception:
                     # A fault in closing one context must not keep the others open; the registry offers it again.
                     logger.exception("%r has expired and could not be closed; it is tried again", context)
@@ -391,22 +458,10 @@ class Hosting:
     def _close_displaced(self, displaced: Displaced, successor: UserExecutionContext | None = None) -> None:
         for context, reason in displaced.items():
             if successor is None or context.user_id != successor.user_id:
-                self._close_apart(context, reason)
+                close_apart(context, reason)
             else:
                 context.lifetime.hand_over(successor.lifetime)
                 context.close(reason)
-
-    def _close_apart(self, context: UserExecutionContext, reason: CloseReason) -> None:
-        """Close another's context without doing its releases here: they may be slow, and are nothing of the asker's."""
-        loop = context.lifetime.loop
-        if not context.needs_waiting:
-            context.close(reason)
-            return
-        if loop is not None and loop_is_live(loop):
-            with suppress(RuntimeError):  # the loop was closed in this very moment
-                loop.call_soon_threadsafe(context.close, reason, context=Context())
-                return
-        threading.Thread(target=context.close, args=(reason,), name="ucm-middleware release", daemon=True).start()
 
     def record_refusal(self, error: Exception, detail: str) -> None:
         """Note that a connection was refused before it had a user, and why."""
@@ -440,6 +495,9 @@ class Hosting:
 
     def _late(self) -> int:
         return len(self.agents.stragglers)
+
+    def _figures(self) -> Figures | None:
+        return None if self.cluster is None else self.cluster.figures()
 
     def _next_wake(self) -> float | None:
         forgets = None if self._egress is None else self._egress.table.next_wake()

@@ -87,6 +87,15 @@ class Releasing(Protocol):
         ...
 
 
+class Tenure(Protocol):
+    """What a context must hold to be used, where workers share their users. Without that, none is needed."""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is held now."""
+        ...
+
+
 class Journal(Protocol):
     """Writes down what happens to the resources of one context, and counts. Never raises."""
 
@@ -144,6 +153,7 @@ class Lifetime(Timed):
         "_latest",
         "closing",
         "journal",
+        "lease",
         "loop",
         "opened_by",
         "reason",
@@ -160,6 +170,7 @@ class Lifetime(Timed):
     task: asyncio.Task[Any] | threading.Thread | None  # what the handler runs in, while it runs
     variables: Context | None
     closing: Closing | None
+    lease: Tenure | None
     journal: Journal | None  # made by the manager when there is something to write down; most contexts never have one
     # The deadline that there would be without credentials that end; only where those do.
     _given: float | None
@@ -182,6 +193,7 @@ class Lifetime(Timed):
         lifetime.wait = 0.0
         lifetime.reason = lifetime.deadline = lifetime._given = lifetime._latest = lifetime._clock = None
         lifetime.resources = lifetime.closing = lifetime.loop = lifetime.task = lifetime.journal = None
+        lifetime.lease = None
         return lifetime
 
     @property
@@ -195,11 +207,17 @@ class Lifetime(Timed):
         return self.deadline is not None and self._clock is not None and self._clock() >= self.deadline
 
     @property
+    def is_lost(self) -> bool:
+        """True while another worker may have its place, whether or not anything has noticed yet."""
+        lease = self.lease
+        return lease is not None and not lease.is_held
+
+    @property
     def permits_use(self) -> bool:
-        """Whether the context may be used now, here: until its deadline, and in its own releases."""
+        """Whether the context may be used now, here: until its deadline, under its lease, and in its own releases."""
         state = self.state
         if state is OPEN or state is UNBOUND:
-            return self.deadline is None or not self.is_expired
+            return (self.deadline is None or not self.is_expired) and (self.lease is None or self.lease.is_held)
         if state is not CLOSING or self.closing is None:
             return False
         releasing = self.closing.releasing

@@ -18,11 +18,14 @@ from ucm_middleware.ambient import Grant
 from ucm_middleware.audit.ledger import Ledger
 from ucm_middleware.audit.records import mention
 from ucm_middleware.census.policy import CensusPolicy
+from ucm_middleware.cluster.policy import ClusterPolicy
+from ucm_middleware.cluster.views import live_in_cluster
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.database import hold_transaction, require_transactions, run_in_transaction
 from ucm_middleware.egress.policy import EgressPolicy
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import (
+    ConfigurationError,
     ContextExpiredError,
     ContextIsolationError,
     ContextNotFoundError,
@@ -34,6 +37,7 @@ from ucm_middleware.events.policy import CONTEXT_CHANGED, EventPolicy
 from ucm_middleware.execution import validate_user_context
 from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.guard import Everyone
+from ucm_middleware.health import Health
 from ucm_middleware.hosting import Hosting
 from ucm_middleware.ids import checked_user_id, is_anonymous_id, validate_id
 from ucm_middleware.messenger import Messenger
@@ -48,6 +52,7 @@ from ucm_middleware.settings import (
     checked_limit,
     require_gil,
 )
+from ucm_middleware.teardown import close_apart
 from ucm_middleware.transactions import IsolationLevel, StatementResult, checked_level
 
 logger = logging.getLogger(__name__)
@@ -76,7 +81,9 @@ class UserContextManager(Hosting):
     find room. ``agents`` says how many runs of agents a user may have at once, and for how long. ``isolation`` says
     what users share by design, and how often a context's data are compared with those of others when it closes.
     ``census`` says what is done about that which outlives its request. With ``egress``, values that a user protects are
-    looked for in what is sent to any other; None for no such guard.
+    looked for in what is sent to any other; None for no such guard. ``cluster`` makes this worker one of many that
+    share their users, by the URL of a store or a ``ClusterPolicy``; ``UCM_CLUSTER_URL`` by default, and without that it
+    stands alone.
 
     Raises PluginError for a plugin that cannot be served, LedgerFileError for such a ledger.
     """
@@ -108,6 +115,7 @@ class UserContextManager(Hosting):
         egress: EgressPolicy | None = None,
         isolation: IsolationPolicy | None = None,
         census: CensusPolicy | None = None,
+        cluster: ClusterPolicy | str | None = None,
     ) -> None:
         per_user = checked_limit("max_contexts_per_user", max_contexts_per_user, self.MAX_CONTEXTS_PER_USER)
         limits = Limits(
@@ -135,6 +143,7 @@ class UserContextManager(Hosting):
             egress=egress,
             isolation=IsolationPolicy() if isolation is None else isolation,
             census=CensusPolicy() if census is None else census,
+            cluster=cluster,
         )
         self._messenger = Messenger(self._hub, self._guard, self._trail, self._registry.live_of)
 
@@ -245,6 +254,7 @@ class UserContextManager(Hosting):
             self._bind_session(context)
             self._admit(context, self.ttl if ttl is None else ttl, "create_context")
         except BaseException:
+            self._give_back_lease(context)
             context._give_back()
             raise
         self._record_opening(context, "create_context")
@@ -480,10 +490,17 @@ class UserContextManager(Hosting):
 
     # What is there.
 
-    def get_active_contexts(self) -> dict[Key, dict[str, Any]]:
+    def get_active_contexts(self, *, cluster: bool = False) -> dict[Key, dict[str, Any]]:
         """Each live context by a key of its own, as plain values without secrets. From inside a context, that
-        user's only."""
+        user's only.
+
+        With ``cluster``, each live context of these users on all workers, by user and lease: the store knows no names,
+        so from outside of any context it is asked for the users who have a context here. It waits for the store, and
+        raises ClusterUnavailableError where that cannot be asked, ConfigurationError without one.
+        """
         users = self._guard.visible_users("get_active_contexts")
+        if cluster:
+            return self._active_in_cluster(users)
         shown = self._registry.live() if users is None else self._registry.live_of(users)
         # One that a thread is just closing may still stand in the table.
         live = ((key, context) for key, context in shown if context.is_open and not context.lifetime.is_expired)
@@ -522,7 +539,15 @@ class UserContextManager(Hosting):
 
     def is_healthy(self) -> bool:
         """True while new contexts are opened, and their records can be kept."""
-        return not self._draining and (self._durable_ledger is None or self._durable_ledger.problem is None)
+        return self.health().is_healthy
+
+    def health(self) -> Health:
+        """The same with what it comes from."""
+        problem = None if self._durable_ledger is None else self._durable_ledger.problem
+        figures = self._figures()
+        state = None if figures is None else figures.state
+        is_healthy = not self._draining and problem is None and state not in ("down", "recovering")
+        return Health(is_healthy, self._draining, problem, state, None if figures is None else figures.silent)
 
     def privileged(
         self, *, reason: str, users: Collection[str] | Literal[Everyone.EVERYONE]
@@ -571,9 +596,21 @@ class UserContextManager(Hosting):
         contexts = [context for _, context in self._registry.live()]
         await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
         await self.all_written()
+        if self.cluster is not None:
+            await self.cluster.stop()
         return len(contexts)
 
     # Inside.
+
+    def _active_in_cluster(self, users: Collection[str] | None) -> dict[Key, dict[str, Any]]:
+        if self.cluster is None:
+            raise ConfigurationError(
+                "there is no cluster to ask: give UserContextManager(cluster=...) a URL, or set UCM_CLUSTER_URL"
+            )
+        if users is None:
+            live = (context for _, context in self._registry.live())
+            users = dict.fromkeys(context.user_id for context in live if not context.is_anonymous)
+        return live_in_cluster(self.cluster, users)
 
     def _find(self, key: Key, action: str, *, missing_is_fine: bool = False) -> UserExecutionContext | None:
         """The live context under a key, None when there is none. Foreign and missing take the same way out."""
@@ -583,7 +620,7 @@ class UserContextManager(Hosting):
         if context is not None and self._guard.admits(context.user_id):
             if not context.lifetime.is_expired:
                 return context
-            self._close_apart(context, "expired")
+            close_apart(context, "expired")
             if missing_is_fine:
                 return None
             raise ContextExpiredError("the context under this key reached its deadline")

@@ -18,15 +18,17 @@ from ucm_middleware.admission import REFUSED, Admission, Refused
 from ucm_middleware.ambient import leave
 from ucm_middleware.answers import RecordedAnswer
 from ucm_middleware.audit.ledger import DurableLedger
+from ucm_middleware.cluster.member import Member
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.disconnect import ReadAhead
 from ucm_middleware.egress.answers import Request, WatchedAnswer, answer_for
 from ucm_middleware.egress.connections import WatchedMessages
 from ucm_middleware.egress.guard import EgressGuard
-from ucm_middleware.errors import LedgerUnavailableError
+from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
 from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
 from ucm_middleware.identity import Identified, Identify
+from ucm_middleware.leased import LeasedAnswer
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.messages import Messages
@@ -109,6 +111,7 @@ class UserContextMiddleware:
         self._origins = Origins(allowed_origins)
         self.message_limits = MessageLimits(max_message_size, message_rate)
         hooks = self.manager.hooks
+        self._is_shared = self.manager.cluster is not None
         self._is_wrapped = bool(hooks.around_context or hooks.around_message)
         self._census = self.manager.census
         self._ledger = self.manager._durable_ledger
@@ -176,6 +179,8 @@ class UserContextMiddleware:
             if scope["type"] == "websocket":
                 self._origins.require(scope["headers"], is_secure=scope.get("scheme") == "wss")
             found = None if self.identify is None else self.identify(HTTPConnection(scope))
+            if self._is_shared:
+                return self._serve_when_identified(found, scope, receive, send, sent)
             if type(found) is str:
                 admission = self._admission
                 context = admission.open(
@@ -192,15 +197,24 @@ class UserContextMiddleware:
         return self._run(context, scope, receive, send, sent)
 
     async def _serve_when_identified(
-        self, waiting: Awaitable[Identified] | None, scope: Scope, receive: Receive, send: Send, sent: Outside | Watch
+        self,
+        found: Awaitable[Identified] | Identified,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        sent: Outside | Watch,
     ) -> None:
         try:
-            found = None if waiting is None else await waiting
+            if found is not None and isawaitable(found):
+                found = await found
             if found is None and self.manager.hooks.identify:
                 found = await self.manager.hooks.identify(HTTPConnection(scope))
             # No name for the context here: it would be one reference more than the census expects.
+            admission, variables, websocket = self._admission, scope[BOUNDARY].context, scope["type"] == "websocket"
             running = self._run(
-                self._admission.open_for(found, scope[BOUNDARY].context, scope["type"] == "websocket"),
+                await admission.open_soon(found, variables, websocket)
+                if self._is_shared
+                else admission.open_for(found, variables, websocket),
                 scope,
                 receive,
                 send,
@@ -229,9 +243,11 @@ class UserContextMiddleware:
         if (telemetry := self.manager.telemetry).spans is not None:
             receive, send = telemetry.around(context, scope, receive, send)
         app_send = send  # a refusal goes past what the app may no longer say
+        if self._is_shared:
+            app_send = LeasedAnswer(context, send).send
         answer: RecordedAnswer | None = None
         if scope["type"] == "websocket":
-            receive, app_send = self._connected(context, scope, receive, send)
+            receive, app_send = self._connected(context, scope, receive, app_send)
         try:
             if self._strict_ledger is not None:
                 await self._strict_ledger.durable()
@@ -338,6 +354,8 @@ class UserContextMiddleware:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self.manager.serve()
+                if self.manager.cluster is not None:
+                    await self._require_cluster(self.manager.cluster, send)
             elif message["type"] == "lifespan.shutdown":
                 # Before the app hears of it: open requests still need what the app is about to close.
                 await self.manager.drain(self.drain_timeout)
@@ -352,6 +370,14 @@ class UserContextMiddleware:
             await send(message)
 
         await self.app(scope, watched, noted)
+
+    async def _require_cluster(self, member: Member, send: Send) -> None:
+        """Serve nobody where the store can never work. Servers take an app that raises for one without a lifespan."""
+        try:
+            await member.ready()
+        except ConfigurationError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            raise
 
 
 async def _unrecorded(ledger: DurableLedger) -> Refusal | None:

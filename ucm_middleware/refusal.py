@@ -2,12 +2,14 @@
 
 import json
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from starlette.exceptions import HTTPException, WebSocketException
 
 from ucm_middleware.errors import (
+    ClusterUnavailableError,
     ContextClosedError,
     ContextLimitError,
     CrossUserAccessError,
@@ -44,7 +46,7 @@ _RETRY: Final = ((b"retry-after", b"1"),)
 _CHALLENGE: Final = ((b"www-authenticate", b"Bearer"),)
 
 _DRAINING: Final = Refusal(503, TRY_AGAIN_LATER, "The server is shutting down.", _RETRY)
-_UNRECORDED: Final = Refusal(503, TRY_AGAIN_LATER, "The server cannot do this at the moment.", _RETRY)
+_UNAVAILABLE: Final = Refusal(503, TRY_AGAIN_LATER, "The server cannot do this at the moment.", _RETRY)
 _UNAUTHENTICATED: Final = Refusal(401, POLICY_VIOLATION, "Valid credentials are required.", _CHALLENGE)
 
 _ID_FIELDS: Final = frozenset(
@@ -58,7 +60,7 @@ _BY_ERROR: Final[tuple[tuple[type[UserContextError], Refusal], ...]] = (
     (ContextLimitError, Refusal(429, TRY_AGAIN_LATER, "Too many open requests and connections.", _RETRY)),
     (ManagerDrainingError, _DRAINING),
     (OriginError, Refusal(403, POLICY_VIOLATION, "Not allowed.")),
-    (LedgerUnavailableError, _UNRECORDED),
+    (LedgerUnavailableError, _UNAVAILABLE),
 )
 
 _BY_REASON: Final = {
@@ -66,6 +68,7 @@ _BY_REASON: Final = {
     "revoked": _UNAUTHENTICATED,
     "shutdown": _DRAINING,
     "slow": Refusal(503, TRY_AGAIN_LATER, "The connection does not keep up."),
+    "lost": _UNAVAILABLE,
 }
 _BY_SCOPE: Final = {
     "size": Refusal(413, MESSAGE_TOO_BIG, "The message is too big."),
@@ -81,6 +84,9 @@ def refusal_for(error: BaseException) -> Refusal | None:
         return Refusal(400, POLICY_VIOLATION, f"{error.field}: {error.rule}") if error.field in _ID_FIELDS else None
     if isinstance(error, MessageLimitError):
         return _BY_SCOPE[error.scope]
+    if isinstance(error, ClusterUnavailableError):
+        seconds = str(max(1, math.ceil(error.retry_after))).encode()
+        return replace(_UNAVAILABLE, headers=((b"retry-after", seconds),))
     if isinstance(error, ContextClosedError):
         return _BY_REASON.get(error.reason)
     return next((refusal for kind, refusal in _BY_ERROR if isinstance(error, kind)), None)

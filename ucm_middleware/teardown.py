@@ -67,7 +67,8 @@ class Closable:
             raise self._closed_error()
         parent = self._parent if lifetime.is_open else None  # what is being released here may be used to the end
         while parent is not None:
-            if not parent._lifetime.is_open or parent._lifetime.is_expired:
+            above = parent._lifetime
+            if not above.is_open or above.is_expired or (above.lease is not None and not above.lease.is_held):
                 raise parent._closed_error()
             parent = parent._parent
 
@@ -169,7 +170,8 @@ class Closable:
 
     def _closed_error(self) -> ContextClosedError:
         lifetime = self._lifetime
-        return ContextClosedError(self.request_id, lifetime.where(), lifetime.reason or "expired")
+        reason = lifetime.reason or ("expired" if lifetime.is_expired or not lifetime.is_lost else "lost")
+        return ContextClosedError(self.request_id, lifetime.where(), reason)
 
     def _seen_error(self, error: BaseException | None) -> BaseException | None:
         """What resources see: a transaction must not be committed because its request was cut off."""
@@ -321,3 +323,16 @@ class Closable:
         self._say_closed(metadata)
         if stop is not None:
             raise stop
+
+
+def close_apart(node: Closable, reason: CloseReason) -> None:
+    """Close another's without doing its releases here: they may be slow, and are nothing of the asker's."""
+    loop = node.lifetime.loop
+    if not node.needs_waiting:
+        node.close(reason)
+        return
+    if loop is not None and loop_is_live(loop):
+        with suppress(RuntimeError):  # the loop was closed in this very moment
+            loop.call_soon_threadsafe(node.close, reason, context=Context())
+            return
+    threading.Thread(target=node.close, args=(reason,), name="ucm-middleware release", daemon=True).start()

@@ -37,6 +37,11 @@ class Worker:
         self.lost: list[Lease] = []
         self.member.on_lost = self.lost.extend
 
+    @property
+    def state(self) -> str:
+        """How it stands with the store by now."""
+        return self.member.state
+
 
 class Cluster:
     """Workers of one application, on one loop."""

@@ -93,6 +93,7 @@ class MemoryServer:
         self.lose_answers = 0
         self.lose_orders = 0
         self.are_late = False
+        self.remembers = False  # whether earlier states are kept, for a failover to lose writes
         self.commands: list[str] = []
         self._lock = threading.RLock()
         self._runs = map("run-{}".format, count(1))
@@ -100,6 +101,7 @@ class MemoryServer:
         self._positions = count(1)
         self._late: list[Callable[[], object]] = []
         self._held: list[asyncio.Future[None]] | None = None
+        self.someone_waits = asyncio.Event()
         self._before: deque[Data] = deque(maxlen=MOST_UNDONE)
         self.run = next(self._runs)
         self.data = Data()
@@ -125,8 +127,9 @@ class MemoryServer:
         self._tell_deaf()
 
     def hold(self) -> None:
-        """Keep commands waiting from now on."""
+        """Keep commands waiting from now on. ``someone_waits`` says, on the test's own loop, when one does."""
         self._held = []
+        self.someone_waits = asyncio.Event()
 
     def let_go(self) -> None:
         """Do what waits, and wait no more."""
@@ -190,6 +193,7 @@ class MemoryServer:
         if self._held is not None:
             waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._held.append(waiting)
+            self.someone_waits.set()
             await waiting
         else:
             await asyncio.sleep(0)
@@ -209,7 +213,8 @@ class MemoryServer:
 
     def _write(self, work: Callable[[], T]) -> T:
         with self._lock:
-            self._before.append(copy.deepcopy(self.data))
+            if self.remembers:
+                self._before.append(copy.deepcopy(self.data))
             return work()
 
     # The commands.

@@ -31,7 +31,9 @@ Event = Literal[
     "isolation_violated",
     "egress",
     "outlived",
+    "cluster",
     "erased",
+    "cluster",
 ]
 """What can happen; docs/reference/audit-records.md says for each what its record holds."""
 

@@ -31,6 +31,7 @@ from ucm_middleware.audit.redaction import for_record, text_for_record
 from ucm_middleware.audit.reports import checked_report
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import (
+    ClusterUnavailableError,
     ContextLimitError,
     CrossUserAccessError,
     IdentityConflictError,
@@ -56,6 +57,7 @@ _REFUSALS: Final[tuple[tuple[type[UserContextError], str], ...]] = (
     (InvalidContextError, "invalid"),
     (ManagerDrainingError, "draining"),
     (LedgerUnavailableError, "ledger"),
+    (ClusterUnavailableError, "cluster"),
     (IdentityConflictError, "conflict"),
     (CrossUserAccessError, "foreign"),
     (OriginError, "origin"),
@@ -286,6 +288,10 @@ class AuditTrail:
             )
         )
 
+    def cluster_unopened(self, number: int) -> None:
+        """So many things from the store that workers share did not open: altered, or none of this application's."""
+        self._about_nobody("cluster", "failed", "unopened", data=(("count", number),))
+
     def event_lost(self, user_id: str, kind: str | None, lost: LostBy, sequence: int | None = None) -> None:
         """An event that was sent, or came from another worker, has not reached a connection."""
         about: Data = ("type", kind), ("sequence", sequence)
@@ -433,6 +439,11 @@ class AuditTrail:
         self._about_nobody("egress", outcome, data=about)
         for owner in owners:
             self._about_nobody("egress", outcome, user_id=owner, data=tuple(one for one in data if one[0] != "field"))
+
+    def cluster_is(self, state: str, reason: str | None) -> None:
+        """How this worker stands with the store that workers share, from now on."""
+        outcome: Outcome = "ok" if reason is None else "failed"
+        self._about_nobody("cluster", outcome, reason, data=(("state", state),))
 
     def outlived(self, context: UserExecutionContext, kinds: Sequence[str], holders: Sequence[str]) -> None:
         """A context has closed, and something still holds it: what, by kind and in words."""

@@ -211,8 +211,6 @@ class Book:
         tenancy.leases.clear()
         if self.tenancies.get(tenancy.bucket) is tenancy:
             del self.tenancies[tenancy.bucket]
-        for at in [at for at in list(self._unreleased) if at[0] == tenancy.id]:
-            del self._unreleased[at]
 
     def forget_idle(self, tenancy: Tenancy) -> bool:
         """Give up a tenancy that nobody needs any more. False when something stands under it, or did lately."""

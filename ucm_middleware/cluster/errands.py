@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import random
+import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from contextvars import Context
 from typing import Any, Final, TypeVar
 
@@ -69,6 +71,29 @@ class Errands:
             return future.result(3 * self._worker.policy.timeout)
         except TimeoutError:
             raise ClusterUnavailableError("timeout", is_unknown=not future.cancel()) from None
+
+
+async def apart(work: Callable[[], object]) -> None:
+    """Have something done in a thread of its own, which may wait and may last, and wait for its end."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def run() -> None:
+        try:
+            work()
+        except Exception:
+            logger.exception("what the cluster's thread had done for it failed")
+        finally:
+            with suppress(RuntimeError):  # the cluster's loop is closed
+                loop.call_soon_threadsafe(_done, done, context=Context())
+
+    threading.Thread(target=run, name="ucm-middleware notice", daemon=True).start()
+    await done
+
+
+def _done(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class Again:

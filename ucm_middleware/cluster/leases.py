@@ -121,6 +121,11 @@ class Lease:
     def context(self, context: "UserExecutionContext | None") -> None:
         self._context = None if context is None else ref(context)
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether what lived under it is gone, and nobody has said so."""
+        return self._context is not None and self._context() is None
+
     def slot(self, tenancy: Tenancy | None = None) -> Slot:
         """As the store has it, under its tenancy or another one."""
         return Slot(self.key, (tenancy or self.tenancy).id, self.number, self.is_connection)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, cast
 
-from ucm_middleware.cluster.errands import Again, Errands
+from ucm_middleware.cluster.errands import Again, Errands, apart
 from ucm_middleware.cluster.sealing import Seals
 from ucm_middleware.cluster.store import Notified, UserKey
 from ucm_middleware.cluster.worker import Held, Worker
@@ -178,6 +178,10 @@ class Notices:
         if self._unsent:
             self._again.now()
 
+    def is_told_elsewhere(self, user_id: str, notified: Notified) -> bool:
+        """Whether other workers had leases of the user when this notice was left."""
+        return notified.leases > self._worker.taken_here(self._worker.key_of(user_id))
+
     @property
     def unsent(self) -> int:
         """How many notices the store must still be told."""
@@ -201,6 +205,10 @@ class Notices:
         self._again.reset()
 
     # Reading them, on the cluster's thread.
+
+    async def caught_up(self, user_id: str) -> None:
+        """The same as ``catch_up`` on any other loop."""
+        await asyncio.wrap_future(self._errands.ask(partial(self.catch_up, self._worker.key_of(user_id))))
 
     async def catch_up(self, user: UserKey) -> None:
         """Apply what this user's leases here have missed. Raises ClusterUnavailableError: then they may not be used."""
@@ -249,4 +257,4 @@ class Notices:
         except (ValueError, TypeError):
             self._seals.refuse()
             return
-        await asyncio.to_thread(self._apply, notice, at, leases)
+        await apart(partial(self._apply, notice, at, leases))

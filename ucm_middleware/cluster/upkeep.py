@@ -123,7 +123,8 @@ class Upkeep:
         now = member.clock()
         if seconds <= 0:
             return
-        if bucket is None or member.recovers_at[bucket] <= now:
+        known = max(member.recovers_at) if bucket is None else member.recovers_at[bucket]
+        if known <= now:
             self._enroll_at = now  # it is news: see to it that the new server sees every bucket
             member.thread_wakes()
         if bucket is not None:
@@ -241,7 +242,11 @@ class Upkeep:
                 await self._restore(tenancy, answer)
 
     def _to_touch(self, tenancy: Tenancy, now: float) -> list[Lease]:
-        return [one for one in list(tenancy.leases) if now >= one.touched_at + KEEP_USER / 2]
+        leases = list(tenancy.leases)
+        for lease in leases:
+            if lease.is_abandoned:
+                self._member.book.release(lease)
+        return [one for one in leases if now >= one.touched_at + KEEP_USER / 2 and not one.is_over]
 
     def _alive(
         self,

@@ -59,6 +59,10 @@ class Worker(Protocol):
         """What this worker holds for a user, in any thread."""
         ...
 
+    def taken_here(self, user: UserKey) -> int:
+        """How many leases of a user the store counts to this worker: also those that it was not told the end of yet."""
+        ...
+
     def lease_of(self, context: UserExecutionContext) -> Held | None:
         """The lease that a context lives under; None when it was opened while the store could not be asked."""
         ...

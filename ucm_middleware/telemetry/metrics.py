@@ -10,7 +10,10 @@ from ucm_middleware.audit.records import Row
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.ids import Core
 from ucm_middleware.telemetry.api import SCOPE, is_of_the_api
+from ucm_middleware.telemetry.cluster import Standing, observe_cluster
 from ucm_middleware.telemetry.quiet import Quiet
+
+Number = Callable[[], int | None]
 
 
 class Metrics:
@@ -31,7 +34,7 @@ class Metrics:
     _open: set[Core]
     _closing: dict[Core, float]
 
-    def __init__(self, meter: Meter, live: Callable[[], int], lag: Callable[[], int], late: Callable[[], int]) -> None:
+    def __init__(self, meter: Meter, live: Number, lag: Number, late: Number, figures: Standing) -> None:
         self._quiet = Quiet()
         self._opened = meter.create_counter("ucm.context.opened", "{context}", "Contexts opened")
         self._refused = meter.create_counter("ucm.context.refused", "{refusal}", "Contexts refused, by reason")
@@ -51,6 +54,8 @@ class Metrics:
         meter.create_observable_up_down_counter(
             "ucm.agent.stragglers", [_observed(late)], "{straggler}", "Threads and tasks that outlive their run"
         )
+        if figures() is not None:
+            observe_cluster(meter, figures)
         self.after_fork()
         renewed_after_fork(self)
 
@@ -85,14 +90,14 @@ class Metrics:
         self._quiet.call(self._unexported.add, 1, {"ucm.event": event})
 
 
-def find_metrics(live: Callable[[], int], lag: Callable[[], int], late: Callable[[], int]) -> Metrics | None:
+def find_metrics(live: Number, lag: Number, late: Number, figures: Standing) -> Metrics | None:
     """The metrics of one manager; None while no meter provider is set, or the SDK is disabled."""
     provider = get_meter_provider()
     if is_of_the_api(provider):
         return None
     meter = provider.get_meter(SCOPE)
-    return None if is_of_the_api(meter) else Metrics(meter, live, lag, late)
+    return None if is_of_the_api(meter) else Metrics(meter, live, lag, late, figures)
 
 
-def _observed(number: Callable[[], int]) -> Callable[[CallbackOptions], Iterable[Observation]]:
-    return lambda _: [Observation(number())]
+def _observed(number: Number) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    return lambda _: [Observation(number() or 0)]

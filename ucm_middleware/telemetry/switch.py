@@ -3,11 +3,12 @@
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 from weakref import WeakMethod
 
 from ucm_middleware.audit.records import Row
 from ucm_middleware.audit.trail import AuditTrail
+from ucm_middleware.cluster.state import Figures
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.types import Receive, Scope, Send
@@ -15,6 +16,8 @@ from ucm_middleware.types import Receive, Scope, Send
 if TYPE_CHECKING:
     from ucm_middleware.telemetry.metrics import Metrics
     from ucm_middleware.telemetry.spans import Spans
+
+T = TypeVar("T")
 
 _SET_BY_NAME: Final = ("OTEL_PYTHON_TRACER_PROVIDER", "OTEL_PYTHON_METER_PROVIDER")
 """The variables by which an SDK is set without an import: the API loads it when it is asked."""
@@ -24,10 +27,11 @@ class Telemetry:
     """OpenTelemetry for one manager. ``spans`` and ``metrics`` are None until a provider of each is found.
 
     ``live`` answers how many contexts there are, ``lag`` how many records are not durable yet, ``late`` how many
-    threads and tasks outlive their run: methods of the manager, which they do not keep alive.
+    threads and tasks outlive their run, ``figures`` how the worker stands in its cluster: methods of the manager, which
+    they do not keep alive.
     """
 
-    __slots__ = ("_lag", "_late", "_live", "_secrets", "_trail", "_wanted", "metrics", "spans")
+    __slots__ = ("_figures", "_lag", "_late", "_live", "_secrets", "_trail", "_wanted", "metrics", "spans")
 
     spans: "Spans | None"
     metrics: "Metrics | None"
@@ -39,6 +43,7 @@ class Telemetry:
         live: Callable[[], int],
         lag: Callable[[], int],
         late: Callable[[], int],
+        figures: Callable[[], Figures | None],
         *,
         wanted: bool,
     ) -> None:
@@ -47,6 +52,7 @@ class Telemetry:
         self._live = _weakly(live)
         self._lag = _weakly(lag)
         self._late = _weakly(late)
+        self._figures = _weakly(figures)
         self._wanted = wanted
         self.spans = None
         self.metrics = None
@@ -61,7 +67,7 @@ class Telemetry:
         from ucm_middleware.telemetry.spans import find_spans
 
         if self.metrics is None:
-            self.metrics = find_metrics(self._live, self._lag, self._late)
+            self.metrics = find_metrics(self._live, self._lag, self._late, self._figures)
         if self.spans is None:
             self.spans = find_spans(self._secrets)
         if self.spans is not None and self.metrics is not None:
@@ -100,12 +106,12 @@ class Telemetry:
         return row if spans is None else spans.carry(row)
 
 
-def _weakly(method: Callable[[], int]) -> Callable[[], int]:
-    """The same for an SDK, which never forgets what it was given; 0 when the object has gone."""
+def _weakly(method: Callable[[], T]) -> Callable[[], T | None]:
+    """The same for an SDK, which never forgets what it was given; None when the object has gone."""
     reference = WeakMethod(method)
 
-    def answer() -> int:
+    def answer() -> T | None:
         found = reference()
-        return 0 if found is None else found()
+        return None if found is None else found()
 
     return answer

@@ -174,6 +174,7 @@ class UserConnection(ServerConnection):
     # Events.
 
     def _send_event(self, text: str) -> None:
+        require_not_cut_off(self._opened)
         with self._sending:
             super().send(text)
 
