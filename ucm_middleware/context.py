@@ -538,6 +538,7 @@ class UserExecutionContext(ResourceHolder, Boundary):
         child._websocket_client_id = self._websocket_client_id
         child._lineage = (self.operation_depth + 1, self.request_id)
         child._parent = self
+        child._lifetime.lease = self._lifetime.lease
         child._db_session = self._db_session
         if self._agent_context or agent_context:
             data = {**self.agent_context, **(agent_context or {})}

@@ -23,6 +23,7 @@ from ucm_middleware.audit.trail import CUT_OFF, AuditTrail
 from ucm_middleware.census.census import Census
 from ucm_middleware.census.policy import CensusPolicy
 from ucm_middleware.cluster.leases import Lease
+from ucm_middleware.cluster.links import Links
 from ucm_middleware.cluster.opening import open_cluster
 from ucm_middleware.cluster.policy import ClusterPolicy
 from ucm_middleware.cluster.state import Figures
@@ -54,6 +55,7 @@ from ucm_middleware.lifetime import OPEN, UNBOUND, WEBSOCKET, Journal, Lifetime
 from ucm_middleware.plugins import load_hooks
 from ucm_middleware.reachability import IsolationPolicy
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
+from ucm_middleware.revocation import Revocation
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.sweeper import Sweeper
 from ucm_middleware.teardown import close_apart
@@ -114,6 +116,11 @@ class Hosting:
         self._hub = Hub(events, clock, self._sweeper.plan)
         self._egress = None if egress is None else EgressGuard(egress, self._trail, clock, self._sweeper.plan)
         self._hub.watch = self._egress
+        self._revocation = Revocation(self._registry, self._hub, self._trail, self.hooks)
+        self._links: Links | None = None
+        if self.cluster is not None:
+            self._links = Links(self.cluster, self._hub, self._secrets, self._trail, self._revocation.apply)
+            self._revocation.notices = self._links.notices
         self.telemetry = Telemetry(
             self._trail, self._secrets, self._live, self._lag, self._late, self._figures, wanted=telemetry
         )
@@ -332,7 +339,7 @@ class Hosting:
             self.telemetry.metrics.closing(context._core)
         self._closing.add(context)
         self._registry.remove(context)
-        if context._lifetime.lease is not None:
+        if context._lifetime.lease is not None and context._parent is None:
             self._give_back_lease(context)
         if (run := getattr(context, "_agent_run", None)) is not None:
             run.context_closes(context._lifetime.reason)

@@ -170,7 +170,7 @@ class Lifetime(Timed):
     task: asyncio.Task[Any] | threading.Thread | None  # what the handler runs in, while it runs
     variables: Context | None
     closing: Closing | None
-    lease: Tenure | None
+    lease: Tenure | None  # its root's
     journal: Journal | None  # made by the manager when there is something to write down; most contexts never have one
     # The deadline that there would be without credentials that end; only where those do.
     _given: float | None
@@ -211,6 +211,11 @@ class Lifetime(Timed):
         """True while another worker may have its place, whether or not anything has noticed yet."""
         lease = self.lease
         return lease is not None and not lease.is_held
+
+    @property
+    def why(self) -> str:
+        """In a word why it is not to be used, where it is not."""
+        return self.reason or ("lost" if self.is_lost and not self.is_expired else "expired")
 
     @property
     def permits_use(self) -> bool:

@@ -185,20 +185,26 @@ class UserContextManager(Hosting):
 
         Asynchronous resources are released on the loop that they were opened on, after this returns; see
         ``cleanup_context``. What a resource raises is logged and recorded.
+
+        With a cluster, the other workers close theirs under this key too, which must be a user's id, or a pair that
+        begins with it, where the context is not here. True also when one of them has a context of the user. It waits
+        for the store, and raises ClusterUnavailableError as ``revoke`` does.
         """
         context = self._find(user_id, "clear_context", missing_is_fine=True)
-        if context is None:
-            return False
-        context.close("cleared")
-        return True
+        owned = None if self._revocation.notices is None else self._owned(context, user_id)
+        if context is not None:
+            context.close("cleared")
+        told = owned is not None and self._revocation.clear_elsewhere(*owned)
+        return context is not None or told
 
     async def cleanup_context(self, user_id: Key) -> bool:
-        """Close the context under a key and wait until its resources are released. True when there was one."""
+        """The same, and wait until its resources are released; the other workers are not waited for."""
         context = self._find(user_id, "cleanup_context", missing_is_fine=True)
-        if context is None:
-            return False
-        await context.aclose("cleared")
-        return True
+        owned = None if self._revocation.notices is None else self._owned(context, user_id)
+        if context is not None:
+            await context.aclose("cleared")
+        told = owned is not None and await self._revocation.clear_elsewhere_soon(*owned)
+        return context is not None or told
 
     def require_secret(self, feature: str) -> None:
         """For an adapter, at its start: raise ConfigurationError in production when no secret is set.
@@ -457,36 +463,24 @@ class UserContextManager(Hosting):
         self._hub.follow(context._root, *(validate_id(one, "ids") for one in ids))
 
     def revoke(self, user_id: str, reason: str) -> int:
-        """Sign a user out: close every live context, and forget the events that were kept. Returns how many there were.
+        """Sign a user out: close every live context, and forget the events that were kept. Returns how many there were,
+        with a cluster on all workers.
 
         WebSockets are closed with 1008, running requests cancelled and answered with 401, resources released after
         that. The handler that calls this for its own user is not cancelled: a request may still answer, a connection
         ends with the next thing that it sends or receives. ``reason`` goes into the audit trail. Whoever still has
         valid credentials may come back: end those first.
 
-        Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason.
+        Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason. With a cluster it
+        waits for the store, and raises ClusterUnavailableError where that could not be asked: then all that is here is
+        closed, and the other workers are told as soon as they can be.
         """
         user_id = checked_user_id(user_id)
         self._guard.require(user_id, "revoke")
         actor = self._guard.acting_user()
         if not reason.strip():
             raise InvalidContextError("reason", "is empty", "say why; it goes into the audit trail")
-        contexts = [context for _, context in self._registry.live_of([user_id])]
-        try:
-            self._trail.user_revoked(actor, user_id, reason, len(contexts))
-        except Exception:  # nobody stays signed in because a disk is full
-            logger.critical(
-                "that %d contexts of a user are revoked could not be recorded", len(contexts), exc_info=True
-            )
-        self._hub.purge(user_id)
-        for context in contexts:
-            try:
-                context.close("revoked")
-            except Exception:  # no more threads, say: the others must not stay signed in for that
-                logger.exception("%r is revoked, and its closing failed", context)
-        self._hub.purge(user_id)  # and what was sent while they closed
-        self.hooks.user_revoked(user_id, reason)
-        return len(contexts)
+        return self._revocation.revoke(actor, user_id, reason)
 
     # What is there.
 
@@ -503,7 +497,7 @@ class UserContextManager(Hosting):
             return self._active_in_cluster(users)
         shown = self._registry.live() if users is None else self._registry.live_of(users)
         # One that a thread is just closing may still stand in the table.
-        live = ((key, context) for key, context in shown if context.is_open and not context.lifetime.is_expired)
+        live = ((key, context) for key, context in shown if context.is_open and context.lifetime.permits_use)
         return {key: self._describe(context) for key, context in live}
 
     def validate_isolation(self) -> bool:
@@ -628,6 +622,13 @@ class UserContextManager(Hosting):
             raise self._guard.denied(action, mention(asked))
         self._guard.require(key if isinstance(key, str) else key[0], action, mention(asked))
         return None
+
+    def _owned(self, context: UserExecutionContext | None, key: Key) -> tuple[str, Key]:
+        """Whose a key is, by the context that was under it, or by itself; and the key as it is for everybody."""
+        key = self._own(_checked_key(key))
+        if context is not None:
+            return context._user_id, key
+        return key if isinstance(key, str) else key[0], key
 
     def _own(self, key: Key) -> Key:
         """In a user's context a text key other than the own id means the pair (own id, text).

@@ -84,9 +84,7 @@ class Ownership:
     def closed_error(self) -> ContextClosedError:
         """The error for a use that comes too late."""
         lifetime = self.lifetime
-        return ContextClosedError(
-            self.owner.request_id, lifetime.where(), lifetime.reason or "expired", self.described()
-        )
+        return ContextClosedError(self.owner.request_id, lifetime.where(), lifetime.why, self.described())
 
     def described(self) -> str:
         """The handle's name and where it was made, for an error."""
@@ -157,6 +155,7 @@ class Cell:
             ambient.get() is not ownership.insider
             or lifetime.state is not OPEN
             or (lifetime.deadline is not None and lifetime.is_expired)
+            or (lifetime.lease is not None and not lifetime.lease.is_held)
         ):
             ownership.require()
         target = self.target

@@ -67,8 +67,7 @@ class Closable:
             raise self._closed_error()
         parent = self._parent if lifetime.is_open else None  # what is being released here may be used to the end
         while parent is not None:
-            above = parent._lifetime
-            if not above.is_open or above.is_expired or (above.lease is not None and not above.lease.is_held):
+            if not parent._lifetime.is_open or parent._lifetime.is_expired:
                 raise parent._closed_error()
             parent = parent._parent
 
@@ -170,8 +169,7 @@ class Closable:
 
     def _closed_error(self) -> ContextClosedError:
         lifetime = self._lifetime
-        reason = lifetime.reason or ("expired" if lifetime.is_expired or not lifetime.is_lost else "lost")
-        return ContextClosedError(self.request_id, lifetime.where(), reason)
+        return ContextClosedError(self.request_id, lifetime.where(), lifetime.why)
 
     def _seen_error(self, error: BaseException | None) -> BaseException | None:
         """What resources see: a transaction must not be committed because its request was cut off."""

@@ -21,10 +21,11 @@ class Shelf:
         entry_points: Mapping[str, str] | None = None,
         version: str = "1.5",
         requires: Sequence[str] = (),
+        group: str = "ucm_middleware",
     ) -> None:
         """Install the distribution ``name`` with one module, named likewise with underscores.
 
-        Its entry point has the module's name without ``ucm_`` unless ``entry_points`` gives others.
+        Its entry point of the group has the module's name without ``ucm_`` unless ``entry_points`` gives others.
         """
         module = name.replace("-", "_")
         self.modules.add(module)
@@ -35,6 +36,6 @@ class Shelf:
         (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {line}" for line in requires), "", ""]))
         points = {module.removeprefix("ucm_"): module} if entry_points is None else entry_points
         declared = "\n".join(f"{point} = {value}" for point, value in points.items())
-        (info / "entry_points.txt").write_text(f"[ucm_middleware]\n{declared}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{declared}\n")
         (info / "top_level.txt").write_text(f"{module}\n")
         importlib.invalidate_caches()

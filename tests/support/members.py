@@ -1,6 +1,7 @@
 """Several members on one store in memory, whose turns a test takes by itself: no thread, no sleeping."""
 
 import asyncio
+import hashlib
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from ucm_middleware.secret import Secret, SecretRing
 
 T = TypeVar("T")
 
-SECRET = bytes(range(7, 250, 7))
+SECRET = hashlib.sha256(b"the cluster of the tests").digest()
 LEASE = 15.0
 
 

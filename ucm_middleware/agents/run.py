@@ -232,8 +232,8 @@ def why_closing(context: UserExecutionContext) -> str | None:
     node: object = context
     while isinstance(node, UserExecutionContext):
         lifetime = node.lifetime
-        if lifetime.reason is not None or lifetime.is_expired:
-            return lifetime.reason or "expired"
+        if lifetime.reason is not None or lifetime.is_expired or lifetime.is_lost:
+            return lifetime.why
         node = node._parent
     return None
 

@@ -31,7 +31,6 @@ Event = Literal[
     "isolation_violated",
     "egress",
     "outlived",
-    "cluster",
     "erased",
     "cluster",
 ]

@@ -380,8 +380,10 @@ class Relay:
                     events = [Heard(newest or Place("", 0), self._missed(audience.user_id, one.last, newest))]
                 else:
                     events = one.events
+                # What is looked up has a bound of its own, but only once: a slow one is not behind for ever.
+                is_kept = one.newcomer or not one.connection.outbox.is_replaying
                 for heard in events:
-                    _put(one.connection, heard, effects, is_kept=one.newcomer)
+                    _put(one.connection, heard, effects, is_kept=is_kept)
             for connection, heard in audience.catch_up(asked):
                 _put(connection, heard, effects)
         self._see_to(audience, effects)

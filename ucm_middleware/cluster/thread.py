@@ -77,9 +77,15 @@ class ClusterThread:
         loop = self.loop
         try:
             loop.run_until_complete(self._work(self))
-            for task in (rest := asyncio.all_tasks(loop)):
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
+            loop.run_until_complete(_end_others())
         finally:
             loop.close()
             self.ended.set_result(None)
+
+
+async def _end_others() -> None:
+    """Cancel what is under way on the running loop, and wait until it has ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

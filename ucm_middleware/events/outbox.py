@@ -72,6 +72,11 @@ class Outbox(ABC):
         """Whether more waits than may."""
         return self._is_more(1, len(self._queue), self._size)
 
+    @property
+    def is_replaying(self) -> bool:
+        """Whether some of what was replayed waits still."""
+        return self._extra_events > 0
+
     def put(self, event: Event) -> tuple[tuple[int, DropReason], ...]:
         """Let an event wait. Returns which events are lost by it, and why; "full" means that it took none."""
         if self.is_over:
