@@ -49,10 +49,15 @@ class Recording:
         self._thread.join(PATIENCE)
         if self._thread.is_alive():
             raise GapError("MONITOR did not come to its end")
-        whole, *rest = b"".join(self._chunks).rsplit(b"\r\n", 1)
-        if self._counted and self._end not in whole[-200:]:
-            raise GapError("the server ended the MONITOR: its buffer ran over, or the server ended")
-        found = list(read_lines(whole.split(b"\r\n"))) if rest else []
+        raw = b"".join(self._chunks)
+        if self._counted:
+            end = raw.find(self._end)
+            if end < 0:
+                raise GapError("the server ended the MONITOR: its buffer ran over, or the server ended")
+            raw = raw[: raw.index(b"\r\n", end)]  # others may have gone on meanwhile
+        else:
+            raw = raw.rpartition(b"\r\n")[0]
+        found = list(read_lines(raw.split(b"\r\n"))) if raw else []
         if self._counted:
             seen = Counter(line.command for line in found)
             told = {name: after[name] - self._before[name] for name in COUNTED}
@@ -92,7 +97,8 @@ class Recording:
                 return
             self._chunks.append(chunk)
             tail = tail[-200:] + chunk
-            if self._end in tail and tail.endswith(b"\r\n"):
+            end = tail.find(self._end)
+            if end >= 0 and b"\r\n" in tail[end:]:
                 return
 
 
