@@ -100,6 +100,7 @@ def health() -> dict[str, Any]:
         "is_healthy": manager.is_healthy(),
         "state": None if member is None else str(member.state),
         "live": live,
+        "renewals": 0 if member is None else member.figures().renewals,
     }
 
 
