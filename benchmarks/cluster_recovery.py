@@ -1,7 +1,8 @@
 """Simulated: the store's servers are restarted empty, and each worker finds them again and puts back what it holds.
 
 Each server is a queue with one core. Each worker looks for the store at growing waits with chance in them, as
-`ucm_middleware.cluster.upkeep` does, and then asks one thing after another.
+`ucm_middleware.cluster.upkeep` does, and then asks one thing after another. As long as the store recovers, each renewal
+puts everything back once more.
 """
 
 import heapq
@@ -12,11 +13,10 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Final
 
-from ucm_middleware.cluster.leases import MARGIN
-from ucm_middleware.cluster.upkeep import FIRST_PROBE, LONGEST_PROBE
-
 from benchmarks.cluster_costs import Costs
+from ucm_middleware.cluster.leases import MARGIN
 from ucm_middleware.cluster.store import BUCKETS
+from ucm_middleware.cluster.upkeep import FIRST_PROBE, LONGEST_PROBE
 
 INSPECTION: Final = 6
 """Commands of a worker on each server before it asks for anything: who is there, its settings, the seal, the rights."""
@@ -61,10 +61,11 @@ def recover(
     for number in range(workers):
         renewed = -chance.uniform(0, lease / 3)
         at = _found_at(chance, outage, lease)
-        work = _work(costs, chance, servers, leases / BUCKETS)
+        work = _first(costs, chance, servers, leases / BUCKETS)
         heapq.heappush(queue, (at, number, work, renewed + lease * MARGIN))
-    for at, _, _, _ in queue:
         result.found[int((at - outage) / TICK)] += 1
+    recovered = queue[0][0] + lease
+    again: set[int] = set()
     while queue:
         at, number, work, valid_until = heapq.heappop(queue)
         if at >= valid_until:
@@ -72,7 +73,13 @@ def recover(
             continue
         steps = next(work, None)
         if steps is None:
-            result.last = max(result.last, at - outage)
+            if number not in again:
+                again.add(number)
+                result.last = max(result.last, at - outage)
+            renew_at = at + lease / 3 * chance.uniform(0.85, 1.0)
+            if renew_at < recovered:
+                work = _put_back(costs, chance, servers, leases / BUCKETS)
+                heapq.heappush(queue, (renew_at, number, work, at + lease * MARGIN))
             continue
         answered = at
         for server, taken, back in steps:
@@ -84,7 +91,7 @@ def recover(
             result.commands[tick] += 1
             busy[server][tick] += 1
             result.restored[tick] += back
-            result.leases += back
+            result.leases += back if number not in again else 0
         heapq.heappush(queue, (answered, number, work, valid_until))
     result.busiest = statistics.mean(max(counter.values(), default=0) for counter in busy) / TICK
     return result
@@ -100,14 +107,20 @@ def _found_at(chance: random.Random, outage: float, lease: float) -> float:
     return at
 
 
-def _work(costs: Costs, chance: random.Random, servers: int, slots: float) -> Generator[list[Step], None, None]:
-    """What a worker asks for: what is in one list goes together."""
+def _first(costs: Costs, chance: random.Random, servers: int, slots: float) -> Generator[list[Step], None, None]:
+    """What a worker asks for when it finds the store: what is in one list goes together."""
     for _ in range(INSPECTION):
         yield [(server, costs.renew.cpu, 0) for server in range(servers)]
-    buckets = list(range(BUCKETS))
+    buckets = range(BUCKETS)
     yield [(bucket % servers, costs.renew.cpu, 0) for bucket in buckets]  # it enrolls
     yield [(bucket % servers, costs.subscribe.cpu, 0) for bucket in buckets]  # it listens for nudges
-    yield [(bucket % servers, costs.renew.cpu, 0) for bucket in buckets]  # it is told that all recover
+    yield from _put_back(costs, chance, servers, slots)
+
+
+def _put_back(costs: Costs, chance: random.Random, servers: int, slots: float) -> Generator[list[Step], None, None]:
+    """What it asks for when it renews, and is told that all recover."""
+    buckets = list(range(BUCKETS))
+    yield [(bucket % servers, costs.renew.cpu, 0) for bucket in buckets]
     chance.shuffle(buckets)
     for bucket in buckets:
         held = int(slots) + (chance.random() < slots % 1)

@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
-from ucm_middleware.cluster.thread import GATHER
-
 from benchmarks.cluster_costs import Cost, Costs, measure, measured_store
 from benchmarks.cluster_recovery import TICK, Recovered, recover
 from benchmarks.report import finish, parser, show
 from ucm_middleware.cluster.store import BUCKETS, KEEP_USER
+from ucm_middleware.cluster.thread import GATHER
 
 LONGEST_RUN: Final = 120.0
 """Seconds that it may take."""
@@ -330,7 +329,7 @@ def _show_recovery(given: Assumptions, servers: int, recovered: Recovered) -> No
             ["leases put back", *(f"{recovered.restored[tick]:,}" for tick in ticks)],
         ],
     )
-    seconds = range(math.ceil(recovered.last) + 1)
+    seconds = range(math.ceil(given.lease) + 1)
     window = round(1 / TICK)
 
     def by_second(counted: Counter[int]) -> list[str]:

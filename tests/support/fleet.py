@@ -113,12 +113,14 @@ def start_worker(
     app: str = "cluster_app:app",
     proxied: bool = True,
     env: Mapping[str, str] | None = None,
+    url: str | None = None,
     **policy: Any,
 ) -> Generator[Worker]:
-    """One worker."""
+    """One worker. With a ``url`` of its own it goes by that."""
     with ExitStack() as stack:
-        proxy = stack.enter_context(start_tcp_proxy(HOST, store_port)) if proxied else None
-        url = url_at(store_port if proxy is None else proxy.port)
+        proxy = stack.enter_context(start_tcp_proxy(HOST, store_port)) if proxied and url is None else None
+        if url is None:
+            url = url_at(store_port if proxy is None else proxy.port)
         server = stack.enter_context(
             start_server(
                 app,

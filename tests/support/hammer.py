@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,15 @@ def check_served(served: Sequence[Served], history: History, wall_minus_monotoni
         begin, last = answer.begin + wall_minus_monotonic, answer.last + wall_minus_monotonic
         assert life.begin - SLACK <= begin, (answer, life)
         assert last <= life.end + SLACK, f"served under a lost lease: {answer}, {life}"
+
+
+def check_uses(uses: Mapping[str, float], history: History, wall_minus_monotonic: float) -> None:
+    """No context was used after its lease was over, whatever was answered then."""
+    for lease, last in uses.items():
+        life = life_of(history, lease)
+        assert life is not None, f"used under a lease that the store never gave: {lease}"
+        late = last + wall_minus_monotonic - life.end
+        assert late <= SLACK, f"{lease} was used {late:.3f} s after it was lost"
 
 
 def most_at_once(served: Sequence[Served]) -> int:

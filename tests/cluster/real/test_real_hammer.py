@@ -69,6 +69,7 @@ def test_never_an_eleventh_lease_nor_an_answer_under_a_lost_one(
     history = witness.history()
     tell(outcome, history)
     assert not history.live
+    assert {life.how for life in history.lives.values()} == {"released"}  # and not left to expire
     assert max(history.most.values()) == LIMIT  # they came to the limit, and stopped there
     assert len({answer.pid for answer in outcome.served}) == 4
     check_served(outcome.served, history, offset)

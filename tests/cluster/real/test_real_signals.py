@@ -9,10 +9,11 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from support.fleet import LIMIT, start_fleet
+from support.hammer import check_uses
 from support.history import SLACK
 from support.restarts import Restarts
 from support.waiting import wait_until
-from support.witness import Witness, wait_until_free
+from support.witness import Witness, wait_until_free, wall_minus_monotonic
 
 LEASE = 2.0
 
@@ -51,6 +52,8 @@ def test_a_stopped_worker_resurrects_nothing(store: Restarts, witness: Witness) 
         try:
             wait_until(lambda: other.request("alice").status_code == 200, "the lease has expired")
             others = fleet.hold(other, "alice", LIMIT)
+            for connection in connections:  # what waits for it when it goes on
+                connection.send("?")
         finally:
             stopped.signal(signal.SIGCONT)
         answers = [each.result() for each in held]
@@ -63,6 +66,8 @@ def test_a_stopped_worker_resurrects_nothing(store: Restarts, witness: Witness) 
             assert closed.value.rcvd.code == 1013
         reasons = [event["reason"] for event in stopped.events("alice", "closed")]
         assert reasons == ["lost"] * LIMIT
+        uses = stopped.ask("uses")
+        assert len(uses) == LIMIT - sockets
         # It serves again, under what is left: nothing.
         assert stopped.request("alice").status_code == 429
         assert stopped.request("bob").status_code == 200
@@ -74,3 +79,4 @@ def test_a_stopped_worker_resurrects_nothing(store: Restarts, witness: Witness) 
     history = witness.history()
     assert sum(life.how == "expired" for life in history.lives.values()) == LIMIT
     assert max(history.most.values()) == LIMIT
+    check_uses(uses, history, wall_minus_monotonic())

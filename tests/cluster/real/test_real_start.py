@@ -2,23 +2,30 @@
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosed
 
-from support.fleet import APPS, LIMIT, QUIET, Worker, environment, start_worker
+from support.fleet import APPS, LIMIT, PREFIX, QUIET, Worker, environment, start_worker
 from support.hammer import check_served, hammer, most_at_once
 from support.old_server import start_old_server
 from support.processes import HOST
 from support.restarts import Restarts, restartable_valkey, url_at
 from support.valkey import ADMIN
+from support.waiting import PATIENCE
 from support.witness import Witness, wait_until_free, wall_minus_monotonic
+from ucm_middleware import ConfigurationError
 from ucm_middleware.testing.server import start_server
+from ucm_valkey.cluster import open_store
 
 LEASE = 1.0
+HOW_TO = Path(__file__).parents[3] / "docs" / "how-to" / "run-many-workers.md"
 ANOTHER_SECRET = "kT4nW8bQ2xZ6vM1cR9yL5sD3pG7hJ0fA"
 
 
@@ -70,6 +77,39 @@ def test_a_user_who_may_run_no_scripts(store: Restarts, command: str) -> None:
     said = refused(f"valkey://app:of-the-app@{HOST}:{store.port}")
     assert f"+{command};" in said
     assert "of-the-app" not in said
+
+
+def documented_rights() -> list[str]:
+    """Those that the how-to gives the store's user, for the application of these tests."""
+    (line,) = [line for line in HOW_TO.read_text().splitlines() if line.startswith("ACL SETUSER shop ")]
+    return line.replace("ucm:shop:", PREFIX).split()[5:]
+
+
+async def test_a_user_with_the_documented_rights_and_not_one_less(store: Restarts) -> None:
+    rights = documented_rights()
+    admin = store.server.admin
+    url = f"valkey://shop:of-the-shop@{HOST}:{store.port}"
+
+    def allow(*some: str) -> None:
+        admin.execute_command("ACL", "SETUSER", "shop", "reset", "on", ">of-the-shop", *some)
+
+    allow(*rights)
+    with start_worker(store.port, url=url, lease=LEASE) as worker, worker.connect("alice") as connection:
+        worker.tell("send?user=alice&by=me&count=1")
+        assert '"by":"me"' in str(connection.recv())
+        assert worker.request("alice").status_code == 200
+        worker.tell("revoke?user=alice")
+        with pytest.raises(ConnectionClosed):
+            connection.recv()
+        assert worker.ask("cluster") == {}
+    for right in rights:
+        allow(*(other for other in rights if other != right))
+        session = open_store(url, prefix=PREFIX, seals=("seal",), timeout=PATIENCE).session()
+        try:
+            with pytest.raises(ConfigurationError, match=re.escape(right.removeprefix("+"))):
+                await session.inspect()
+        finally:
+            await session.aclose()
 
 
 def test_a_server_that_may_evict_keys() -> None:

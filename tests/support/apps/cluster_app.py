@@ -43,6 +43,10 @@ def lease_of(context: Any) -> str:
     return "" if lease is None else f"{lease.tenancy.id}.{lease.number}"
 
 
+used: dict[str, float] = {}
+"""When each lease's context was used last, as far as it let itself be."""
+
+
 class Uses:
     """When a handler had its context to use: by the machine's monotonic clock, which all processes share."""
 
@@ -55,7 +59,7 @@ class Uses:
         """Raises ContextClosedError once it is gone."""
         before = time.monotonic()
         self.context.agent_context["used"] = before
-        self.last = before
+        self.last = used[lease_of(self.context)] = before
 
     def told(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "lease": lease_of(self.context), "begin": self.begin, "last": self.last}
@@ -104,6 +108,10 @@ def health() -> dict[str, Any]:
     }
 
 
+async def uses_so_far(request: Request) -> JSONResponse:
+    return JSONResponse(used)
+
+
 async def state(request: Request) -> JSONResponse:
     return JSONResponse(health())
 
@@ -146,12 +154,14 @@ async def system_trail(request: Request) -> JSONResponse:
 
 async def cluster_view(request: Request) -> JSONResponse:
     with manager.privileged(reason="the test reads", users=EVERYONE):
-        return JSONResponse(manager.get_active_contexts(cluster=True))
+        shown = await asyncio.to_thread(manager.get_active_contexts, cluster=True)
+    return JSONResponse({"/".join(map(str, key)): told for key, told in shown.items()})
 
 
 door = Router(
     [
         Route("/door/state", state),
+        Route("/door/uses", uses_so_far),
         Route("/door/open", open_gate, methods=["POST"]),
         Route("/door/revoke", revoke, methods=["POST"]),
         Route("/door/send", send, methods=["POST"]),
