@@ -30,11 +30,25 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(patch.undo)
 
 
-def pytest_report_header() -> str:
+def pytest_report_header() -> list[str]:
+    from support.matrices import STEP
     from support.servers import ALL_SERVER_KINDS, SERVER_KINDS
 
     left_out = [kind for kind in ALL_SERVER_KINDS if kind not in SERVER_KINDS]
-    return f"servers: {', '.join(SERVER_KINDS)}" + (f"; left out: {', '.join(left_out)}" if left_out else "")
+    return [
+        f"servers: {', '.join(SERVER_KINDS)}" + (f"; left out: {', '.join(left_out)}" if left_out else ""),
+        "matrices: in full" if STEP == 1 else f"matrices: one case in {STEP}; the others are left out",
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from support.matrices import STEP, part_of
+
+    kept = part_of(items, STEP)
+    left_out = [item for item in items if item not in kept]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = filter(kept.__contains__, items)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from ucm_middleware import (
 )
 from ucm_middleware.types import Message, Receive, Scope, Send
 
-pytestmark = pytest.mark.no_cover  # see pyproject.toml
+pytestmark = [pytest.mark.no_cover, pytest.mark.matrix]  # see pyproject.toml
 
 NAMES = ("outer", "middle", "inner")
 HANDLER_MOMENTS = ("before", "between", "entering", "body")

@@ -17,7 +17,7 @@ from ucm_middleware import Principal, UserContextManager, UserExecutionContext, 
 from ucm_middleware.errors import ContextLimitError, UserContextError
 from ucm_middleware.registry import Registry
 
-pytestmark = pytest.mark.no_cover  # see pyproject.toml
+pytestmark = [pytest.mark.no_cover, pytest.mark.matrix]  # see pyproject.toml
 
 TABLE = {"ucm_middleware.registry", "ucm_middleware.expiry"}
 MOST = 400

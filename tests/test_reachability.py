@@ -109,8 +109,10 @@ class TestWhereItEnds:
 
     def test_at_functions_that_cython_made_but_not_at_what_they_close_over(self) -> None:
         bare = _result_cy._is_compiled
-        with sa.create_engine("sqlite://").connect() as connection:
+        engine = sa.create_engine("sqlite://")
+        with engine.connect() as connection:
             closure = connection.execute(sa.text("select 1"))._row_getter[0]
+        engine.dispose()
         assert type(bare).__name__ == type(closure).__name__ == "cython_function_or_method"
         assert shown([bare], [bare]) == []
         (found,) = shown([closure], [closure])

@@ -93,6 +93,8 @@ class Revocation:
             if found in contexts:
                 self._close(contexts=[found], reason="cleared")
             return
+        for context in contexts:
+            self._hub.hush(context)  # first: it may be that its own loop must close it, which takes a while
         if contexts:
             self._record(notice.actor, notice.user_id, notice.reason, len(contexts), position)
         self._hub.purge_numbered(notice.user_id)

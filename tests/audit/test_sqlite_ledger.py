@@ -15,9 +15,9 @@ from support.contexts import MakeManager, events, running_as
 from support.ledger import SECRET, bodies, bytes_of, query, ring, row
 from support.waiting import wait_until
 from ucm_middleware import ConfigurationError, CrossUserAccessError, LedgerFileError, LedgerUnavailableError
-from ucm_middleware.audit import DurableLedger, SQLiteLedger, UserMention, sqlite
+from ucm_middleware.audit import DurableLedger, SQLiteLedger, UserMention, queued
 from ucm_middleware.audit.file import PART_BITS
-from ucm_middleware.audit.reader import SHOWN
+from ucm_middleware.audit.reading import SHOWN
 from ucm_middleware.audit.records import Event
 from ucm_middleware.environment import IsolatedEnvironment
 
@@ -379,7 +379,7 @@ def test_without_keys_nobody_can_be_erased(make_plain: MakeLedger) -> None:
 
 
 def test_a_link_is_followed_to_where_the_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "STOP_PATIENCE", 0.01)
+    monkeypatch.setattr(queued, "STOP_PATIENCE", 0.01)
     (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
     with closing(SQLiteLedger(tmp_path / "link.db", keys=None)) as ledger:
         ledger.start(ring())
@@ -412,7 +412,7 @@ def test_records_that_were_acknowledged_and_are_gone_are_not_written_over(
     ledger.append(row("alice", 1))
     ledger.flush()
     ledger.close()
-    monkeypatch.setattr(sqlite, "STOP_PATIENCE", 0.01)  # only now: until it is closed, nothing may be put back
+    monkeypatch.setattr(queued, "STOP_PATIENCE", 0.01)  # only now: until it is closed, nothing may be put back
     for file in tmp_path.glob("*.before"):  # what a restored backup does
         file.replace(file.with_suffix(""))
     ledger.append(row("alice", 2))

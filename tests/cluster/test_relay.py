@@ -10,6 +10,7 @@ from support.events import Client, accept, open_connection, settled
 from support.memory_store import MemoryServer
 from support.waiting import wait_until
 from ucm_middleware import Delivery, Dropped, EventPolicy, UserExecutionContext
+from ucm_middleware.cluster.notices import Notice
 from ucm_middleware.errors import ClusterUnavailableError, InvalidEventError
 from ucm_middleware.events.envelope import TO_ALL, Draft, Origin
 
@@ -423,6 +424,28 @@ async def test_that_all_is_forgotten_is_told_and_what_comes_then_is_had(server: 
         assert seen(client)[-1] == ("epoch2", 1, 2)
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_nothing_that_was_sent_after_a_revocation_comes_to_who_was_revoked(
+    server: MemoryServer, is_first: bool
+) -> None:
+    async with site(server) as one, site(server) as two:  # none of which renews, and hears of notices by that
+        context, client = await join(two)
+        await quiet()
+        if not is_first:
+            await send(one, 1)
+            await quiet()
+        await asyncio.wrap_future(one.notices.leave(Notice("revoked", ALICE, reason="stolen")))
+        _, again = await join(one)
+        await quiet()
+        await send(one, 2)
+        await asyncio.to_thread(wait_until, lambda: not context.is_open, "who was revoked is closed")
+        await quiet()
+
+        assert client.data == ([] if is_first else [1])
+        assert context.lifetime.reason == "revoked"
+        assert again.data == [2]
+
+
 # The store cannot be asked.
 
 
@@ -431,6 +454,8 @@ async def test_closed_an_event_is_refused_and_the_sender_knows_whether_it_may_ha
 ) -> None:
     async with site(server) as one:
         _, client = await join(one)
+        await quiet()
+        await send(one, 0)
         await quiet()
         server.lose_answers = 1
         with pytest.raises(ClusterUnavailableError) as unknown:
@@ -441,7 +466,7 @@ async def test_closed_an_event_is_refused_and_the_sender_knows_whether_it_may_ha
         await quiet()
 
         assert (unknown.value.is_unknown, known.value.is_unknown) == (True, False)
-        assert client.data == [1]
+        assert client.data == [0, 1]
 
 
 async def test_what_was_posted_and_is_lost_is_in_the_log_and_on_record(

@@ -113,6 +113,9 @@ class StubWorker:
         self.loop.call_soon_threadsafe(run, *args, context=Context())
         return True
 
+    def doubt(self, error: ClusterUnavailableError) -> None:
+        """The test says how it stands."""
+
     def key_of(self, user_id: str) -> UserKey:
         return UserKey(sum(user_id.encode()) % 64, f"digest-of-{user_id}")
 
@@ -168,10 +171,21 @@ async def site(
         unopened: list[int] = []
         applied: list[tuple[Notice, str, list[Held]]] = []
         seals = Seals((SECRET,), lambda: 0, unopened.append)
+
+        def apply(notice: Notice, at: str, leases: Sequence[Held]) -> None:
+            applied.append((notice, at, list(leases)))
+            manager._revocation.apply(notice, at, leases)
+
+        notices = Notices(worker, errands, seals, apply)
         relay = Relay(
-            manager._hub, worker, errands, seals, manager._trail, lambda context, reason: context.close(reason)
+            manager._hub,
+            worker,
+            errands,
+            seals,
+            manager._trail,
+            lambda context, reason: context.close(reason),
+            notices.catch_up,
         )
-        notices = Notices(worker, errands, seals, lambda notice, at, leases: applied.append((notice, at, list(leases))))
         one = Site(manager, worker, relay, notices, applied, unopened)
         manager._hub.relay = relay
         await worker.session.listen(one)

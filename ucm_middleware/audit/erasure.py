@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -22,16 +22,20 @@ def erase_user(path: Path, keys: Path, ring: SecretRing, user_id: str, reason: s
     at worst it is on record twice. Raises InvalidContextError for a bad id or reason, LedgerFileError, and
     ErasureIncompleteError when the keys are deleted and traces of them are left.
     """
-    user_id = validate_id(user_id, "user_id")
-    reason = checked_reason(reason)
+    user_id, reason = validate_id(user_id, "user_id"), checked_reason(reason)
     with (
         closing(LedgerFile.open(path, sealed=True, must_exist=True)) as file,
         closing(Vault.open_existing(keys, file.stream, ring)) as vault,
     ):
-        on_record = vault.subjects_of(user_id)
-        _put_on_record(file, on_record, reason)
-        erased = vault.erase(user_id)  # also when there is none: traces of an earlier attempt may be left
-        _put_on_record(file, [subject for subject in erased if subject not in on_record], reason)
+        return erase_from(vault, file.append, user_id, reason)
+
+
+def erase_from(vault: Vault, append: Callable[[list[tuple[bytes, bytes]]], object], user_id: str, reason: str) -> int:
+    """The same with a key file and a ledger that are open: ``append`` makes records of it durable."""
+    on_record = vault.subjects_of(user_id)
+    _put_on_record(append, on_record, reason)
+    erased = vault.erase(user_id)  # also when there is none: traces of an earlier attempt may be left
+    _put_on_record(append, [subject for subject in erased if subject not in on_record], reason)
     return len(erased)
 
 
@@ -43,10 +47,12 @@ def checked_reason(reason: object) -> str:
     return reason
 
 
-def _put_on_record(file: LedgerFile, subjects: Sequence[bytes], reason: str) -> None:
+def _put_on_record(
+    append: Callable[[list[tuple[bytes, bytes]]], object], subjects: Sequence[bytes], reason: str
+) -> None:
     if not subjects:
         return
     data = (("subjects", [subject.hex() for subject in subjects]),)
     record_id = secrets.randbits(128)
     row = AuditRecord("erased", time.time(), None, TRUSTED_CODE, reason=reason, data=data, record_id=record_id)
-    file.append([encode_plain(row)])
+    append([encode_plain(row)])

@@ -20,11 +20,16 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Whose events are looked up, each with where it was by then; from where on, and how many had been heard."""
+    """Whose events are looked up, and from where on; and how many had been heard by then."""
 
-    owed: list[tuple[Connection, Cursor, LastEvent]]
+    owed: list[tuple[Connection, Cursor]]
     after: int
     heard: int
+
+    def is_other_epoch(self, newest: Place | None) -> bool:
+        """Whether somebody was in another epoch than that which there is now."""
+        epoch = None if newest is None else newest.epoch
+        return any(cursor.epoch != epoch for _, cursor in self.owed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +101,16 @@ class Audience:
         while len(self._waiting) > policy.queue_events or self._waiting_size > policy.queue_bytes:
             self._waiting_size -= _size_of(self._waiting.popleft())
 
+    def waiting(self) -> dict[Place, Heard]:
+        """What was heard, and somebody lacked something before it."""
+        return {heard.place: heard for heard in self._waiting}
+
     def ask(self) -> Asked:
         """What is to be looked up now. Who comes to be behind from now on is not among it."""
         self.is_behind = False
         self._is_asking = True
         known = [cursor.sequence for cursor in self.cursors.values() if cursor.sequence is not None]
-        owed = [(connection, cursor, cursor.last) for connection, cursor in self.cursors.items()]
-        return Asked(owed, min(min(known, default=MOST), MOST), self._heard)
+        return Asked([*self.cursors.items()], min(min(known, default=MOST), MOST), self._heard)
 
     def unanswered(self) -> None:
         """It could not be looked up."""
@@ -116,11 +124,8 @@ class Audience:
             if newest is not None and one.place.epoch == newest.epoch:
                 available[one.place.sequence] = one
         answers: list[Owed] = []
-        for connection, cursor, last in asked.owed:
+        for connection, cursor in asked.owed:
             if self.cursors.get(connection) is not cursor:
-                continue
-            if cursor.last != last and (newest is None or newest.epoch != cursor.epoch):
-                self.is_behind = True  # it has heard of another epoch meanwhile: which is the newer, is to be seen
                 continue
             sequences = owed(cursor, newest, available, tuple(kept))
             events = None if sequences is None else [available[one] for one in sequences]

@@ -20,6 +20,7 @@ from ucm_middleware.cluster.sealing import Seals
 from ucm_middleware.cluster.store import Session, UserKey
 from ucm_middleware.cluster.worker import Held
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import ClusterUnavailableError
 from ucm_middleware.events.hub import Hub
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.secret import SecretRing
@@ -58,6 +59,9 @@ class MemberWorker:
             return False
         return True
 
+    def doubt(self, error: ClusterUnavailableError) -> None:
+        self._member.doubt(error)
+
     def key_of(self, user_id: str) -> UserKey:
         return self._member.key_of(user_id)
 
@@ -85,8 +89,8 @@ class Links:
         worker = MemberWorker(member)
         errands = Errands(worker)
         seals = Seals(secrets.all, lambda: member.users.seal, trail.cluster_unopened)
-        self.relay = Relay(hub, worker, errands, seals, trail, _close_in_thread)
         self.notices = Notices(worker, errands, seals, _weakly(apply))
+        self.relay = Relay(hub, worker, errands, seals, trail, _close_in_thread, self.notices.catch_up)
         hub.relay = self.relay
         member.on_event = _weakly(self.relay.heard)
         member.on_deaf = _weakly(self.relay.was_deaf)

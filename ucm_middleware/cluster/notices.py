@@ -141,7 +141,9 @@ class Notices:
             notice = unsent.notice
             sealed = self._seals.seal("notice", unsent.user, notice.packed())
             notified = await worker.session.notify(unsent.user, sealed, forget_events=notice.kind == "revoked")
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ClusterUnavailableError):
+                worker.doubt(error)
             self._keep(unsent)
             raise
         self._remember(unsent)

@@ -132,7 +132,8 @@ class Outgoing:
         sealed = self._seals.seal("event", user, draft.packed(worker.id))
         try:
             published = await worker.session.publish(user, sealed, keep_of(self._hub.policy))
-        except ClusterUnavailableError:
+        except ClusterUnavailableError as error:
+            worker.doubt(error)
             if worker.policy.when_unavailable == "local":
                 return self._line_up(user_id, draft)
             raise

@@ -39,12 +39,8 @@ class Cursor:
         return LastEvent(self.epoch, self.sequence)
 
     def precedes(self, place: Place) -> bool:
-        """Whether the event there is the next one."""
-        return (
-            self.is_settled
-            and self.sequence == place.sequence - 1
-            and (self.epoch == place.epoch or (self.epoch is None and place.sequence == 1))
-        )
+        """Whether the event there is the next one. Never that of an epoch that it has not looked up."""
+        return self.is_settled and self.sequence == place.sequence - 1 and self.epoch == place.epoch
 
     def has(self, place: Place) -> bool:
         """Whether the event there is behind it already."""

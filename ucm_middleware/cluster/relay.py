@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -93,13 +93,16 @@ class Effects:
 class Relay:
     """Thread-safe. What comes from the store, and what is asked of it, is on the cluster's thread.
 
-    ``close`` closes a context from there, without doing its releases there.
+    ``close`` closes a context from there, without doing its releases there. ``catch_up_notices`` applies what was
+    noticed of a user. A revocation ends the epoch; so where that has changed, it is seen to before anything more is
+    delivered, and nothing that was sent after a revocation comes to who was revoked.
     """
 
     __slots__ = (
         "__weakref__",
         "_again",
         "_audiences",
+        "_catch_up_notices",
         "_close",
         "_due",
         "_errands",
@@ -122,6 +125,7 @@ class Relay:
         seals: Seals,
         trail: AuditTrail,
         close: Callable[[UserExecutionContext, CloseReason], object],
+        catch_up_notices: Callable[[UserKey], Awaitable[None]],
     ) -> None:
         self._hub = hub
         self._worker = worker
@@ -129,6 +133,7 @@ class Relay:
         self._seals = seals
         self._trail = trail
         self._close = close
+        self._catch_up_notices = catch_up_notices
         self._outgoing = Outgoing(worker, errands, hub, seals, self._lose, self._lined_up)
         self._lost = Tally(_tell_lost)
         self.after_fork()
@@ -156,7 +161,7 @@ class Relay:
             return self._held_back(user_id, draft)
         here = sum(connection.gets(draft.narrowing) for connection in self._hub.connections_of(user_id))
         if self._worker.state == "down" or not self._outgoing.put(user_id, draft):
-            self._lost.count()
+            self._worker.call(self._lost.count)
             return Given(here, (Dropped(EVERYBODY, 0, "cluster"),))
         if watch is not None:
             watch.look_at(user_id, draft.data_text)
@@ -320,7 +325,8 @@ class Relay:
                     audience.is_behind = True
                 else:
                     await self._catch_up(audience)
-        except ClusterUnavailableError:
+        except ClusterUnavailableError as error:
+            self._worker.doubt(error)
             self._halt(audience)
         except Exception:
             logger.exception("the events of a user could not be looked up; it is tried again")
@@ -359,6 +365,8 @@ class Relay:
             if history.newest is not None and not is_place(history.newest):
                 self._seals.refuse()
                 raise ClusterUnavailableError("refused")
+            if asked.is_other_epoch(history.newest):
+                await self._catch_up_notices(audience.key)
         except BaseException:
             with self._hub.lock:
                 audience.unanswered()
@@ -370,9 +378,11 @@ class Relay:
         newest = history.newest
         kept: dict[int, Heard] = {}
         if newest is not None:
+            with self._hub.lock:
+                heard = audience.waiting()  # what was opened, and looked at, already
             for sequence, payload in history.events:
                 place = Place(newest.epoch, sequence)
-                kept[sequence] = self._opened(audience, place, payload)
+                kept[sequence] = heard.get(place) or self._opened(audience, place, payload)
         effects = Effects()
         with self._hub.lock:
             for one in audience.answered(asked, newest, kept):
@@ -382,10 +392,10 @@ class Relay:
                     events = one.events
                 # What is looked up has a bound of its own, but only once: a slow one is not behind for ever.
                 is_kept = one.newcomer or not one.connection.outbox.is_replaying
-                for heard in events:
-                    _put(one.connection, heard, effects, is_kept=is_kept)
-            for connection, heard in audience.catch_up(asked):
-                _put(connection, heard, effects)
+                for event in events:
+                    _put(one.connection, event, effects, is_kept=is_kept)
+            for connection, event in audience.catch_up(asked):
+                _put(connection, event, effects)
         self._see_to(audience, effects)
 
     # Putting in line.
@@ -461,7 +471,7 @@ class Relay:
 def _put(connection: Connection, heard: Heard, effects: Effects, *, is_kept: bool = False) -> None:
     """Put an event in line, with the hub's lock held."""
     event, outbox = heard.event, connection.outbox
-    if event is None or outbox.is_over or not connection.gets(event.narrowing):
+    if event is None or outbox.is_over or connection.is_hushed or not connection.gets(event.narrowing):
         return
     effects.put[connection] = None
     if is_kept:

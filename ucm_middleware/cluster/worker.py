@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from ucm_middleware.cluster.policy import ClusterPolicy
 from ucm_middleware.cluster.store import Place, Session, UserKey
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.errors import ClusterUnavailableError
 
 
 class Held(Protocol):
@@ -49,6 +50,10 @@ class Worker(Protocol):
         """Have this called soon on the thread's loop, outside of any context, in the order of the calls; from any
         thread, and never waiting. False when the thread is gone for good.
         """
+        ...
+
+    def doubt(self, error: ClusterUnavailableError) -> None:
+        """The store was asked in vain: see soon whether it can be."""
         ...
 
     def key_of(self, user_id: str) -> UserKey:

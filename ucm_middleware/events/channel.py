@@ -29,15 +29,18 @@ class LastEvent:
 
 
 class Connection:
-    """A live connection of a user, by its context. ``after`` is the last event its client had, if it named one."""
+    """A live connection of a user, by its context. ``after`` is the last event its client had, if it named one.
+    ``is_hushed`` is whether it gets nothing more from other workers, since its user is signed out.
+    """
 
-    __slots__ = ("after", "context", "followed", "outbox")
+    __slots__ = ("after", "context", "followed", "is_hushed", "outbox")
 
     def __init__(self, context: UserExecutionContext, outbox: Outbox, after: LastEvent | None = None) -> None:
         self.context = context
         self.outbox = outbox
         self.after = after
         self.followed = NO_IDS
+        self.is_hushed = False
 
     @property
     def id(self) -> str:

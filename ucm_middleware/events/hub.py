@@ -288,6 +288,15 @@ class Hub:
                 if self.relay is not None:
                     self.relay.left(connection, user_id)
 
+    def hush(self, context: UserExecutionContext) -> None:
+        """Another worker has signed the user out: what is sent from now on is not for this connection, which is about
+        to be closed.
+        """
+        with self._lock:
+            connection = self.connection_of(context)
+            if connection is not None:
+                connection.is_hushed = True
+
     def follow(self, context: UserExecutionContext, *ids: str) -> None:
         """Let a connection have the events of these threads and runs too. Before it is accepted, those that are
         replayed to it among them.

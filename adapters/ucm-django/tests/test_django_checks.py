@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from django.core.checks import run_checks
-from django.db import connection
+from django.db import connection, connections
 from django.test import override_settings
 
 from django_project import PLAIN, on_database
@@ -44,6 +44,20 @@ def test_a_wrong_setting_is_named(name: str, value: object, says: str) -> None:
         ((id_, message),) = found()
     assert id_ == "ucm_django.E001"
     assert says in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("UCM_BINDING", "app.user_id"), ("UCM_UNBOUND_DATABASES", "default"), ("UCM_RESET", "never")]
+)
+def test_the_checks_get_a_wrapper_whatever_is_wrong_and_nothing_connects(
+    database: Database, name: str, value: object
+) -> None:
+    """Django's own checks ask the wrapper what the database can, before ours have named what is wrong."""
+    with on_database(database.app), override_settings(**{name: value}):
+        assert connections["default"].features.supports_json_field
+        with pytest.raises(ConfigurationError, match=name), connection.cursor():
+            pass
+        assert connection.connection is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from google.adk.sessions.in_memory_session_service import InMemorySessionService
 
 from support.databases import postgres_server
 from support.postgres import Database, PostgresServer
+from support.tracing import Sdk, installed
 
 __all__ = ["postgres_server"]
 
@@ -33,6 +34,15 @@ def app() -> str:
 def shared_database(postgres_server: PostgresServer) -> Iterator[Database]:
     with postgres_server.database(notes=False) as shared:
         yield shared
+
+
+@pytest.fixture(scope="session")
+def sdk() -> Iterator[Sdk]:
+    """Once in the process: ADK's tracer stays with the first that it finds. A module's would be made anew when a worker
+    comes back to the module.
+    """
+    with installed(Sdk()) as sdk:
+        yield sdk
 
 
 @pytest.fixture(params=["memory", "sqlite", "postgres"])

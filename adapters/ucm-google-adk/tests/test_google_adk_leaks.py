@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context
 from typing import Any
@@ -26,7 +26,7 @@ from google.genai import types
 
 from offline import OfflineModel
 from support.events import Client, connect
-from support.tracing import Sdk, installed
+from support.tracing import Sdk
 from ucm_google_adk import (
     GoogleADK,
     OwnedArtifactService,
@@ -127,13 +127,6 @@ def _to(name: str) -> tuple[str, dict[str, Any]]:
     return "transfer_to_agent", {"agent_name": name}
 
 
-@pytest.fixture(scope="module")
-def sdk() -> Iterator[Sdk]:
-    # Once: ADK's tracer stays with the first that it finds.
-    with installed(Sdk()) as sdk:
-        yield sdk
-
-
 async def test_fifty_users_at_once(
     service: BaseSessionService, app: str, sdk: Sdk, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -145,6 +138,7 @@ async def test_fifty_users_at_once(
     manager = UserContextManager(plugins=[adk], ledger=ledger, agents=AgentPolicy(max_runs_per_user=2))
     manager.register_agent("root", lambda context: agents.root, stateless=True)
     clients: dict[str, Client] = {user: connect(manager, user)[1] for user in USERS}
+    spans_before = len(sdk.spans)
 
     async def use(user: str) -> None:
         given = {"message": f"my secret is {secret_of(user)}", "session_id": CHAT}
@@ -183,7 +177,7 @@ async def test_fifty_users_at_once(
 
     # ADK is told to put what is said on its spans: those of one trace are one user's.
     by_trace: dict[int, set[str]] = {}
-    for span in sdk.spans:
+    for span in sdk.spans[spans_before:]:
         assert span.context is not None
         shown = json.dumps([dict(span.attributes or {}), [dict(each.attributes or {}) for each in span.events]])
         by_trace.setdefault(span.context.trace_id, set()).update(foreign(shown, None))

@@ -4,8 +4,9 @@ import sqlite3
 from collections.abc import Iterator
 from hashlib import sha256
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
+from ucm_middleware.audit.verification.source import Row, Source, Watch
 from ucm_middleware.audit.verification.tree import MerkleTree
 
 HASH_BYTES: Final = 32
@@ -20,9 +21,6 @@ when a record claims to be longer than there is memory.
 
 _STEP: Final = 1024
 _LEAF: Final = b"\x00"
-# By the table alone: the index is checked against it, and not trusted before.
-_ROWS: Final = "SELECT sequence, subject, body, hash FROM records NOT INDEXED ORDER BY sequence"
-_ROW: Final = "SELECT sequence, subject, body, hash FROM records NOT INDEXED WHERE sequence = ?"
 
 
 def genesis(stream: str, sealed: int) -> bytes:
@@ -33,11 +31,12 @@ def genesis(stream: str, sealed: int) -> bytes:
 class Chain:
     """The records verified so far. ``fault`` is what is wrong with the next one, None as long as nothing is."""
 
-    __slots__ = ("_connection", "_rows", "count", "fault", "head", "tree")
+    __slots__ = ("_rows", "_source", "_watch", "count", "fault", "head", "tree")
 
-    def __init__(self, connection: sqlite3.Connection, start: bytes) -> None:
-        self._connection = connection
-        self._rows: Iterator[tuple[Any, ...]] | None = None
+    def __init__(self, source: Source, start: bytes, watch: Watch | None = None) -> None:
+        self._source = source
+        self._watch = watch
+        self._rows: Iterator[Row] | None = None
         self.count = 0
         self.head = start
         self.fault: str | None = None
@@ -49,18 +48,20 @@ class Chain:
         wanted = min(limit - before, _STEP)
         try:
             if self._rows is None:
-                self._rows = self._connection.execute(_ROWS)
+                self._rows = self._source.rows()
             self._verify(islice(self._rows, wanted))
         except UNREADABLE as error:
             self._verify_singly(error)
         return self.fault is None and self.count - before == wanted
 
-    def _verify(self, rows: Iterator[tuple[Any, ...]]) -> None:
+    def _verify(self, rows: Iterator[Row]) -> None:
         # Once for each record of millions: no call that is not needed, and what is wrong is found out afterwards.
         head, expected = self.head, self.count
-        row: tuple[Any, ...] = ()
+        row: Row = ()
         leaves: list[bytes] = []
         join, append = b"".join, leaves.append
+        if self._watch is not None:
+            rows = _watched(rows, self._watch)
         try:
             for row in rows:
                 sequence, subject, body, stored = row
@@ -82,7 +83,7 @@ class Chain:
         """Find the record that ``error`` is about: sqlite3 reads ahead, and drops the row before the error."""
         try:
             while self.fault is None:
-                row = self._connection.execute(_ROW, (self.count + 1,)).fetchone()
+                row = self._source.row(self.count + 1)
                 if row is None:
                     self.fault = f"it cannot be read: {reason_of(error)}"
                 else:
@@ -91,13 +92,19 @@ class Chain:
             self.fault = f"it cannot be read: {reason_of(its_own)}"
 
 
+def _watched(rows: Iterator[Row], watch: Watch) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        watch(row)  # whoever goes on has found it good
+
+
 def reason_of(error: Exception) -> str:
     """What SQLite said, without whatever in it would command a terminal."""
     text = str(error) or "it claims to be longer than there is memory"
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _fault_of(row: tuple[Any, ...], expected: int, hashed: bytes) -> str:
+def _fault_of(row: Row, expected: int, hashed: bytes) -> str:
     sequence, subject, body, stored = row
     if sequence > expected:
         return f"it is missing, and the next record there is is {sequence}"

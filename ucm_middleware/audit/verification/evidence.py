@@ -2,6 +2,7 @@
 
 import re
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -47,9 +48,9 @@ def read_public_key(path: Path) -> "Ed25519PublicKey":
     return key
 
 
-def read_checkpoints(path: Path, key: "Ed25519PublicKey") -> tuple[Checkpoint, ...]:
+def read_checkpoints(path: Path, *keys: "Ed25519PublicKey") -> tuple[Checkpoint, ...]:
     """All checkpoints of a file, in its order. Raises LedgerFileError unless there is at least one, each is in the
-    exact form of the format, and each was signed with the private half of ``key``.
+    exact form of the format, and each was signed with the private half of one of the keys.
     """
     content = read_small_file(path, _MAX_BYTES, "give the file that `ucm audit checkpoint` writes to")
     if not content:
@@ -64,32 +65,43 @@ def read_checkpoints(path: Path, key: "Ed25519PublicKey") -> tuple[Checkpoint, .
         note = _NOTE.match(content, position)
         if note is None:
             raise _malformed(content, position, path)
-        checkpoints.append(_checked(note, key, path, len(checkpoints) + 1))
+        checkpoints.append(_checked(note, keys, path, len(checkpoints) + 1))
         position = note.end()
     return tuple(checkpoints)
 
 
-def _checked(note: re.Match[bytes], key: "Ed25519PublicKey", path: Path, number: int) -> Checkpoint:
-    from cryptography.exceptions import InvalidSignature
-
+def _checked(note: re.Match[bytes], keys: Sequence["Ed25519PublicKey"], path: Path, number: int) -> Checkpoint:
     signed, stream, size, root, signature = note.groups()
     root_bytes, signature_bytes = b64decode(root), b64decode(signature)
     if b64encode(root_bytes) != root or b64encode(signature_bytes) != signature:
         raise _malformed(note.string, note.start(), path)
-    key_id = sha256(stream + b"\n\x01" + key.public_bytes_raw()).digest()[_KEY_ID]
-    if signature_bytes[_KEY_ID] != key_id:
+    candidates = [key for key in keys if _key_id(stream, key) == signature_bytes[_KEY_ID]]
+    if not candidates:
+        whose = "this key" if len(keys) == 1 else "any of these keys"
         raise LedgerFileError(
-            str(path), f"checkpoint {number} was not signed with this key", "give the public key that belongs to it"
+            str(path), f"checkpoint {number} was not signed with {whose}", "give the public key that belongs to it"
         )
-    try:
-        key.verify(signature_bytes[_SIGNATURE], signed)
-    except InvalidSignature:
+    if not any(_holds(key, signature_bytes[_SIGNATURE], signed) for key in candidates):
         raise LedgerFileError(
             str(path),
             f"checkpoint {number} is not what was signed: it was changed or forged",
             "look for an untouched copy",
-        ) from None
+        )
     return Checkpoint(stream.decode(), int(size), root_bytes)
+
+
+def _holds(key: "Ed25519PublicKey", signature: bytes, signed: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        key.verify(signature, signed)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _key_id(stream: bytes, key: "Ed25519PublicKey") -> bytes:
+    return sha256(stream + b"\n\x01" + key.public_bytes_raw()).digest()[_KEY_ID]
 
 
 def _after_blank_line(content: bytes, position: int, path: Path) -> int:

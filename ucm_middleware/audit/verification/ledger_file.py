@@ -3,18 +3,16 @@
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from ucm_middleware.audit.verification.chain import HASH_BYTES, MAX_RECORD_BYTES, UNREADABLE, reason_of
 from ucm_middleware.audit.verification.files import check_regular_file, read_start
+from ucm_middleware.audit.verification.source import Claims, End, Row
 from ucm_middleware.errors import LedgerFileError
-
-Stage = Literal["records", "database"]
-"""What is being verified: the records, or SQLite's own structures, of which the index is one."""
 
 _APPLICATION_ID: Final = 0x55434D4C
 _FORMAT: Final = 1
@@ -30,6 +28,9 @@ _SETTINGS: Final = (
     "BEGIN",
 )
 _LONGEST_MESSAGE: Final = 500
+# By the table alone: the index is checked against it, and not trusted before.
+_ROWS: Final = "SELECT sequence, subject, body, hash FROM records NOT INDEXED ORDER BY sequence"
+_ROW: Final = "SELECT sequence, subject, body, hash FROM records NOT INDEXED WHERE sequence = ?"
 _MAGIC: Final = b"SQLite format 3\0"
 _SMALLEST_PAGE: Final = 512
 _SIDECARS: Final = "-wal", "-shm", "-journal"
@@ -49,25 +50,14 @@ _SCHEMA: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Claims:
-    """What the ledger says of itself."""
-
-    stream: str
-    sealed: int
-    size: int
-    head: bytes
-    frontier: bytes
-
-
 class LedgerFile:
     """A ledger in one read transaction: what is written meanwhile is not seen."""
 
-    __slots__ = ("connection", "path")
+    __slots__ = ("_connection", "path")
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
-        self.connection = connection
+        self._connection = connection
 
     def check_identity(self) -> None:
         """Raise LedgerFileError unless the file says it is a ledger of the format that is known here."""
@@ -90,10 +80,10 @@ class LedgerFile:
                 "upgrade ucm-middleware" if version > _FORMAT else "look for the right file: there is no such format",
             )
 
-    def shape_problem(self) -> str | None:
+    def _shape_problem(self) -> str | None:
         """What in the schema is not the format's, None when nothing is."""
         try:
-            rows = self.connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+            rows = self._connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
         except UNREADABLE as error:
             return f"the database is damaged, and its schema cannot be read: {reason_of(error)}"
         found = frozenset((str(kind), str(name), _normalised(sql)) for kind, name, sql in rows)
@@ -105,9 +95,11 @@ class LedgerFile:
         return f"the schema was changed ({ascii(what[:_LONGEST_MESSAGE])[1:-1]})"
 
     def claims(self) -> Claims | str:
-        """What the ledger says of itself; or what is wrong with that."""
+        """What the ledger says of itself; or what is wrong with that, or with the schema."""
+        if (problem := self._shape_problem()) is not None:
+            return problem
         try:
-            rows = self.connection.execute(
+            rows = self._connection.execute(
                 "SELECT stream, sealed, size, head, frontier FROM ledger NOT INDEXED LIMIT 2"
             ).fetchall()
         except UNREADABLE as error:
@@ -115,6 +107,15 @@ class LedgerFile:
         if len(rows) != 1:
             return "the table ledger has no row" if not rows else "the table ledger has more than its one row"
         return _checked_claims(*rows[0])
+
+    def rows(self) -> Iterator[Row]:
+        """All records, by their numbers."""
+        return self._connection.execute(_ROWS)
+
+    def row(self, sequence: int) -> Row | None:
+        """The record with this number."""
+        found: Row | None = self._connection.execute(_ROW, (sequence,)).fetchone()
+        return found
 
     def damage(self, tick: Callable[[], None]) -> str | None:
         """The first thing that SQLite finds wrong with the database, its index included; None for nothing.
@@ -131,20 +132,20 @@ class LedgerFile:
             return bool(interruption)
 
         tick()
-        self.connection.set_progress_handler(on_progress, _INSTRUCTIONS_BETWEEN_TICKS)
+        self._connection.set_progress_handler(on_progress, _INSTRUCTIONS_BETWEEN_TICKS)
         try:
-            self.connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
-            findings = self.connection.execute("PRAGMA integrity_check(1)").fetchall()
+            self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            findings = self._connection.execute("PRAGMA integrity_check(1)").fetchall()
         except UNREADABLE as error:
             if interruption:
                 raise interruption[0] from None
             return reason_of(error)
         finally:
-            self.connection.set_progress_handler(None, 0)
+            self._connection.set_progress_handler(None, 0)
         return None if findings == [("ok",)] else " ".join(" ".join(str(finding).split()) for (finding,) in findings)
 
     def _pragma(self, name: str) -> Any:
-        return self.connection.execute(f"PRAGMA {name}").fetchone()[0]
+        return self._connection.execute(f"PRAGMA {name}").fetchone()[0]
 
 
 @contextmanager
@@ -215,7 +216,7 @@ def _checked_claims(stream: Any, sealed: Any, size: Any, head: Any, frontier: An
         return f"the ledger's head is not {HASH_BYTES} bytes"
     if not isinstance(frontier, bytes) or len(frontier) != HASH_BYTES * size.bit_count():
         return f"the ledger's frontier is not {HASH_BYTES * size.bit_count()} bytes, as its size asks for"
-    return Claims(stream, sealed, size, head, frontier)
+    return Claims(stream, sealed, End(size, head, frontier))
 
 
 def _normalised(sql: object) -> str:

@@ -10,7 +10,8 @@ from typing import Final
 
 from ucm_middleware.audit.verification.chain import Chain, genesis
 from ucm_middleware.audit.verification.evidence import Checkpoint
-from ucm_middleware.audit.verification.ledger_file import Claims, LedgerFile, Stage, open_ledger, quiet
+from ucm_middleware.audit.verification.ledger_file import open_ledger, quiet
+from ucm_middleware.audit.verification.source import Claims, End, Source, Stage, Watch
 from ucm_middleware.audit.verification.tree import MerkleTree
 
 Progress = Callable[[Stage, int, int], None]
@@ -57,51 +58,78 @@ def verify_ledger(
     path: Path,
     checkpoints: Sequence[Checkpoint] = (),
     progress: Progress | None = None,
+    watching: Callable[[], Watch] | None = None,
+    *,
+    of_several: bool = False,
 ) -> Verification:
     """Verify the ledger in a file, which may be in use: then, what it was at the start.
 
     Memory is bounded, however many records there are. Nothing is changed; beside a ledger that is in use, SQLite keeps
-    its ``-shm`` file. What ``progress`` raises ends it.
+    its ``-shm`` file. What ``progress`` raises ends it. ``watching`` gives what is told each good record; when it is
+    called a second time, all is told from the beginning. With ``of_several``, checkpoints of other streams are of other
+    ledgers, and nothing is wrong with that.
 
     Raises LedgerFileError when the file is not a ledger, or one of a newer format. Whatever is in it otherwise is a
     result.
     """
-    tell = progress or _tell_nobody
     state = quiet(path)
     if state is not None:
         with open_ledger(path, untouched=True) as ledger:
-            result = _Verifier(ledger, checkpoints, tell).run()
+            result = verify_source(ledger, checkpoints, progress, watching, of_several=of_several)
         if state.still():
             return result
     with open_ledger(path, untouched=False) as ledger:  # somebody writes, or began to meanwhile
-        return _Verifier(ledger, checkpoints, tell).run()
+        return verify_source(ledger, checkpoints, progress, watching, of_several=of_several)
+
+
+def verify_source(
+    source: Source,
+    checkpoints: Sequence[Checkpoint] = (),
+    progress: Progress | None = None,
+    watching: Callable[[], Watch] | None = None,
+    *,
+    of_several: bool = False,
+) -> Verification:
+    """The same for a ledger that is open, wherever it is kept. Raises LedgerFileError where it cannot be read."""
+    watch = None if watching is None else watching()
+    return _Verifier(source, checkpoints, progress or _tell_nobody, watch, of_several=of_several).run()
 
 
 class _Verifier:
     """One verification of one ledger."""
 
-    __slots__ = ("_checkpoints", "_covered", "_held", "_ledger", "_problems", "_tell")
+    __slots__ = ("_checkpoints", "_covered", "_held", "_ledger", "_of_several", "_problems", "_tell", "_watch")
 
-    def __init__(self, ledger: LedgerFile, checkpoints: Sequence[Checkpoint], tell: Progress) -> None:
+    def __init__(
+        self,
+        ledger: Source,
+        checkpoints: Sequence[Checkpoint],
+        tell: Progress,
+        watch: Watch | None,
+        *,
+        of_several: bool,
+    ) -> None:
         self._ledger = ledger
+        self._of_several = of_several
         self._checkpoints = checkpoints
         self._tell = tell
+        self._watch = watch
         self._problems: list[Problem] = []
         self._covered = 0
         self._held = 0
 
     def run(self) -> Verification:
         """What is found."""
-        claims = self._ledger.shape_problem() or self._ledger.claims()
+        claims = self._ledger.claims()
         if isinstance(claims, str):
             return Verification("", None, 0, MerkleTree().root, 0, 0, (Problem(None, claims),))
-        chain = Chain(self._ledger.connection, genesis(claims.stream, claims.sealed))
+        chain = Chain(self._ledger, genesis(claims.stream, claims.sealed), self._watch)
         self._verify_against_checkpoints(chain, claims)
         self._walk(chain, claims, sys.maxsize)
         if chain.fault is not None:
             self._found(chain.count + 1, chain.fault)
-        else:
-            self._verify_claims(chain, claims)
+        elif claims.end is not None:
+            self._verify_end(chain, claims.end)
         self._verify_database(chain)
         return Verification(
             claims.stream,
@@ -135,14 +163,14 @@ class _Verifier:
         for number, checkpoint in enumerate(self._checkpoints, 1):
             if checkpoint.stream == stream:
                 roots[checkpoint.size].append(checkpoint.root)
-            else:
+            elif not self._of_several:
                 whose = f"is of another ledger, {checkpoint.stream}, and this one is {stream}"
                 remedy = "one of the two files is not the right one, or the ledger was replaced"
                 self._found(None, f"checkpoint {number} {whose}: {remedy}")
         return roots
 
-    def _verify_claims(self, chain: Chain, claims: Claims) -> None:
-        """Compare what the ledger says of itself with the records, of which the walk has reached the end."""
+    def _verify_end(self, chain: Chain, claims: End) -> None:
+        """Compare what the ledger says of its end with the records, of which the walk has reached the end."""
         if chain.count < claims.size:
             self._found(chain.count + 1, f"it is missing: the ledger says that it has {claims.size} records")
         elif chain.count > claims.size:
@@ -169,7 +197,8 @@ class _Verifier:
         """Whether there are so many records, and good ones."""
         while chain.count < limit:
             goes_on = chain.fault is None and chain.walk(limit)
-            self._tell("records", chain.count, max(chain.count, claims.size))
+            total = chain.count if claims.end is None else max(chain.count, claims.end.size)
+            self._tell("records", chain.count, total)
             if not goes_on:
                 return False
         return True

@@ -1,5 +1,6 @@
 """``ucm audit erase``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from ucm_middleware.audit.erasure import checked_reason, erase_user
 from ucm_middleware.cli.audit.opening import EnvFile, Ledger, secrets_from
+from ucm_middleware.cli.audit.places import place_of
 from ucm_middleware.cli.terminal import BAD, refusals, say
 from ucm_middleware.ids import validate_id
 
@@ -26,9 +28,12 @@ def erase(
     """
     with refusals():
         user, reason = validate_id(user, "user"), checked_reason(reason)
-        if not yes and not typer.confirm(f"Erase {user} from {ledger}? This cannot be undone."):
+        place = place_of(ledger)
+        where = ledger if place is None else "the database"  # a URL may have a password in it
+        if not yes and not typer.confirm(f"Erase {user} from {where}? This cannot be undone."):
             raise typer.Exit(BAD)
-        erased = erase_user(ledger, keys, secrets_from(env_file), user, reason)
+        erase_there = partial(erase_user, Path(ledger)) if place is None else partial(place.erase_user, ledger)
+        erased = erase_there(keys, secrets_from(env_file), user, reason)
     if not erased:
         say("nothing is on record of this user: never seen here, or erased already", err=True)
         raise typer.Exit(BAD)

@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from ucm_middleware.audit.reader import LedgerReader
+from ucm_middleware.audit.reading import RecordReader
+from ucm_middleware.cli.audit.places import place_of
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import LedgerFileError
 from ucm_middleware.secret import SecretRing
 
-Ledger = Annotated[Path, typer.Argument(help="The file of the ledger; it may be in use.", show_default=False)]
+Ledger = Annotated[
+    str, typer.Argument(help="The file of the ledger, which may be in use, or postgresql://...", show_default=False)
+]
 Keys = Annotated[
     Path | None,
     typer.Option(
@@ -28,9 +32,13 @@ def secrets_from(env_file: Path | None) -> SecretRing:
 
 
 @contextmanager
-def reading(ledger: Path, keys: Path | None, env_file: Path | None) -> Generator[LedgerReader]:
+def reading(ledger: str, keys: Path | None, env_file: Path | None) -> Generator[RecordReader]:
     """The ledger, open to be read. Raises LedgerFileError, also for one without any record."""
-    with LedgerReader.open(ledger, keys, secrets_from(env_file)) as reader:
+    secrets, place = secrets_from(env_file), place_of(ledger)
+    opened = (
+        LedgerReader.open(Path(ledger), keys, secrets) if place is None else place.open_reader(ledger, keys, secrets)
+    )
+    with opened as reader:
         if not reader.size:
-            raise LedgerFileError(str(ledger), "has no records yet", "give a ledger that an application has written to")
+            raise LedgerFileError(reader.name, "has no records yet", "give a ledger that an application has written to")
         yield reader

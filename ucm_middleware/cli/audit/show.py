@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ucm_middleware.audit.reader import SHOWN
+from ucm_middleware.audit.reading import SHOWN
 from ucm_middleware.audit.records import AuditRecord
 from ucm_middleware.cli.audit.opening import EnvFile, Keys, Ledger, reading
 from ucm_middleware.cli.terminal import BAD, refusals, say, say_json
@@ -34,7 +34,7 @@ def show(
     """
     with refusals(as_json=as_json), reading(ledger, keys, env_file) as reader:
         if user is not None and reader.is_sealed and keys is None:
-            raise LedgerFileError(str(ledger), "is sealed, and its users are found by their keys", "give --keys")
+            raise LedgerFileError(reader.name, "is sealed, and its users are found by their keys", "give --keys")
         trail = reader.trail(user, last)
     if trail is None or not trail.records:
         say("nothing is on record" + ("" if user is None else " of this user: never seen here, or erased"), err=True)

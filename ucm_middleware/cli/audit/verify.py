@@ -1,90 +1,81 @@
 """``ucm audit verify``."""
 
-from base64 import b64encode
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ucm_middleware.audit.verification import Verification, read_checkpoints, read_public_key, verify_ledger
-from ucm_middleware.cli.terminal import BAD, progress_bar, refusals, say, say_json
+from ucm_middleware.audit.verification import (
+    Checkpoint,
+    Progress,
+    Verification,
+    read_checkpoints,
+    read_public_key,
+    verify_ledger,
+    verify_together,
+)
+from ucm_middleware.cli.audit.findings import plain, plain_together, tell, tell_together
+from ucm_middleware.cli.audit.places import open_all, place_of
+from ucm_middleware.cli.terminal import BAD, NOT_DONE, progress_bar, refusals, say_json
 from ucm_middleware.errors import LedgerFileError
 
 
 def verify(
-    ledger: Annotated[Path, typer.Argument(help="The file of the ledger; it may be in use.", show_default=False)],
+    ledgers: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="LEDGER...",
+            help="The file of a ledger, which may be in use, or postgresql://... for all streams there.",
+            show_default=False,
+        ),
+    ],
     checkpoints: Annotated[
-        Path | None, typer.Option(help="A file of checkpoints, from where nobody else can write.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            help="A file of checkpoints, from where nobody else can write. May be repeated.", show_default=False
+        ),
     ] = None,
     public_key: Annotated[
-        Path | None, typer.Option(help="The key that the checkpoints were signed with (.pub).", show_default=False)
+        list[Path] | None,
+        typer.Option(help="The key that they were signed with (.pub). May be repeated.", show_default=False),
+    ] = None,
+    expect: Annotated[
+        int | None, typer.Option(min=1, help="How many streams there must be.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say it for a program.")] = False,
 ) -> None:
-    """Verify each record of a ledger, and the whole against checkpoints.
+    """Verify each record of a ledger, and the whole against checkpoints; of several, also what they are together.
 
     Ends with 0 when nothing is wrong, 1 when something is, and 2 when it could not be verified.
     """
-    if (checkpoints is None) != (public_key is None):
+    if bool(checkpoints) != bool(public_key):
         raise typer.BadParameter("--checkpoints and --public-key go together")
-    with refusals(as_json=as_json), progress_bar() as progress:
-        known = (
-            ()
-            if checkpoints is None or public_key is None
-            else read_checkpoints(checkpoints, read_public_key(public_key))
-        )
-        found = verify_ledger(ledger, known, progress)
-        require_records(ledger, found)
-    if as_json:
-        say_json(_plain(ledger, found))
-    else:
-        tell(ledger, found)
-    if not found.is_verified:
-        raise typer.Exit(BAD)
+    with refusals(as_json=as_json), progress_bar() as progress, ExitStack() as stack:
+        known = _known(checkpoints or (), public_key or ())
+        if len(ledgers) == 1 and expect is None and place_of(ledgers[0]) is None:
+            status = _verify_one(ledgers[0], known, progress, as_json=as_json)
+        else:
+            together = verify_together(open_all(ledgers, stack), known, expect, progress)
+            say_json(plain_together(together)) if as_json else tell_together(together)
+            status = BAD if together.has_problems else 0 if together.is_complete else NOT_DONE
+    raise typer.Exit(status)
 
 
-def require_records(ledger: Path, found: Verification) -> None:
+def _verify_one(ledger: str, known: Sequence[Checkpoint], progress: Progress, *, as_json: bool) -> int:
+    found = verify_ledger(Path(ledger), known, progress)
+    require_records(ledger, found)
+    say_json(plain(ledger, found)) if as_json else tell(ledger, found)
+    return 0 if found.is_verified else BAD
+
+
+def require_records(ledger: str, found: Verification) -> None:
     """Raise LedgerFileError for a ledger in which there is nothing yet."""
     if found.is_verified and not found.records:
-        raise LedgerFileError(str(ledger), "has no records yet", "come back when an application has written to it")
+        raise LedgerFileError(ledger, "has no records yet", "come back when an application has written to it")
 
 
-def tell(ledger: Path, found: Verification) -> None:
-    """Say what was found."""
-    if not found.is_verified:
-        say(f"NOT VERIFIED: {ledger}", style="bold red")
-        for problem in found.problems:
-            say(f"  {problem}")
-        return
-    kind = "sealed" if found.sealed else "plain"
-    say(f"verified: {ledger}", style="bold green")
-    say(f"  {found.records} records of {found.stream}, {kind}")
-    say(f"  root {b64encode(found.root).decode()}")
-    say(f"  {_evidence(found)}")
-
-
-def _evidence(found: Verification) -> str:
-    cannot = "that records were cut off at the end, or that the whole was written anew, cannot be seen"
-    if not found.checkpoints:
-        return f"no checkpoint was given: {cannot} without one"
-    count = f"{found.checkpoints} checkpoint{'' if found.checkpoints == 1 else 's'}"
-    if found.covered == found.records:
-        return f"as {count} said, up to the last record"
-    return (
-        f"as {count} said, up to record {found.covered}; the {found.records - found.covered} after it are behind no "
-        f"checkpoint: {cannot} there"
-    )
-
-
-def _plain(ledger: Path, found: Verification) -> dict[str, object]:
-    return {
-        "ledger": str(ledger),
-        "verified": found.is_verified,
-        "stream": found.stream,
-        "sealed": found.sealed,
-        "records": found.records,
-        "root": b64encode(found.root).decode(),
-        "checkpoints": found.checkpoints,
-        "covered": found.covered,
-        "problems": [{"record": problem.record, "message": problem.message} for problem in found.problems],
-    }
+def _known(files: Sequence[Path], keys: Sequence[Path]) -> tuple[Checkpoint, ...]:
+    public_keys = [read_public_key(key) for key in keys]
+    return tuple(checkpoint for file in files for checkpoint in read_checkpoints(file, *public_keys))

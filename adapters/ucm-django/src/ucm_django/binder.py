@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import psycopg
@@ -27,15 +28,21 @@ class Binder:
     def __init__(self, wrapper: Wrapper) -> None:
         self._wrapper = wrapper
         self._telling = Telling(wrapper)
-        self._is_off = wrapper.alias not in _configured() or wrapper.alias in conf.unbound_databases()
         self._begun: Begun | None = None
         self._is_binding = False
         self._is_untied = False  # a transaction was begun, and what came was SET TRANSACTION alone
         self.is_housekeeping = False
         """Whether Django does things of its own on the connection, such as savepoints."""
 
+    @cached_property
+    def _is_off(self) -> bool:
+        return self._wrapper.alias not in _configured() or self._wrapper.alias in conf.unbound_databases()
+
     def connected(self) -> None:
-        """The driver's connection is a new one, or one that the pool has reset."""
+        """The driver's connection is to be made, or to be taken from the pool. Raises ConfigurationError for a wrong
+        setting of the project.
+        """
+        _ = self._is_off  # Read here and in ``Telling``, and not before: Django's system checks make wrappers too.
         self._telling.connected()
         self._begun = None
         self._is_untied = False

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import psycopg
@@ -9,7 +10,7 @@ import psycopg
 from ucm_django import conf
 from ucm_django.identity import Hands, Runner
 from ucm_django.reset import reset_connection
-from ucm_postgres import RESET
+from ucm_postgres import RESET, Binding
 
 Told = Sequence[tuple[str, str]]
 """Names and values for ``set_config``."""
@@ -38,16 +39,31 @@ class Wrapper(Protocol):
 
 
 class Telling:
-    """Of one DatabaseWrapper, with the binding and the way of resetting that the project has chosen."""
+    """Of one DatabaseWrapper, with the binding and the way of resetting that the project has chosen.
+
+    Those are read at the first connection: Django's system checks make wrappers too, and have to get as far as to name
+    what is wrong with a setting.
+    """
 
     def __init__(self, wrapper: Wrapper) -> None:
         self._wrapper = wrapper
-        self.binding = conf.binding()
-        self._resets_at_begin = conf.reset() == "begin"
         self._hands: Hands | None = None
 
+    @cached_property
+    def binding(self) -> Binding:
+        """How the server is told. Raises ConfigurationError for a wrong setting."""
+        return conf.binding()
+
+    @cached_property
+    def _resets_at_begin(self) -> bool:
+        return conf.reset() == "begin"
+
     def connected(self) -> None:
-        """The driver's connection is a new one, or one that the pool has reset."""
+        """The driver's connection is to be made, or to be taken from the pool.
+
+        Raises ConfigurationError, as ``binding`` does, for a wrong setting.
+        """
+        _ = self.binding, self._resets_at_begin
         self._hands = None
 
     def told(self, runner: Runner) -> Told:

@@ -11,7 +11,7 @@ import typer
 from ucm_middleware import ConfigurationError
 from ucm_middleware.cli.terminal import BAD, refusals, say, say_json
 from ucm_postgres.binding import SETTING, Binding
-from ucm_postgres.doctor.connecting import connect
+from ucm_postgres.connecting import connect
 from ucm_postgres.doctor.examine import examine, unaccepted
 from ucm_postgres.doctor.findings import SEVERITIES, Finding, Severity
 

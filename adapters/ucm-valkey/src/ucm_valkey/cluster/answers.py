@@ -40,7 +40,9 @@ def number(answer: object) -> int:
 
 
 def acquired(answer: object) -> Granted | Refused | Gone | Late | Recovering:
-    """The answer to an acquire."""
+    """The answer to an acquire; 1 is what it mostly is, a user without notices and events who is granted it."""
+    if answer == 1:
+        return Granted("", None)
     kind, *rest = listed(answer)
     if kind == b"granted":
         position, epoch, sequence = cast(list[bytes], rest)

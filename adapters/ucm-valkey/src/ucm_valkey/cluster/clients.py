@@ -83,7 +83,9 @@ class Client:
             await connection.disconnect(nowait=True)
             raise
         version = tuple(int(part) for part in info.get("redis_version", "0").split(".") if part.isdigit())
-        return Wire(connection, info.get("run_id", ""), version, info.get("redis_mode") == "cluster")
+        return Wire(
+            connection, info.get("run_id", ""), version, "cluster" in (info.get("redis_mode"), info.get("server_mode"))
+        )
 
     def settings(self, host: str, port: int) -> dict[str, Any]:
         """What a connection is made with. Answers are waited for by whoever asks, so it has no timeout of its own."""
@@ -151,11 +153,18 @@ class Client:
         about = next((word for word in ("key", "channel", "command") if f"access a {word}" in text), "")
         return Fault(code, about)
 
+    def late(self, host: str, port: int, *, is_connected: bool) -> Failure:
+        """A server that takes too long."""
+        if is_connected:
+            return Failure("timeout", f"{host}:{port} did not answer in {self.timeout:g} seconds")
+        hint = "; one that speaks no TLS keeps silent, as this one does" if self.target.has_tls else ""
+        return Failure("timeout", f"there was no connection to {host}:{port} in {self.timeout:g} seconds{hint}")
+
     def failure(self, error: BaseException, host: str, port: int) -> Failure:
         """Why a connection could not be had, or was lost."""
         where = f"{host}:{port}"
         if isinstance(error, TimeoutError) and not isinstance(error, socket.gaierror):
-            return Failure("timeout", f"nothing came from {where} in {self.timeout:g} seconds")
+            return self.late(host, port, is_connected=False)
         causes = _causes(error)
         for cause in causes:
             if isinstance(cause, ssl.SSLCertVerificationError):

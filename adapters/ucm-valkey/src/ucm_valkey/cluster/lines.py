@@ -183,7 +183,7 @@ class Line:
     def _look(self) -> None:
         """Tell those whose time is over. An answer that is late makes its connection useless."""
         now = self._loop.time()
-        failure = Failure("timeout", f"{self.host}:{self.port} did not answer in {self.timeout:g} seconds")
+        failure = self._client.late(self.host, self.port, is_connected=self._wire is not None)
         self._timer = None
         while self._waiting and (self._waiting[0][1].done() or self._waiting[0][2] <= now):
             future = self._waiting.popleft()[1]

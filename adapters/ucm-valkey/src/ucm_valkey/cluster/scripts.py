@@ -8,7 +8,8 @@ already ends the script before it has changed anything.
 ``engine`` is ``<run> <since> <rest> <longest> <till>``: the server's run that has answered for the bucket since a time,
 for how long it recovers from then, and the longest lease that may be held until a time. Workers may be configured with
 different leases. Recovering must outlast each that may have been granted by the run before, so it takes the longest
-that was known then, where that survived, and is drawn out by a longer one that turns up before it ends. A worker whose
+that was known then, where that survived, and is drawn out by a longer one that turns up before it ends; ``rest`` is 0
+once it has. A worker whose
 lease is longer than that of all the others must turn up while they recover: it does, since its connection is lost with
 the server. All times are milliseconds of the server's clock.
 """
@@ -38,6 +39,7 @@ local function recovering(key, run, lease)
   if since > now then since, changed = now, true end  -- the clock was set back
   local left = since + rest - now
   if left > 0 and lease > rest then rest, left, changed = lease, left + lease - rest, true end
+  if left <= 0 and rest > 0 then rest, changed = 0, true end
   if changed then write(key, {run, since, rest, known, lease == known and now + lease or till}) end
   return math.max(left, 0)
 end
@@ -60,8 +62,13 @@ end
 """
 
 _ACQUIRE: Final = """
-local left = recovering(KEYS[1], ARGV[1], tonumber(ARGV[2]))
-if left > 0 then return {'recovering', left} end
+local engine, run, lease = redis.call('GET', KEYS[1]) or '', ARGV[1], tonumber(ARGV[2])
+-- Most often it has served for long, and known such leases: then there is nothing to work out.
+local longest = string.sub(engine, 1, #run) == run and string.match(engine, '^ %d+ 0 (%d+) ', #run + 1)
+if not longest or tonumber(longest) < lease then
+  local left = recovering(KEYS[1], run, lease)
+  if left > 0 then return {'recovering', left} end
+end
 local tenancy, number, field, kind = ARGV[3], tonumber(ARGV[4]), ARGV[5], ARGV[6]
 local fence = redis.call('HGET', KEYS[2], 'fence')
 local begins = not fence
@@ -77,7 +84,7 @@ local place, dead, total, connections, held = {}, {}, 0, 0, false
 for i = 1, #all, 2 do
   local of = string.match(all[i], '^l:(.*)%.%d+$')
   if not of then place[all[i]] = all[i + 1]
-  elseif not stands(of) then dead[#dead + 1] = all[i]
+  elseif of == tenancy and begins or of ~= tenancy and not stands(of) then dead[#dead + 1] = all[i]
   elseif all[i] == field then held = true
   else
     total = total + 1
@@ -94,7 +101,8 @@ if not held then
   if kind == 'c' and connections >= tonumber(ARGV[8]) then return {'refused', 'connections'} end
 end
 redis.call('HSET', KEYS[3], field, kind)
-keep(KEYS[3], tonumber(ARGV[10]))
+if #all == 0 then redis.call('PEXPIRE', KEYS[3], ARGV[10]) else keep(KEYS[3], tonumber(ARGV[10])) end
+if not place.pos and not place.seq then return 1 end
 return {'granted', place.pos or '', place.epoch or '', place.seq or ''}
 """
 

@@ -1,0 +1,116 @@
+"""The stream of one process: its chain, and what became of a batch whose commit was never answered."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psycopg
+
+from ucm_middleware.audit.chain import Chain, genesis
+from ucm_middleware.errors import LedgerFileError
+from ucm_middleware.forking import renewed_after_fork
+from ucm_postgres.connecting import Target
+from ucm_postgres.ledger.opening import errors_of
+from ucm_postgres.ledger.schema import SCHEMA
+
+Entry = tuple[bytes, bytes]
+"""Subject and body of a record."""
+
+_MOST_BYTES: Final = 16 * 1024 * 1024
+"""Of bodies in one statement; one body may have half of it."""
+
+PATIENCE = 10.0
+"""Seconds that one statement may take."""
+
+# A server may be set to answer before a record is on its disk. Stronger settings than "on" stay as they are.
+_SETTINGS: Final = b"""SELECT set_config('statement_timeout', %s, true), set_config('synchronous_commit',
+    CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END,
+    true)"""
+_BEGIN_STREAM: Final = f"INSERT INTO {SCHEMA}.streams (stream) VALUES (%s)".encode()
+_ADD: Final = f"""INSERT INTO {SCHEMA}.records
+    SELECT %b, %b::bigint + number, subject, body, hash
+    FROM unnest(%b::bytea[], %b::bytea[], %b::bytea[]) WITH ORDINALITY AS new (subject, body, hash, number)""".encode()
+_LAST: Final = f"""SELECT sequence, hash FROM {SCHEMA}.records
+    WHERE stream = %s ORDER BY sequence DESC LIMIT 1""".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What was sent, and not answered yet: from how many records, and the chain as it is behind them."""
+
+    rows: int
+    chain: Chain
+
+
+class Stream:
+    """The chain of this process, whenever it connects anew; a forked child has one of its own.
+
+    Nobody else writes to it, so that processes wait for nothing of each other, and where it ends is known here.
+    """
+
+    def __init__(self, *, sealed: bool) -> None:
+        self._sealed = sealed
+        self.after_fork()
+        renewed_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Begin another one."""
+        self.name = f"stream_{secrets.token_hex(16)}"
+        self._chain = Chain(0, genesis(self.name, sealed=self._sealed), b"")
+        self._batch: _Batch | None = None
+
+    def settle(self, target: Target, connection: psycopg.Connection[Any]) -> int:
+        """Find out, on a new connection, where the stream ends. Returns of how many records, that are about to be
+        written again, the last attempt was a success. Raises LedgerFileError where it ends otherwise than it was
+        written.
+        """
+        with errors_of(target):
+            row = connection.execute(_LAST, (self.name,)).fetchone()
+        size, head = (0, genesis(self.name, sealed=self._sealed)) if row is None else row
+        batch, self._batch = self._batch, None
+        if (size, head) == (self._chain.size, self._chain.head):
+            return 0
+        if batch is not None and (size, head) == (batch.chain.size, batch.chain.head):
+            self._chain = batch.chain
+            return batch.rows
+        self._batch = batch
+        raise LedgerFileError(
+            target.name,
+            f"has {size} records of {self.name}, and the {self._chain.size} that were acknowledged in this process are "
+            "not all there, or there are others",
+            "see whether a standby took over without them; restart to go on with another stream",
+        )
+
+    def append(self, target: Target, connection: psycopg.Connection[Any], entries: Sequence[Entry], rows: int) -> None:
+        """Add records, all or none, which were made of so many rows; they are durable when this returns. Raises
+        LedgerFileError: whether they are there then, ``settle`` finds out.
+        """
+        start, chain = self._chain, self._chain.copy()
+        hashes = [chain.append(subject, body) for subject, body in entries]
+        self._batch = _Batch(rows, chain)
+        # All is sent at once, and answered at once; after an error nothing is done, the commit included, and this
+        # connection is not used again.
+        with errors_of(target), connection.pipeline():
+            connection.execute("BEGIN")
+            connection.execute(_SETTINGS, (f"{round(PATIENCE * 1000)}ms",))
+            if not start.size:
+                connection.execute(_BEGIN_STREAM, (self.name,))
+            for first, last in _parts(entries):
+                subjects, bodies = zip(*entries[first:last], strict=True)
+                values = (self.name, start.size + first, list(subjects), list(bodies), hashes[first:last])
+                connection.execute(_ADD, values)
+            connection.execute("COMMIT")
+        self._chain, self._batch = chain, None
+
+
+def _parts(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    """The entries in parts that a statement may have."""
+    parts: list[tuple[int, int]] = []
+    first = length = 0
+    for number, (_, body) in enumerate(entries):
+        if length and length + len(body) > _MOST_BYTES:
+            parts.append((first, number))
+            first, length = number, 0
+        length += len(body)
+    return [*parts, (first, len(entries))]
