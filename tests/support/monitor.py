@@ -25,12 +25,12 @@ class Recording:
 
     def __init__(self, server: ValkeyServer) -> None:
         self._server = server
-        self._before = _calls(server)
         self._counted = True
         self._chunks: list[bytes] = []
         self._socket = socket.create_connection((HOST, server.port), PATIENCE)
         self._socket.sendall(f"AUTH {ADMIN}\r\nMONITOR\r\n".encode())
         self._skip(b"+OK\r\n+OK\r\n")
+        self._before = _calls(server)  # from here on it sees each of them
         self._socket.settimeout(None)
         self._end = uuid4().hex.encode()
         self._thread = threading.Thread(target=self._read, name="monitor", daemon=True)

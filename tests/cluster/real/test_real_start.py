@@ -102,11 +102,12 @@ async def test_a_user_with_the_documented_rights_and_not_one_less(store: Restart
         with pytest.raises(ConnectionClosed):
             connection.recv()
         assert worker.ask("cluster") == {}
-    for right in rights:
+    admin.flushall()  # the application's seal, too
+    for right in (right for right in rights if right[0] in "+~&"):
         allow(*(other for other in rights if other != right))
         session = open_store(url, prefix=PREFIX, seals=("seal",), timeout=PATIENCE).session()
         try:
-            with pytest.raises(ConfigurationError, match=re.escape(right.removeprefix("+"))):
+            with pytest.raises(ConfigurationError, match="(?i)" + re.escape(right.removeprefix("+"))):
                 await session.inspect()
         finally:
             await session.aclose()
