@@ -209,7 +209,12 @@ def test_no_answer_begins_under_a_lost_lease(make_shared: MakeShared, store: Mem
         asking = Asking(address, "/wait")
         app.until_waiting()
         assert app.loop is not None
-        app.loop.call_soon_threadsafe(lambda: (clock.advance(2 * LEASE), app.go_on.set()))
+
+        def wake() -> None:
+            clock.advance(2 * LEASE)
+            app.go_on.set()
+
+        app.loop.call_soon_threadsafe(wake)
 
         assert asking.status() == 503
         assert asking.answer is not None
