@@ -243,12 +243,29 @@ class Member:
                     return self.book.without_store(user_id, key, is_connection)
                 raise
             if isinstance(found, Lease):
+                await self._see_notices(found)
                 return found
             if isinstance(found, Refused):
                 if has_made_room or not await self._make_room(user_id, key):
                     raise _limit_reached(found.scope, limits)
                 has_made_room = True
         raise ClusterUnavailableError("refused")
+
+    async def _see_notices(self, lease: Lease) -> None:
+        """Before the user is served again: have applied here what was noticed of the user since the other leases."""
+        if all(other.position == lease.position for other in self.book.leases_of(lease.user_id)):
+            return
+        try:
+            if self.thread.is_here:
+                await self.on_noticed(lease.key, lease.position)
+            else:
+                await asyncio.wrap_future(self.call(self._noticed(lease)))
+        except BaseException:
+            self.release(lease)
+            raise
+
+    async def _noticed(self, lease: Lease) -> None:
+        await self.on_noticed(lease.key, lease.position)
 
     async def try_for(self, attempt: Attempt, lease: Lease | None = None) -> Lease | Refused | Recovering | None:
         """Ask the store. None when it must be asked anew. ``lease`` is one that is to have its place by it.

@@ -296,8 +296,20 @@ class Upkeep:
         sent = member.clock()
         if await member.session.restore(tenancy.bucket, heir.id, lease, slots):
             member.close_lost(book.inherited(tenancy, heir, leases, sent))
+            self._begin_task(self._see_notices([one for one in leases if one.tenancy is heir]))
         else:
             self._lose(tenancy)
+
+    async def _see_notices(self, leases: Sequence[Lease]) -> None:
+        """Have applied what restored leases may have missed, one user after the other, until it is."""
+        for key, one in {lease.key: lease for lease in leases}.items():
+            while not one.is_over and not one.position:
+                try:
+                    await self._member.on_noticed(key, "")
+                    break
+                except ClusterUnavailableError as error:
+                    self._member.doubt(error)
+                    await asyncio.sleep(FIRST_PROBE)
 
     def _lose(self, tenancy: Tenancy) -> None:
         """What was held there is over; or, where the worker carried on with it, it needs a new place."""

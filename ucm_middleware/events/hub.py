@@ -254,7 +254,7 @@ class Hub:
             channel = self._channel(user_id)
             channel.connections[context._core] = connection
             connection.followed |= self._ahead.pop(context._core, NO_IDS)
-            relay = self.relay_of(user_id)
+            relay = None if self.relay is None else self.relay_of(user_id)
             if relay is None:
                 self.replay(connection, channel, user_id)
             else:
