@@ -611,10 +611,10 @@ async def test_whoever_finds_room_in_time_stays(server: MemoryServer) -> None:
         for number in range(4):
             await send(one, number)
             await quiet()
-        assert len(one.relay._overdue) == 1
+        assert len(one.relay._room) == 1
         client.read_on()
         await quiet()
 
-        assert one.relay._overdue == {}
+        assert len(one.relay._room) == 0
         assert context.is_open
         assert client.data == [0, 1, 2, 3]
