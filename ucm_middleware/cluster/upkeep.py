@@ -57,12 +57,7 @@ class Upkeep:
         self._probe_at = 0.0
         while not thread.is_ending:
             thread.woken.clear()
-            try:
-                delay = await self.turn()
-            except Exception:
-                # A fault in one turn must not cost all leases.
-                logger.exception("the cluster's upkeep failed; it goes on in a second")
-                delay = 1.0
+            delay = await self.turn()
             try:
                 async with asyncio.timeout(delay):
                     await thread.woken.wait()
@@ -77,8 +72,8 @@ class Upkeep:
     async def turn(self) -> float:
         """Do what is due. Returns in how many seconds something is again."""
         member = self._member
-        self._end_overdue()
         try:
+            self._end_overdue()
             now = member.clock()
             if not member.is_reachable or self._must_enroll(now):
                 if now >= self._probe_at:
@@ -90,6 +85,10 @@ class Upkeep:
                 await self._place_some()
         except ClusterUnavailableError as error:
             self._failed(error)
+        except Exception:
+            # A fault in one turn must not cost all leases, nor be taken for a store that answers.
+            logger.exception("the cluster's upkeep failed; it is tried again as if the store could not be asked")
+            self._failed(ClusterUnavailableError("down"))
         self._settle()
         return self._delay()
 
@@ -113,8 +112,8 @@ class Upkeep:
         self._must_look = True
 
     def lose_soon(self, tenancy: Tenancy) -> None:
-        """The store has said that it is gone."""
-        self._member.book.retire(tenancy)
+        """The store has said that it is gone: nothing is held there from now on."""
+        self._member.book.retire(tenancy, is_gone=True)
         self._member.thread_wakes()
 
     def note_recovering(self, bucket: int | None, seconds: float) -> None:
@@ -137,7 +136,7 @@ class Upkeep:
     async def settled(self) -> None:
         """Wait until the store was looked at, and has recovered."""
         member = self._member
-        await asyncio.wrap_future(member.looked)
+        await asyncio.wait((asyncio.wrap_future(member.looked),))  # who gives up waiting must not cancel it
         if member.is_reachable and (left := max(member.recovers_at) - member.clock()) > 0:
             await asyncio.sleep(left)
 
@@ -258,7 +257,11 @@ class Upkeep:
     ) -> None:
         member = self._member
         member.recovers_at[tenancy.bucket] = 0.0
-        member.book.extend(tenancy, sent)
+        if not member.book.extend(tenancy, sent):
+            # It was over here meanwhile, and whether it always stood there cannot be known.
+            member.book.give_all_back(tenancy)
+            self._lose(tenancy)
+            return
         for lease in touched:
             lease.touched_at = sent
         for digest, position in told:
@@ -318,8 +321,7 @@ class Upkeep:
         member = self._member
         for tenancy in member.book.take_retired():
             self._lose(tenancy)
-        if member.is_reachable:
-            return  # the store says itself what has become of them
+        # Also where the store can be asked: an order that came late may have begun the tenancy anew, without them.
         now = member.clock()
         for tenancy in member.book.all_tenancies():
             if tenancy.has_begun and tenancy.valid_until <= now:
