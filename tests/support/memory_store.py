@@ -92,6 +92,7 @@ class MemoryServer:
         self.reason = "down"
         self.lose_answers = 0
         self.lose_orders = 0
+        self.lose_only: str | None = None  # the command whose orders and answers get lost, where not all do
         self.are_late = False
         self.remembers = False  # whether earlier states are kept, for a failover to lose writes
         self.commands: list[str] = []
@@ -200,13 +201,14 @@ class MemoryServer:
         with self._lock:
             if self.is_down or session.store.is_cut:
                 raise ClusterUnavailableError(self.reason)
-            if self.lose_orders > 0:
+            is_at_risk = self.lose_only in (None, name)
+            if self.lose_orders > 0 and is_at_risk:
                 self.lose_orders -= 1
                 if self.are_late:
                     self._late.append(partial(self._write, work))
                 raise ClusterUnavailableError("timeout", is_unknown=True)
             done = self._write(work)
-            if self.lose_answers > 0:
+            if self.lose_answers > 0 and is_at_risk:
                 self.lose_answers -= 1
                 raise ClusterUnavailableError("timeout", is_unknown=True)
             return done
