@@ -257,7 +257,7 @@ class Book:
                 else:
                     lease.tenancy = heir
                     lease.position = ""  # whatever notice there is may be one that it missed
-                    heir.leases[lease] = None
+                    heir.leases[lease] = heir.unread[lease.key] = None
                     tenancy.leases.pop(lease, None)
             late = self.lose(tenancy)
             self.tenancies[tenancy.bucket] = heir

@@ -49,11 +49,15 @@ class Upkeep:
         self._hears = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._telling: set[tuple[UserKey, str]] = set()
+        self._reading: set[Tenancy] = set()
+        self._placing: asyncio.Task[None] | None = None
 
     async def run(self, thread: "ClusterThread") -> None:
         """Take turns until the thread is to end, and give back what is left."""
         member = self._member
         self._hears = False
+        self._placing = None
+        self._reading.clear()
         self._probe_at = 0.0
         while not thread.is_ending:
             thread.woken.clear()
@@ -82,7 +86,7 @@ class Upkeep:
                 await self._renew()
             if member.is_reachable:
                 await self._give_back()
-                await self._place_some()
+                self._place_some()
         except ClusterUnavailableError as error:
             self._failed(error)
         except Exception:
@@ -101,7 +105,7 @@ class Upkeep:
         if self._must_look:
             return 0.0
         wakes = [self._renew_at, *(at for at in member.recovers_at if at > now)]
-        if member.book.unplaced:
+        if member.book.unplaced and self._placing is None:
             wakes.append(max(self._place_at, self._all_recovered(now)))
         return max(0.0, min(wakes) - now)
 
@@ -270,6 +274,7 @@ class Upkeep:
         for digest, position in answer.noticed:
             if tenancy.told.get(digest) != position:
                 self._begin_task(self._tell_noticed(tenancy, UserKey(tenancy.bucket, digest), position))
+        self._read_missed_soon(tenancy)
 
     async def _tell_noticed(self, tenancy: Tenancy, key: UserKey, position: str) -> None:
         """Have a notice applied. Only then the store need not tell of it again."""
@@ -281,6 +286,20 @@ class Upkeep:
             tenancy.told[key.digest] = position
         finally:
             self._telling.discard((key, position))
+
+    def _read_missed_soon(self, tenancy: Tenancy) -> None:
+        if tenancy.unread and tenancy not in self._reading:
+            self._reading.add(tenancy)
+            self._begin_task(self._read_missed(tenancy))
+
+    async def _read_missed(self, tenancy: Tenancy) -> None:
+        """Have the notices read that were left before a tenancy was put back, of one user after another."""
+        try:
+            for key in list(tenancy.unread):
+                await self._member.on_noticed(key, "")
+                tenancy.unread.pop(key, None)
+        finally:
+            self._reading.discard(tenancy)
 
     # Another server.
 
@@ -299,6 +318,7 @@ class Upkeep:
         sent = member.clock()
         if await member.session.restore(tenancy.bucket, heir.id, lease, slots):
             member.close_lost(book.inherited(tenancy, heir, leases, sent))
+            self._read_missed_soon(heir)
         else:
             self._lose(tenancy)
 
@@ -347,17 +367,30 @@ class Upkeep:
         if member.is_reachable:
             await self._give_back()
 
-    async def _place_some(self) -> None:
-        """Ask for a place for some of what was given without the store, a few at a time."""
+    def _place_some(self) -> None:
+        """Ask for a place for some of what was given without the store, a few at a time. Apart from the turn, since
+        the notices of a user may last: no renewal waits for them.
+        """
         member = self._member
         book = member.book
         now = member.clock()
-        if not book.unplaced or now < self._place_at or self._all_recovered(now) > now:
+        if self._placing is not None or not book.unplaced or now < self._place_at or self._all_recovered(now) > now:
             return
         pause = member.policy.lease * SLICE / len(book.unplaced)
         self._place_at = now + min(pause, member.policy.lease / 3) * random.uniform(0.5, 1.0)
-        for lease in list(book.unplaced)[:SLICE]:
-            await self._place(lease)
+        self._placing = self._begin_task(self._place_each(list(book.unplaced)[:SLICE]))
+        self._placing.add_done_callback(self._placed)
+
+    def _placed(self, _: asyncio.Task[None]) -> None:
+        self._placing = None
+        self._member.thread_wakes()
+
+    async def _place_each(self, leases: Sequence[Lease]) -> None:
+        try:
+            for lease in leases:
+                await self._place(lease)
+        except ClusterUnavailableError as error:
+            self._member.doubt(error)
 
     async def _place(self, lease: Lease) -> None:
         member = self._member
@@ -373,11 +406,12 @@ class Upkeep:
         elif found is lease:
             await member.on_noticed(lease.key, "")  # and what was left meanwhile
 
-    def _begin_task(self, work: Awaitable[None]) -> None:
+    def _begin_task(self, work: Awaitable[None]) -> asyncio.Task[None]:
         """Have something done apart, so that no renewal waits for it."""
         task = asyncio.ensure_future(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def nudged(self, bucket: int, tenancies: Sequence[str]) -> None:
         """Some tenancies have notices."""
