@@ -321,7 +321,7 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def _missed(figures: dict[str, Any]) -> list[str]:
-    missed = []
+    missed: list[str] = []
     if figures["commands_an_open_waits_for"] > MOST_COMMANDS:
         missed.append(f"an open waits for {figures['commands_an_open_waits_for']:.2f} commands, and may for one")
     if figures["commands_a_message"] > 0:
