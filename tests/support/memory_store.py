@@ -247,13 +247,15 @@ class MemoryServer:
             tenancy = Tenancy(self.clock() + order.lease, self.run)
         if slot.number <= tenancy.fence:
             return Late()
+        user = data.users.setdefault(key, User())
+        if at not in data.tenancies:  # what stood under one that ended does not stand under this one
+            user.leases = {name: kind for name, kind in user.leases.items() if name[0] != slot.tenancy}
         live = self.live_of(key)
         if slot.is_connection and sum(one.is_connection for one in live) >= order.connections:
             return Refused("connections")
         if len(live) >= order.per_user:
             return Refused("user")
         data.tenancies[at] = tenancy
-        user = data.users.setdefault(key, User())
         user.leases[slot.tenancy, slot.number] = slot.is_connection
         return Granted(user.position, _place(user))
 

@@ -48,6 +48,7 @@ class Tenancy:
         "leases",
         "pending",
         "told",
+        "unread",
         "used_at",
         "valid_until",
     )
@@ -63,6 +64,7 @@ class Tenancy:
         self.leases: dict[Lease, None] = {}
         self.pending = 0  # orders without an answer yet
         self.told: dict[str, str] = {}
+        self.unread: dict[UserKey, None] = {}  # whose notices it may have missed: it is not told of those by itself
         self.used_at = clock()
 
     @property

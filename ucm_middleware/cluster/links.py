@@ -5,7 +5,6 @@
 
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from contextvars import Context
 from typing import Any
 from weakref import WeakMethod
 
@@ -52,11 +51,7 @@ class MemberWorker:
         return self._member.session
 
     def call(self, run: Callable[..., object], *args: Any) -> bool:
-        try:
-            self._member.thread.loop.call_soon_threadsafe(run, *args, context=Context())
-        except RuntimeError:  # its loop is closed
-            return False
-        return True
+        return self._member.thread.soon(run, *args)
 
     def doubt(self, error: ClusterUnavailableError) -> None:
         self._member.doubt(error)
