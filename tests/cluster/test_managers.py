@@ -150,8 +150,12 @@ class TestOneLimit:
         first = manager.create_isolated_context("alice", "request-1")
         closed = UserExecutionContext(user_id="alice", thread_id="thread-1", run_id="run-1", request_id="request-1")
         lease = lease_of(first)
-        closed.verify_isolation = closing = lambda: closed.close() or True  # type: ignore[method-assign]
-        assert closing is not None
+
+        def close_meanwhile() -> bool:
+            closed.close()
+            return True
+
+        closed.verify_isolation = close_meanwhile  # type: ignore[method-assign]
 
         with pytest.raises(ContextClosedError):
             manager.set_context(("alice", "request-1"), closed)

@@ -242,9 +242,12 @@ class TestAnotherServer:
         worker = cluster.worker()
         lease = cluster.acquire(worker)
         cluster.server.wipe()
-        cluster.server.lose_answers = 4  # inspect, enroll, release, restore: whichever come
+        cluster.server.lose_answers, cluster.server.lose_only = 1, "restore"
 
-        cluster.wait(LEASE + 1, worker)
+        cluster.wait(LEASE / 2, worker)
+        assert cluster.server.commands.count("restore") == 2
+        assert len(live_of(cluster, worker)) == 1
+        cluster.wait(LEASE, worker)
 
         assert lease.is_held
         assert live_of(cluster, worker) == [lease.slot()]
@@ -353,9 +356,11 @@ class TestLocal:
 
         worker.member.on_noticed = noticed
         worker.store.is_cut = False
+        cluster.server.commands.clear()
         cluster.wait(LEASE, worker)
 
         assert with_notice.is_over
+        assert "acquire" not in cluster.server.commands
         assert cluster.server.live() == {}
 
 

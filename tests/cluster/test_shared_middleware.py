@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
@@ -35,7 +35,7 @@ from ucm_middleware.types import ASGIApp, Message
 from .conftest import MakeShared, until_given_back
 
 
-def who(connection: Any) -> str | None:
+def who(connection: HTTPConnection) -> str | None:
     return connection.headers.get("x-user")
 
 
@@ -209,7 +209,12 @@ def test_no_answer_begins_under_a_lost_lease(make_shared: MakeShared, store: Mem
         asking = Asking(address, "/wait")
         app.until_waiting()
         assert app.loop is not None
-        app.loop.call_soon_threadsafe(lambda: (clock.advance(2 * LEASE), app.go_on.set()))
+
+        def wake() -> None:
+            clock.advance(2 * LEASE)
+            app.go_on.set()
+
+        app.loop.call_soon_threadsafe(wake)
 
         assert asking.status() == 503
         assert asking.answer is not None

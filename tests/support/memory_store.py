@@ -92,6 +92,7 @@ class MemoryServer:
         self.reason = "down"
         self.lose_answers = 0
         self.lose_orders = 0
+        self.lose_only: str | None = None  # the command whose orders and answers get lost, where not all do
         self.are_late = False
         self.remembers = False  # whether earlier states are kept, for a failover to lose writes
         self.commands: list[str] = []
@@ -124,6 +125,9 @@ class MemoryServer:
                 self.data = self._before.pop()
             self._before.clear()
             self.run = next(self._runs)
+            for user in self.data.users.values():
+                if user.epoch:  # numbers of events that were lost must not be given again
+                    user.epoch, user.sequence, user.events = next(self._epochs), 0, []
         self._tell_deaf()
 
     def hold(self) -> None:
@@ -200,13 +204,14 @@ class MemoryServer:
         with self._lock:
             if self.is_down or session.store.is_cut:
                 raise ClusterUnavailableError(self.reason)
-            if self.lose_orders > 0:
+            is_at_risk = self.lose_only in (None, name)
+            if self.lose_orders > 0 and is_at_risk:
                 self.lose_orders -= 1
                 if self.are_late:
                     self._late.append(partial(self._write, work))
                 raise ClusterUnavailableError("timeout", is_unknown=True)
             done = self._write(work)
-            if self.lose_answers > 0:
+            if self.lose_answers > 0 and is_at_risk:
                 self.lose_answers -= 1
                 raise ClusterUnavailableError("timeout", is_unknown=True)
             return done
@@ -242,13 +247,15 @@ class MemoryServer:
             tenancy = Tenancy(self.clock() + order.lease, self.run)
         if slot.number <= tenancy.fence:
             return Late()
+        user = data.users.setdefault(key, User())
+        if at not in data.tenancies:  # what stood under one that ended does not stand under this one
+            user.leases = {name: kind for name, kind in user.leases.items() if name[0] != slot.tenancy}
         live = self.live_of(key)
         if slot.is_connection and sum(one.is_connection for one in live) >= order.connections:
             return Refused("connections")
         if len(live) >= order.per_user:
             return Refused("user")
         data.tenancies[at] = tenancy
-        user = data.users.setdefault(key, User())
         user.leases[slot.tenancy, slot.number] = slot.is_connection
         return Granted(user.position, _place(user))
 

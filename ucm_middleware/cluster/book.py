@@ -191,18 +191,32 @@ class Book:
             self._end(lease)
             return True
 
-    def retire(self, tenancy: Tenancy) -> None:
-        """A tenancy is over: nothing more is asked for under it, and what is held there must be closed."""
+    def retire(self, tenancy: Tenancy, *, is_gone: bool = False) -> None:
+        """A tenancy is over: nothing more is asked for under it, and what is held there must be closed. Where the store
+        has said that it is gone, nothing there may be used before that.
+        """
         with self._lock:
+            if is_gone and not tenancy.is_carried:
+                tenancy.valid_until = tenancy.granted_until = LOST
             if self.tenancies.get(tenancy.bucket) is tenancy:
                 del self.tenancies[tenancy.bucket]
                 self.retired.append(tenancy)
 
-    def extend(self, tenancy: Tenancy, sent: float) -> None:
-        """The store has said that it holds, unless it was given up meanwhile."""
+    def extend(self, tenancy: Tenancy, sent: float) -> bool:
+        """The store has said that it holds. False when it was over by this worker's clock before that was heard, or
+        given up.
+        """
         with self._lock:
-            if self.tenancies.get(tenancy.bucket) is tenancy:
-                tenancy.extend(sent, self._lease)
+            if self.tenancies.get(tenancy.bucket) is not tenancy or tenancy.granted_until <= self._clock():
+                return False
+            tenancy.extend(sent, self._lease)
+            return True
+
+    def give_all_back(self, tenancy: Tenancy) -> None:
+        """The store shall not count what stands under a tenancy that is over here."""
+        with self._lock:
+            for lease in list(tenancy.leases):
+                self._give_back(Release(lease.slot()))
 
     def set_aside(self, tenancy: Tenancy) -> None:
         """A tenancy is over, and what was held under it carries on until it has a new place."""
@@ -249,7 +263,7 @@ class Book:
                 else:
                     lease.tenancy = heir
                     lease.is_restored = True
-                    heir.leases[lease] = None
+                    heir.leases[lease] = heir.unread[lease.key] = None
                     tenancy.leases.pop(lease, None)
             late = self.lose(tenancy)
             self.tenancies[tenancy.bucket] = heir

@@ -49,6 +49,7 @@ class Tenancy:
         "noticed",
         "pending",
         "told",
+        "unread",
         "used_at",
         "valid_until",
     )
@@ -64,6 +65,7 @@ class Tenancy:
         self.leases: dict[Lease, None] = {}
         self.pending = 0  # orders without an answer yet
         self.told: dict[str, str] = {}
+        self.unread: dict[UserKey, None] = {}  # whose notices it may have missed: it is not told of those by itself
         self.noticed: dict[str, str] = {}  # of whom there were notices, while something was on its way to live here
         self.used_at = clock()
 

@@ -5,7 +5,6 @@
 
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from contextvars import Context
 from typing import Any
 from weakref import WeakMethod
 
@@ -22,7 +21,6 @@ from ucm_middleware.cluster.worker import Held
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ClusterUnavailableError
 from ucm_middleware.events.hub import Hub
-from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.teardown import close_apart
 
@@ -60,11 +58,7 @@ class MemberWorker:
         await self._member.first_look()
 
     def call(self, run: Callable[..., object], *args: Any) -> bool:
-        try:
-            self._member.thread.loop.call_soon_threadsafe(run, *args, context=Context())
-        except RuntimeError:  # its loop is closed
-            return False
-        return True
+        return self._member.thread.soon(run, *args)
 
     def doubt(self, error: ClusterUnavailableError) -> None:
         self._member.doubt(error)
@@ -115,10 +109,10 @@ class Links:
             self.notices.store_is_back()
 
 
-def _close_in_thread(context: UserExecutionContext, reason: CloseReason) -> None:
-    """Close a context for the cluster's thread, which has leases to keep, and waits for no hook of a plugin."""
+def _close_in_thread(context: UserExecutionContext) -> None:
+    """Close a context that is too slow, for the cluster's thread: that has leases to keep, and waits for no plugin."""
     threading.Thread(
-        target=close_apart, args=(context, reason), name="ucm-middleware slow connection", daemon=True
+        target=close_apart, args=(context, "slow"), name="ucm-middleware slow connection", daemon=True
     ).start()
 
 

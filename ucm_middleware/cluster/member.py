@@ -44,6 +44,10 @@ FIRST_LOOK: Final = 3
 """For how many timeouts a context waits that is opened before the store was looked at."""
 
 
+TELLING: Final = 3
+"""For how many timeouts a context waits that is opened while older ones of its user have missed a notice."""
+
+
 class Member:
     """Every method may be called from any thread. The other members are in other processes.
 
@@ -212,7 +216,9 @@ class Member:
         noticed = lease.tenancy.noticed
         if noticed and noticed.get(lease.key.digest, lease.position) != lease.position:
             with suppress(RuntimeError):  # the thread has ended
-                self.thread.loop.call_soon_threadsafe(self.upkeep.catch_up_soon, lease.key, context=Context())
+                self.thread.loop.call_soon_threadsafe(
+                    self.upkeep.catch_up_soon, lease.tenancy, lease.key, context=Context()
+                )
 
     def release(self, lease: Lease) -> None:
         """A lease is over. Never waits, and may be said twice."""
@@ -254,6 +260,7 @@ class Member:
                     return self.book.without_store(user_id, key, is_connection)
                 raise
             if isinstance(found, Lease):
+                await self._tell_older(found)
                 return found
             if isinstance(found, Refused):
                 if has_made_room or not await self._make_room(user_id, key):
@@ -289,6 +296,27 @@ class Member:
         elif isinstance(answer, Gone):
             self.upkeep.lose_soon(attempt.tenancy)
         return None if isinstance(answer, Gone | Late) else answer
+
+    async def _tell_older(self, lease: Lease) -> None:
+        """What older leases of the same user have missed reaches them before there is a newer one."""
+        behind = [(one, one.position) for one in self.book.leases_of(lease.user_id) if one.position != lease.position]
+        if not behind:
+            return
+        telling = self.on_noticed(lease.key, lease.position)
+        try:
+            async with asyncio.timeout(TELLING * self.policy.timeout):
+                if self._thread is None or self._thread.is_here:
+                    await telling
+                else:
+                    await asyncio.wrap_future(self.call(_awaited(telling)))
+        except BaseException as error:
+            self.release(lease)
+            if isinstance(error, TimeoutError):
+                raise ClusterUnavailableError("timeout") from None
+            raise
+        for one, position in behind:
+            if one.position == position:  # there was nothing, or it was kept for long enough
+                one.position = lease.position
 
     def _without_store(self, user_id: str, key: UserKey, is_connection: bool) -> Lease | None:
         """What there is to say without asking: a lease of this worker's own, or that there is none. None to ask."""
@@ -375,6 +403,10 @@ def _limit_reached(scope: str, limits: SlotLimits) -> ContextLimitError:
     if scope == "connections":
         return ContextLimitError(scope, limits.connections, "close one of this user's connections first")
     return ContextLimitError("user", limits.per_user, "finish or close one of this user's contexts first")
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
 
 
 def _nothing(*_: object) -> None:

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points
 from typing import Final
 
 from ucm_middleware.cluster.member import Member
-from ucm_middleware.cluster.policy import CLUSTER_VARIABLE, ClusterPolicy
+from ucm_middleware.cluster.policy import CLUSTER_VARIABLE, ClusterPolicy, check_url
 from ucm_middleware.cluster.store import Store
 from ucm_middleware.cluster.users import Users
 from ucm_middleware.environment import IsolatedEnvironment
@@ -38,6 +38,7 @@ def open_cluster(
         raise ConfigurationError(
             f"cluster: the policy has no url and {CLUSTER_VARIABLE} is not set; give one, such as 'valkey://host:6379/0'"
         )
+    check_url(url)
     secrets.require("clusters")
     users = Users(secrets, policy.application)
     return Member(policy, _opened(url, policy, users), users, clock=clock)

@@ -1,5 +1,6 @@
 """How workers share their users: over which store, and what happens while it cannot be asked."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
@@ -14,7 +15,10 @@ MOST_NAME: Final = 32
 """Characters of an application's name."""
 
 LEAST_LEASE: Final = 1.0
-LONGEST_LEASE: Final = 3600.0
+LONGEST_LEASE: Final = 1200.0
+"""Seconds. Of a user whose worker is cut off, the store must not forget the leases before they are over."""
+
+_SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,8 @@ class ClusterPolicy:
     timeout: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_url(self.url)
+        if self.url is not None:
+            check_url(self.url)
         _check_name(self.application)
         if self.when_unavailable not in get_args(WhenUnavailable):
             raise ConfigurationError(
@@ -49,8 +54,9 @@ class ClusterPolicy:
         _check_seconds("timeout", self.timeout, 0.01, self.lease / 3)
 
 
-def _check_url(url: object) -> None:
-    if url is not None and (not isinstance(url, str) or "://" not in url):
+def check_url(url: object) -> None:
+    """Raise ConfigurationError for what is no URL, without showing it."""
+    if not isinstance(url, str) or _SCHEME.match(url) is None:
         raise ConfigurationError(
             "cluster: url must be text such as 'valkey://host:6379/0'; what was given is not shown, since it may "
             "have a password in it"

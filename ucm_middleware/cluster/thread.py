@@ -28,6 +28,8 @@ class ClusterThread:
         self.is_ending = False
         self.ended: Future[None] = Future()
         self._is_waking = False
+        self._is_over = False
+        self._closing = threading.RLock()  # a finalizer may ask in the middle of it
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
 
     def start(self) -> None:
@@ -43,11 +45,18 @@ class ClusterThread:
 
         Raises ClusterUnavailableError once the thread has ended.
         """
-        try:
-            return Context().run(asyncio.run_coroutine_threadsafe, work, self.loop)
-        except RuntimeError:
-            work.close()
-            raise ClusterUnavailableError("down") from None
+        with self._closing:
+            if not self._is_over:
+                return Context().run(asyncio.run_coroutine_threadsafe, work, self.loop)
+        work.close()
+        raise ClusterUnavailableError("down")
+
+    def soon(self, run: Callable[..., object], *args: Any) -> bool:
+        """Have this called on the thread's loop, in an empty Context. False once that has ended."""
+        with self._closing:
+            if not self._is_over:
+                self.loop.call_soon_threadsafe(run, *args, context=Context())
+            return not self._is_over
 
     def wake(self) -> None:
         """There is something to do, at once."""
@@ -77,14 +86,19 @@ class ClusterThread:
         loop = self.loop
         try:
             loop.run_until_complete(self._work(self))
-            loop.run_until_complete(_end_others())
         finally:
-            loop.close()
-            self.ended.set_result(None)
+            with self._closing:
+                self._is_over = True  # what was asked before this still has its turn: somebody waits for it
+            try:
+                loop.run_until_complete(_end_others())
+            finally:
+                loop.close()
+                self.ended.set_result(None)
 
 
 async def _end_others() -> None:
     """Cancel what is under way on the running loop, and wait until it has ended."""
+    await asyncio.sleep(0)  # what was asked last takes its first step: before that, it could not even fail
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

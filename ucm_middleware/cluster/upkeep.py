@@ -52,21 +52,19 @@ class Upkeep:
         self._hears = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._telling: set[tuple[UserKey, str]] = set()
-        self._unread: dict[UserKey, None] = {}
+        self._reading: set[Tenancy] = set()
+        self._placing: asyncio.Task[None] | None = None
 
     async def run(self, thread: "ClusterThread") -> None:
         """Take turns until the thread is to end, and give back what is left."""
         member = self._member
         self._hears = False
+        self._placing = None
+        self._reading.clear()
         self._probe_at = 0.0
         while not thread.is_ending:
             thread.woken.clear()
-            try:
-                delay = await self.turn()
-            except Exception:
-                # A fault in one turn must not cost all leases.
-                logger.exception("the cluster's upkeep failed; it goes on in a second")
-                delay = 1.0
+            delay = await self.turn()
             try:
                 async with asyncio.timeout(delay):
                     await thread.woken.wait()
@@ -81,8 +79,8 @@ class Upkeep:
     async def turn(self) -> float:
         """Do what is due. Returns in how many seconds something is again."""
         member = self._member
-        self._end_overdue()
         try:
+            self._end_overdue()
             now = member.clock()
             if not member.is_reachable or self._must_enroll(now):
                 if now >= self._probe_at:
@@ -91,9 +89,13 @@ class Upkeep:
                 await self._renew()
             if member.is_reachable:
                 await self._give_back()
-                await self._place_some()
+                self._place_some()
         except ClusterUnavailableError as error:
             self._failed(error)
+        except Exception:
+            # A fault in one turn must not cost all leases, nor be taken for a store that answers.
+            logger.exception("the cluster's upkeep failed; it is tried again as if the store could not be asked")
+            self._failed(ClusterUnavailableError("down"))
         self._settle()
         return self._delay()
 
@@ -106,7 +108,7 @@ class Upkeep:
         if self._must_look:
             return 0.0
         wakes = [self._renew_at, *(at for at in member.recovers_at if at > now)]
-        if member.book.unplaced:
+        if member.book.unplaced and self._placing is None:
             wakes.append(max(self._place_at, self._all_recovered(now)))
         return max(0.0, min(wakes) - now)
 
@@ -117,8 +119,8 @@ class Upkeep:
         self._must_look = True
 
     def lose_soon(self, tenancy: Tenancy) -> None:
-        """The store has said that it is gone."""
-        self._member.book.retire(tenancy)
+        """The store has said that it is gone: nothing is held there from now on."""
+        self._member.book.retire(tenancy, is_gone=True)
         self._member.thread_wakes()
 
     def note_recovering(self, bucket: int | None, seconds: float) -> None:
@@ -141,7 +143,7 @@ class Upkeep:
     async def settled(self) -> None:
         """Wait until the store was looked at, and has recovered."""
         member = self._member
-        await asyncio.wrap_future(member.looked)
+        await asyncio.wait((asyncio.wrap_future(member.looked),))  # who gives up waiting must not cancel it
         if member.is_reachable and (left := max(member.recovers_at) - member.clock()) > 0:
             await asyncio.sleep(left)
 
@@ -237,8 +239,6 @@ class Upkeep:
         answers = await member.session.renew(renewals)
         member.answered_at = member.clock()
         member.renewals += len(renewals)
-        for key in self._unread:
-            self._begin_task(self._read_unread(key))
         for tenancy, told_there, touch, answer in zip(tenancies, told, touched, answers, strict=True):
             if isinstance(answer, Alive):
                 self._alive(tenancy, answer, sent, told_there, touch)
@@ -264,7 +264,11 @@ class Upkeep:
     ) -> None:
         member = self._member
         member.recovers_at[tenancy.bucket] = 0.0
-        member.book.extend(tenancy, sent)
+        if not member.book.extend(tenancy, sent):
+            # It was over here meanwhile, and whether it always stood there cannot be known.
+            member.book.give_all_back(tenancy)
+            self._lose(tenancy)
+            return
         member.book.forget_noticed(tenancy)
         for lease in touched:
             lease.touched_at = sent
@@ -274,6 +278,7 @@ class Upkeep:
         for digest, position in answer.noticed:
             if tenancy.told.get(digest) != position:
                 self._begin_task(self._tell_noticed(tenancy, UserKey(tenancy.bucket, digest), position))
+        self._read_missed_soon(tenancy)
 
     async def _tell_noticed(self, tenancy: Tenancy, key: UserKey, position: str) -> None:
         """Have a notice applied. Only then the store need not tell of it again."""
@@ -287,14 +292,25 @@ class Upkeep:
         finally:
             self._telling.discard((key, position))
 
-    def catch_up_soon(self, key: UserKey) -> None:
+    def catch_up_soon(self, tenancy: Tenancy, key: UserKey) -> None:
         """Have a user's notices read, again and again until they can be: the store tells of them no more."""
-        self._unread[key] = None
-        self._begin_task(self._read_unread(key))
+        tenancy.unread[key] = None
+        self._read_missed_soon(tenancy)
 
-    async def _read_unread(self, key: UserKey) -> None:
-        await self._member.on_noticed(key, "")
-        self._unread.pop(key, None)
+    def _read_missed_soon(self, tenancy: Tenancy) -> None:
+        if tenancy.unread and tenancy not in self._reading:
+            self._reading.add(tenancy)
+            self._begin_task(self._read_missed(tenancy))
+
+    async def _read_missed(self, tenancy: Tenancy) -> None:
+        """Have the notices read that a tenancy is not told of by itself, of one user after another."""
+        try:
+            while tenancy.unread:
+                key = next(iter(tenancy.unread))
+                await self._member.on_noticed(key, "")
+                tenancy.unread.pop(key, None)
+        finally:
+            self._reading.discard(tenancy)
 
     # Another server.
 
@@ -313,6 +329,7 @@ class Upkeep:
         sent = member.clock()
         if await member.session.restore(tenancy.bucket, heir.id, lease, slots):
             member.close_lost(book.inherited(tenancy, heir, leases, sent))
+            self._read_missed_soon(heir)
         else:
             self._lose(tenancy)
 
@@ -335,8 +352,7 @@ class Upkeep:
         member = self._member
         for tenancy in member.book.take_retired():
             self._lose(tenancy)
-        if member.is_reachable:
-            return  # the store says itself what has become of them
+        # Also where the store can be asked: an order that came late may have begun the tenancy anew, without them.
         now = member.clock()
         for tenancy in member.book.all_tenancies():
             if tenancy.has_begun and tenancy.valid_until <= now:
@@ -362,17 +378,30 @@ class Upkeep:
         if member.is_reachable:
             await self._give_back()
 
-    async def _place_some(self) -> None:
-        """Ask for a place for some of what was given without the store, a few at a time."""
+    def _place_some(self) -> None:
+        """Ask for a place for some of what was given without the store, a few at a time. Apart from the turn, since
+        the notices of a user may last: no renewal waits for them.
+        """
         member = self._member
         book = member.book
         now = member.clock()
-        if not book.unplaced or now < self._place_at or self._all_recovered(now) > now:
+        if self._placing is not None or not book.unplaced or now < self._place_at or self._all_recovered(now) > now:
             return
         pause = member.policy.lease * SLICE / len(book.unplaced)
         self._place_at = now + min(pause, member.policy.lease / 3) * random.uniform(0.5, 1.0)
-        for lease in list(book.unplaced)[:SLICE]:
-            await self._place(lease)
+        self._placing = self._begin_task(self._place_each(list(book.unplaced)[:SLICE]))
+        self._placing.add_done_callback(self._placed)
+
+    def _placed(self, _: asyncio.Task[None]) -> None:
+        self._placing = None
+        self._member.thread_wakes()
+
+    async def _place_each(self, leases: Sequence[Lease]) -> None:
+        try:
+            for lease in leases:
+                await self._place(lease)
+        except ClusterUnavailableError as error:
+            self._member.doubt(error)
 
     async def _place(self, lease: Lease) -> None:
         member = self._member
@@ -390,11 +419,12 @@ class Upkeep:
                 lease.tenancy.noticed[lease.key.digest] = UNKNOWN
             await member.on_noticed(lease.key, "")  # and what was left meanwhile
 
-    def _begin_task(self, work: Awaitable[None]) -> None:
+    def _begin_task(self, work: Awaitable[None]) -> asyncio.Task[None]:
         """Have something done apart, so that no renewal waits for it."""
         task = asyncio.ensure_future(_logged(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def nudged(self, bucket: int, tenancies: Sequence[str]) -> None:
         """Some tenancies have notices."""
