@@ -728,3 +728,18 @@ async def test_local_an_event_that_may_have_been_sent_is_had_once_by_those_here(
         assert [what for _, _, what in seen(here)] == [1, 2]
         assert said.queued + said.delivered == 1
         assert (said.epoch == "epoch1") is is_heard_first
+
+
+async def test_who_could_not_be_unsubscribed_is_later(server: MemoryServer) -> None:
+    async with site(server) as one:
+        context, _ = await join(one)
+        await quiet()
+        one.worker.store.is_cut = True
+        context.close()
+        await quiet()
+        one.worker.store.is_cut = False
+        one.relay.store_is_back()
+        await quiet()
+
+        assert one.worker.session.subscribed == set()
+        assert one.relay._audiences == {}

@@ -59,6 +59,7 @@ class Audience:
         "cursors",
         "is_attended",
         "is_behind",
+        "is_leaving",
         "key",
         "subscribed_by",
         "user_id",
@@ -71,6 +72,8 @@ class Audience:
         self.subscribed_by: Session | None = None
         self.is_behind = False
         """Whether what the store has kept must be looked up."""
+        self.is_leaving = False
+        """Whether it is not known that what is said to the user is told here no more."""
         self.is_attended = False
         self._is_asking = False
         self._waiting: deque[Heard] = deque()

@@ -211,7 +211,9 @@ class Relay(Sending):
             while not self._is_done(audience, session):
                 if not audience.cursors:
                     audience.subscribed_by = None  # first: for whoever joins in the middle of it, it is begun anew
+                    audience.is_leaving = True
                     await session.unsubscribe(audience.key)
+                    audience.is_leaving = False
                 elif audience.subscribed_by is not session:
                     await session.subscribe(audience.key)
                     audience.subscribed_by = session
@@ -231,7 +233,7 @@ class Relay(Sending):
         with self._hub.lock:
             if audience.cursors:
                 return audience.subscribed_by is session and not audience.is_behind
-            if audience.subscribed_by is session:
+            if audience.subscribed_by is session or audience.is_leaving:
                 return False
             if self._audiences.get(audience.key) is audience:
                 del self._audiences[audience.key]
