@@ -95,6 +95,10 @@ class Revocation:
             if found in contexts:
                 self._close(contexts=[found], reason="cleared")
             return
+        if leases:
+            # Whose lease another one is just taking over has none, and gets it back where that one fails.
+            live = [one for _, one in self._registry.live_of([notice.user_id])]
+            contexts += [one for one in live if one._lifetime.lease is None and one.is_open]
         for context in contexts:
             self._hub.hush(context)  # first: it may be that its own loop must close it, which takes a while
         if contexts:

@@ -13,12 +13,14 @@ from support.events import connect
 from support.members import SECRET
 from support.memory_store import MemoryServer, MemoryStore
 from support.shared_events import MakeShared, until, until_data, until_heard
-from ucm_middleware import UserContextManager
+from support.waiting import wait_until
+from ucm_middleware import UserContextManager, UserExecutionContext
 from ucm_middleware.cluster.leases import Lease
 from ucm_middleware.cluster.links import Links
 from ucm_middleware.cluster.member import Member
 from ucm_middleware.cluster.store import Granted, Order, Session
 from ucm_middleware.errors import ClusterUnavailableError, ContextClosedError
+from ucm_middleware.registry import Registry
 
 ROTATED = b"another secret, of those that have rotated by now"
 
@@ -214,3 +216,27 @@ async def test_who_is_granted_more_after_a_notice_is_no_reason_to_pass_over_what
     await until_in_time(lambda: not any(one.is_open for one in contexts), "it is closed", clock, first, second)
 
     assert stays.is_open
+
+
+async def test_what_is_just_being_replaced_and_stays_after_all(
+    make_shared: MakeShared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_shared(max_contexts_per_user=1), make_shared(max_contexts_per_user=1)
+    await looked(first, second)
+    present, new = (
+        UserExecutionContext(user_id="alice", thread_id=f"thread-{number}", run_id=f"run-{number}") for number in (1, 2)
+    )
+    first.set_context("a-key", present)
+    insert = Registry.insert
+
+    def slow(*arguments: Any) -> Any:
+        second.revoke("alice", "stolen")
+        wait_until(lambda: not new.is_open, "what replaces it is closed, and takes no place")
+        return insert(*arguments)
+
+    monkeypatch.setattr(Registry, "insert", slow)
+    with pytest.raises(ContextClosedError):
+        await asyncio.to_thread(first.set_context, "a-key", new)
+
+    await until(lambda: not present.is_open, "what was there is closed too")
+    assert present.lifetime.reason == "revoked"
