@@ -11,6 +11,7 @@ from ucm_middleware.errors import (
     AgentError,
     AgentParametersError,
     AgentTimeoutError,
+    ClusterUnavailableError,
     ConfigurationError,
     ContextClosedError,
     ContextExpiredError,
@@ -60,6 +61,7 @@ EACH = [
     UnauthenticatedError("nobody"),
     ManagerDrainingError("closing time"),
     LedgerUnavailableError("the disk is full"),
+    ClusterUnavailableError("timeout", retry_after=2.5, is_unknown=True),
     LedgerFileError("audit.db", "is a directory", "name a file"),
     ErasureIncompleteError("keys.db", "is being read", "erase again", [bytes(16)]),
 ]

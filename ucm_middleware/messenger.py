@@ -92,8 +92,12 @@ class Messenger:
 
     def _finish(self, actor: UserExecutionContext | None, user_id: str, draft: Draft, sent: Posted) -> None:
         """Put on record what was sent, and close whoever does not keep up."""
+        data: Data = ("type", draft.type), *sent.placed
+        lost = None
+        if sent.dropped:
+            data, lost = (*data, ("dropped", len(sent.dropped))), lost_by(sent)
         try:
-            self._trail.event_sent(actor, user_id, _recorded(draft, sent), lost_by(sent))
+            self._trail.event_sent(actor, user_id, data, lost)  # never what the event says
         finally:  # also when the ledger is in trouble
             for context in sent.full:
                 context.close("slow")
@@ -137,12 +141,6 @@ class Messenger:
 def _set_on(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
     with suppress(RuntimeError):  # the loop is closed, and whoever waited on it has gone
         loop.call_soon_threadsafe(event.set, context=Context())
-
-
-def _recorded(draft: Draft, sent: Posted) -> Data:
-    """What is on record of an event: never what it says."""
-    data: Data = ("type", draft.type), *sent.placed
-    return (*data, ("dropped", len(sent.dropped))) if sent.dropped else data
 
 
 def _require_known(is_known: bool) -> None:

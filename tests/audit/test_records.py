@@ -780,7 +780,7 @@ class TestMetadata:
             assert len((record.reason or "").encode()) < 10_000
 
 
-ELSEWHERE = {"answered", "egress", "erased", "outlived"}
+ELSEWHERE = {"answered", "cluster", "egress", "erased", "outlived"}
 """What strict mode, the guard, the erasing of a user and the census write, which are tested there."""
 
 

@@ -123,6 +123,32 @@ async def test_the_events_of_one_sender_keep_their_order_however_they_are_sent(s
         assert client.data == list(range(30))
 
 
+async def test_one_event_of_a_user_is_under_way_at_a_time(server: MemoryServer) -> None:
+    async with site(server) as one:
+        await join(one)
+        await quiet()
+        server.hold()
+        for number in range(3):
+            one.manager.post_event(ALICE, "message", number)
+        await quiet()
+        assert server.waiting == 1
+        server.let_go()
+        await quiet()
+
+
+async def test_whoever_is_hushed_gets_nothing_more(server: MemoryServer) -> None:
+    async with site(server) as one:
+        context, client = await join(one)
+        await quiet()
+        await send(one, 1)
+        await quiet()
+        one.manager._hub.hush(context)
+        await send(one, 2)
+        await quiet()
+
+        assert client.data == [1]
+
+
 async def test_what_is_posted_has_no_place_yet(server: MemoryServer) -> None:
     async with site(server) as one:
         await join(one)
@@ -611,10 +637,10 @@ async def test_whoever_finds_room_in_time_stays(server: MemoryServer) -> None:
         for number in range(4):
             await send(one, number)
             await quiet()
-        assert len(one.relay._overdue) == 1
+        assert len(one.relay._room) == 1
         client.read_on()
         await quiet()
 
-        assert one.relay._overdue == {}
+        assert len(one.relay._room) == 0
         assert context.is_open
         assert client.data == [0, 1, 2, 3]

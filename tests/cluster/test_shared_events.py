@@ -84,3 +84,17 @@ class TestInMemory:
             manager.cluster.thread_wakes()
 
         await until(lambda: there.lifetime.reason == "revoked", "the other worker is told")
+
+    async def test_who_is_served_again_has_what_was_missed_applied_first(
+        self, make_shared: MakeShared, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = make_shared(), make_shared()
+        assert second.cluster is not None
+        old = second.create_isolated_context("alice")
+        monkeypatch.setattr(second.cluster.upkeep, "nudged", lambda *_: None)  # and no renewal is due
+        first.revoke("alice", "stolen")
+        assert old.is_open
+        new = second.create_isolated_context("alice")
+
+        assert old.lifetime.reason == "revoked"
+        assert new.is_open

@@ -183,7 +183,7 @@ async def site(
             errands,
             seals,
             manager._trail,
-            lambda context, reason: context.close(reason),
+            lambda context: context.close("slow"),
             notices.catch_up,
         )
         one = Site(manager, worker, relay, notices, applied, unopened)

@@ -125,6 +125,9 @@ class MemoryServer:
                 self.data = self._before.pop()
             self._before.clear()
             self.run = next(self._runs)
+            for user in self.data.users.values():
+                if user.epoch:  # numbers of events that were lost must not be given again
+                    user.epoch, user.sequence, user.events = next(self._epochs), 0, []
         self._tell_deaf()
 
     def hold(self) -> None:

@@ -86,7 +86,7 @@ class AgentRuns:
         sent = self._send(run, event, data)
         about = ("type", event), *sent.placed
         try:
-            self._trail.event_sent(run.context, run.context.user_id, about, lost_by(sent))
+            self._trail.event_sent(run.context, run.context.user_id, about, lost_by(sent) if sent.dropped else None)
         finally:
             _close_slow(sent)
 

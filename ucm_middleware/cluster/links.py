@@ -21,7 +21,6 @@ from ucm_middleware.cluster.worker import Held
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ClusterUnavailableError
 from ucm_middleware.events.hub import Hub
-from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.teardown import close_apart
 
@@ -103,10 +102,10 @@ class Links:
             self.notices.store_is_back()
 
 
-def _close_in_thread(context: UserExecutionContext, reason: CloseReason) -> None:
-    """Close a context for the cluster's thread, which has leases to keep, and waits for no hook of a plugin."""
+def _close_in_thread(context: UserExecutionContext) -> None:
+    """Close a context that is too slow, for the cluster's thread: that has leases to keep, and waits for no plugin."""
     threading.Thread(
-        target=close_apart, args=(context, reason), name="ucm-middleware slow connection", daemon=True
+        target=close_apart, args=(context, "slow"), name="ucm-middleware slow connection", daemon=True
     ).start()
 
 

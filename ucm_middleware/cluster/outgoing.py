@@ -141,7 +141,7 @@ class Outgoing:
         return published
 
     def _line_up(self, user_id: str, draft: Draft) -> Sent:
-        sent = self._hub.line_up(user_id, draft)
+        sent = self._hub.send(user_id, draft, is_looked_at=True)
         self._lined_up(sent)
         return sent
 

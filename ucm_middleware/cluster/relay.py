@@ -1,84 +1,31 @@
 """Events between workers: from the store to the connections here, in the store's order, without loss or doubling."""
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import Future
-from contextvars import Context
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.cluster.audience import Asked, Audience, Heard
 from ucm_middleware.cluster.errands import Again, Errands
-from ucm_middleware.cluster.outgoing import Outgoing, Publication
-from ucm_middleware.cluster.places import MOST, Cursor, is_place
+from ucm_middleware.cluster.places import Cursor, is_place
+from ucm_middleware.cluster.room import Room
 from ucm_middleware.cluster.sealing import Seals
-from ucm_middleware.cluster.store import History, Place, Published, Session, UserKey
-from ucm_middleware.cluster.tally import Tally
+from ucm_middleware.cluster.sending import Sending
+from ucm_middleware.cluster.store import History, Place, Session, UserKey
 from ucm_middleware.cluster.worker import Worker
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ClusterUnavailableError
 from ucm_middleware.events.channel import Channel, Connection, LastEvent
-from ucm_middleware.events.delivery import Delivery, Dropped
 from ucm_middleware.events.envelope import Draft, Event
 from ucm_middleware.events.hub import Hub, Sent, missed
 from ucm_middleware.forking import renewed_after_fork
-from ucm_middleware.lifetime import CloseReason
 
 logger = logging.getLogger(__name__)
 
 AT_ONCE: Final = 32
 """Users whose events are looked up at the same time, when there are many who must be."""
-
-EVERYBODY: Final = ""
-"""Stands for the connections of a user, wherever they are, where an event is for none of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """A posted event: its place is not known yet. ``connections`` are those of the user to this worker."""
-
-    connections: int
-    dropped: Sequence[Dropped] = ()
-
-    @property
-    def placed(self) -> Data:
-        is_lost = any(one.why == "cluster" for one in self.dropped)
-        return (("lost", "cluster"),) if is_lost else ()
-
-    @property
-    def full(self) -> Sequence[UserExecutionContext]:
-        return ()
-
-    def delivery(self) -> Delivery:
-        return Delivery("", 0, 0, 0 if self.dropped else self.connections, tuple(self.dropped), False)
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """An event that has its place in the store."""
-
-    published: Published
-    kept: bool
-
-    @property
-    def placed(self) -> Data:
-        return ("sequence", self.published.place.sequence), ("connections", self.published.connections)
-
-    @property
-    def dropped(self) -> Sequence[Dropped]:
-        return ()
-
-    @property
-    def full(self) -> Sequence[UserExecutionContext]:
-        return ()
-
-    def delivery(self) -> Delivery:
-        place = self.published.place
-        return Delivery(place.epoch, place.sequence, 0, self.published.connections, (), self.kept)
 
 
 @dataclass(slots=True)
@@ -90,31 +37,24 @@ class Effects:
     lost: list[int] = field(default_factory=list[int])
 
 
-class Relay:
+class Relay(Sending):
     """Thread-safe. What comes from the store, and what is asked of it, is on the cluster's thread.
 
-    ``close`` closes a context from there, without doing its releases there. ``catch_up_notices`` applies what was
+    ``close`` closes a context that is too slow, without doing its releases there. ``catch_up_notices`` applies what was
     noticed of a user. A revocation ends the epoch; so where that has changed, it is seen to before anything more is
     delivered, and nothing that was sent after a revocation comes to who was revoked.
     """
 
     __slots__ = (
-        "__weakref__",
         "_again",
         "_audiences",
         "_catch_up_notices",
         "_close",
         "_due",
-        "_errands",
         "_halted",
-        "_hub",
         "_lookers",
-        "_lost",
-        "_outgoing",
-        "_overdue",
+        "_room",
         "_seals",
-        "_trail",
-        "_worker",
     )
 
     def __init__(
@@ -124,104 +64,30 @@ class Relay:
         errands: Errands,
         seals: Seals,
         trail: AuditTrail,
-        close: Callable[[UserExecutionContext, CloseReason], object],
+        close: Callable[[UserExecutionContext], object],
         catch_up_notices: Callable[[UserKey], Awaitable[None]],
     ) -> None:
-        self._hub = hub
-        self._worker = worker
-        self._errands = errands
+        super().__init__(hub, worker, errands, seals, trail, self._lined_up)
         self._seals = seals
-        self._trail = trail
         self._close = close
         self._catch_up_notices = catch_up_notices
-        self._outgoing = Outgoing(worker, errands, hub, seals, self._lose, self._lined_up)
-        self._lost = Tally(_tell_lost)
         self.after_fork()
         renewed_after_fork(self)
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: the connections are the parent's."""
-        self._outgoing.after_fork()
+        super().after_fork()
         self._audiences: dict[UserKey, Audience] = {}
         self._due: dict[Audience, None] = {}
         self._halted: dict[Audience, None] = {}
         self._lookers = 0
-        self._overdue: dict[Connection, asyncio.TimerHandle] = {}
+        self._room = Room(self._worker, self._hub.policy, self._close)
         self._again = Again(self._attend_halted)
-
-    # What is sent, in any thread.
-
-    def post(self, user_id: str, draft: Draft) -> "Given":
-        """Have an event sent, behind those of the same user that were posted here before. Never waits.
-
-        What cannot be sent is in its ``dropped``, or in the log and on record when that turns out later.
-        """
-        watch = self._hub.watch
-        if watch is not None and watch.holds_back(user_id, draft.data_text):
-            return self._held_back(user_id, draft)
-        here = sum(connection.gets(draft.narrowing) for connection in self._hub.connections_of(user_id))
-        if self._worker.state == "down" or not self._outgoing.put(user_id, draft):
-            self._worker.call(self._lost.count)
-            return Given(here, (Dropped(EVERYBODY, 0, "cluster"),))
-        if watch is not None:
-            watch.look_at(user_id, draft.data_text)
-        return Given(here)
-
-    async def publish(self, user_id: str, draft: Draft) -> "Sent | Taken | Given":
-        """The same, and wait for its place. Raises ClusterUnavailableError under the policy "closed"."""
-        watch = self._hub.watch
-        if watch is not None and watch.holds_back(user_id, draft.data_text):
-            return self._held_back(user_id, draft)
-        waiter: Future[Publication] = Future()
-        if not self._outgoing.put(user_id, draft, waiter):
-            raise ClusterUnavailableError("down")
-        publication = await asyncio.wrap_future(waiter)
-        if watch is not None:
-            watch.look_at(user_id, draft.data_text)
-        if isinstance(publication, Sent):
-            return publication
-        policy = self._hub.policy
-        return Taken(publication, policy.keep_events > 0 and draft.size <= policy.keep_bytes)
-
-    async def knows_soon(self, user_id: str) -> bool:
-        """Whether a user is live on any worker, or has events that are kept. Raises ClusterUnavailableError."""
-        return await asyncio.wrap_future(self._asked_for(user_id))
-
-    def knows(self, user_id: str) -> bool:
-        """The same, in a thread, which waits."""
-        return self._errands.wait(self._asked_for(user_id))
-
-    def _asked_for(self, user_id: str) -> "Future[bool]":
-        async def is_known() -> bool:
-            worker = self._worker
-            if worker.state == "local":
-                return False
-            user = worker.key_of(user_id)
-            try:
-                if (await worker.session.history(user, MOST)).newest is not None:
-                    return True
-                return bool(await worker.session.leases_of(user))
-            except ClusterUnavailableError:
-                if worker.policy.when_unavailable == "local":
-                    return False
-                raise
-
-        return self._errands.ask(is_known)
-
-    def _held_back(self, user_id: str, draft: Draft) -> Given:
-        """An event that nobody gets: it takes no place in the order, where clients would miss it."""
-        here = [one.id for one in self._hub.connections_of(user_id) if one.gets(draft.narrowing)]
-        return Given(len(here), tuple(Dropped(one, 0, "guarded") for one in here or (EVERYBODY,)))
-
-    def _lose(self, user_id: str, draft: Draft) -> None:
-        """A posted event could not be sent, and nobody waits for its answer."""
-        self._lost.count()
-        self._recorded(partial(self._trail.event_lost, user_id, draft.type, "cluster"))
 
     def _lined_up(self, sent: Sent) -> None:
         """An event was put in line here alone."""
         for connection, _ in sent.waiting:
-            self._mind_room(connection)
+            self._room.mind(connection)
         self._close_slow(sent.full)
 
     # Connections. The hub's lock is held.
@@ -428,44 +294,20 @@ class Relay:
         """What is to be done about it without the hub's lock."""
         for connection in effects.put:
             connection.outbox.wake()
-            self._mind_room(connection)
+            self._room.mind(connection)
         for sequence in effects.lost:
             self._recorded(partial(self._trail.event_lost, audience.user_id, None, "full", sequence))
         self._close_slow(effects.full)
 
     def _close_slow(self, contexts: Iterable[UserExecutionContext]) -> None:
         for context in contexts:
-            self._close(context, "slow")
+            self._close(context)
 
     def _recorded(self, record: Callable[[], None]) -> None:
         try:
             record()
         except Exception:
             logger.exception("that a user's event was lost could not be recorded")
-
-    # The policy "wait". Senders in other workers cannot be held up: it is waited for here.
-
-    def _mind_room(self, connection: Connection) -> None:
-        policy = self._hub.policy
-        outbox = connection.outbox
-        if policy.when_full != "wait" or not outbox.is_full or outbox.is_over or connection in self._overdue:
-            return
-        loop = asyncio.get_running_loop()
-        self._overdue[connection] = loop.call_later(
-            policy.wait_seconds, self._is_overdue, connection, context=Context()
-        )
-        outbox.when_room(partial(self._worker.call, self._has_room, connection))
-
-    def _has_room(self, connection: Connection) -> None:
-        timer = self._overdue.pop(connection, None)
-        if timer is not None:
-            timer.cancel()
-            self._mind_room(connection)  # it may be full again by now
-
-    def _is_overdue(self, connection: Connection) -> None:
-        self._overdue.pop(connection, None)
-        if connection.outbox.is_full:
-            self._close(connection.context, "slow")
 
 
 def _put(connection: Connection, heard: Heard, effects: Effects, *, is_kept: bool = False) -> None:
@@ -482,7 +324,3 @@ def _put(connection: Connection, heard: Heard, effects: Effects, *, is_kept: boo
             effects.lost.append(sequence)
         if why == "full":
             effects.full.append(connection.context)
-
-
-def _tell_lost(number: int) -> None:
-    logger.error("%d events of users could not be sent: the cluster's store took none, or too many waited", number)

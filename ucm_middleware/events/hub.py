@@ -193,19 +193,13 @@ class Hub:
             channel = self._channels.get(user_id)
             return [] if channel is None else [*channel.connections.values()]
 
-    def send(self, user_id: str, draft: Draft) -> Sent:
-        """Put an event in line for each connection of the user to this worker that it is for, and keep it."""
-        watch = self.watch
-        if watch is None:
-            return self.line_up(user_id, draft)
-        if watch.holds_back(user_id, draft.data_text):
+    def send(self, user_id: str, draft: Draft, *, is_looked_at: bool = False) -> Sent:
+        """Put an event in line for each connection of the user to this worker that it is for, and keep it. With
+        ``is_looked_at``, the guard has seen it.
+        """
+        watch = None if is_looked_at else self.watch
+        if watch is not None and watch.holds_back(user_id, draft.data_text):
             return self._held_back(user_id, draft)
-        sent = self.line_up(user_id, draft)
-        watch.look_at(user_id, draft.data_text)
-        return sent
-
-    def line_up(self, user_id: str, draft: Draft) -> Sent:
-        """The same for an event that was looked at."""
         with self._lock:
             wake = self._wake
             channel = self._channel(user_id)
@@ -219,6 +213,8 @@ class Hub:
             self._plan(wake)  # not with the lock held: the sweeper has a lock of its own
         for connection, _ in sent.waiting:
             connection.outbox.wake()
+        if watch is not None:
+            watch.look_at(user_id, draft.data_text)
         return sent
 
     def _held_back(self, user_id: str, draft: Draft) -> Sent:
@@ -254,7 +250,7 @@ class Hub:
             channel = self._channel(user_id)
             channel.connections[context._core] = connection
             connection.followed |= self._ahead.pop(context._core, NO_IDS)
-            relay = self.relay_of(user_id)
+            relay = None if self.relay is None else self.relay_of(user_id)
             if relay is None:
                 self.replay(connection, channel, user_id)
             else:
