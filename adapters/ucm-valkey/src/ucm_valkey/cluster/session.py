@@ -241,12 +241,10 @@ class ValkeySession:
             cursor = b"0"
             while True:
                 asked = ("SCAN", cursor, "MATCH", self._keys.every_user, "COUNT", 1000)
-                cursor_after, found = answers.listed(done(await line.ask(asked)))
-                names = {name.decode() for name in answers.words(found)}
-                held = await asyncio.gather(*(self.leases_of(self._keys.user_of(name)) for name in names))
+                cursor, names = answers.scanned(done(await line.ask(asked)))
+                held = await asyncio.gather(*(self.leases_of(self._keys.user_of(name)) for name in set(names)))
                 leases += sum(map(len, held))
                 users += sum(1 for each in held if each)
-                cursor = answers.words([cursor_after])[0]
                 if cursor == b"0":
                     break
         return leases, users
@@ -301,7 +299,7 @@ class ValkeySession:
             arguments += (_ms(renewal.lease), len(renewal.touch), len(renewal.told))
             arguments += (word for pair in renewal.told for word in pair)
         answer = await self._asking.run(scripts.RENEW, tag, keys, RUN, LIFE, *arguments)
-        return [answers.renewed(each) for each in answers.listed(answer)]
+        return answers.renewed(answer, len(renewals))
 
 
 def _ms(seconds: float) -> int:
