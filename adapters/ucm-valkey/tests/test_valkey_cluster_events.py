@@ -213,6 +213,19 @@ async def test_notices_are_bounded_and_kept_for_a_day(session: Session, valkey_s
         assert 86_000 < valkey_server.admin.ttl(f"{PREFIX}{{1}}:{kind}:{ANNA.digest}") <= 86_400
 
 
+async def test_a_revocation_is_not_pushed_out_by_whoever_clears_often(session: Session) -> None:
+    await session.notify(ANNA, b"moot", forget_events=False)
+    await session.notify(ANNA, b"revoked", forget_events=True)
+    for number in range(70):
+        await session.notify(ANNA, b"%d" % number, forget_events=False)
+    found = [notice for _, notice in await session.notices(ANNA, "")]
+    assert found == [b"revoked", *(b"%d" % number for number in range(7, 70))]
+
+    await session.notify(ANNA, b"revoked again", forget_events=True)
+
+    assert [notice for _, notice in await session.notices(ANNA, "")] == [b"revoked again"]
+
+
 async def test_a_notice_can_forget_a_users_events(session: Session) -> None:
     before = await session.publish(ANNA, b"1", KEEP)
     await session.notify(ANNA, b"n", forget_events=True)
