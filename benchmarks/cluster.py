@@ -21,7 +21,7 @@ from benchmarks.report import finish, parser, show
 from benchmarks.rows import raw_app
 from benchmarks.timing import percentile
 from ucm_middleware import ClusterPolicy, UserContextManager, UserContextMiddleware
-from ucm_middleware.types import ASGIApp, Message
+from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_COMMANDS: Final = 1.0
 """Of the store, that an open waits for."""
@@ -42,7 +42,8 @@ SAME: Final = "bare script"
 """The script of an acquire, by the library's own client."""
 
 BY_MANAGER: Final = "an open, by the manager"
-BY_MIDDLEWARE: Final = "an open, by the middleware"
+WITHOUT, WITH = "until its handler, without a cluster", "until its handler"
+BY_MIDDLEWARE: Final = "an open, by the middleware: what lies between"
 
 SECRET: Final = "r7Kq2vN9xW4mZ8bT1cY6pL3sD5fG0hJa"
 LIVE: Final = 1000
@@ -108,6 +109,17 @@ class Users:
 
 def served(manager: UserContextManager) -> ASGIApp:
     return UserContextMiddleware(raw_app, manager=manager, identify=Users(500))
+
+
+def entered(manager: UserContextManager) -> tuple[ASGIApp, list[int]]:
+    """The same, and when its handler was come to."""
+    entries: list[int] = []
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        entries.append(time.perf_counter_ns())
+        await raw_app(scope, receive, send)
+
+    return UserContextMiddleware(handler, manager=manager, identify=Users(500)), entries
 
 
 class Watch:
@@ -244,10 +256,9 @@ async def times(rounds: int, delay: float) -> dict[str, list[float]]:
 
             await same_script(1)  # the bucket is new, and recovers for a millisecond
             await asyncio.sleep(0.01)
-            alone = UserContextMiddleware(
-                raw_app, manager=UserContextManager(secret=SECRET, telemetry=False), identify=Users(500)
-            )
-            app = served(manager)
+            alone = UserContextManager(secret=SECRET, telemetry=False)
+            alone_app, alone_entries = entered(alone)
+            app, entries = entered(manager)
             member, limits, users = manager.cluster, _Limits(), count()
             assert member is not None
             own: list[float] = []
@@ -263,15 +274,18 @@ async def times(rounds: int, delay: float) -> dict[str, list[float]]:
                 "a script that does nothing": lambda: client.evalsha(nothing, 0),
                 SAME: same_script,
                 BY_MANAGER: open_by_manager,
-                "a request without a cluster": lambda: requests(alone, 1),
+                "a request without a cluster": lambda: requests(alone_app, 1),
                 "a request": lambda: requests(app, 1),
             }
-            taken = {name: [] for name in steps}
+            taken = {name: [] for name in (*steps, WITHOUT, WITH)}
             for _ in range(rounds):
                 for name, step in steps.items():
                     began = time.perf_counter_ns()
                     await step()
                     taken[name].append((time.perf_counter_ns() - began) / 1e3)
+                    if name.startswith("a request"):
+                        at = (entries if name == "a request" else alone_entries).pop()
+                        taken[WITH if name == "a request" else WITHOUT].append((at - began) / 1e3)
             taken[BY_MANAGER] = own
             await client.aclose()
     return taken
@@ -281,7 +295,7 @@ def p50_of(rounds: int, delay: float) -> dict[str, float]:
     """Medians, in microseconds."""
     taken = asyncio.run(times(rounds, delay))
     p50 = {name: percentile(values, 50) for name, values in taken.items()}
-    return {**p50, BY_MIDDLEWARE: p50["a request"] - p50["a request without a cluster"]}
+    return {**p50, BY_MIDDLEWARE: p50[WITH] - p50[WITHOUT]}
 
 
 def measure(rounds: int, opens: int, seconds: float) -> dict[str, Any]:
@@ -321,7 +335,7 @@ def _show(figures: dict[str, Any]) -> None:
 
 
 def _missed(figures: dict[str, Any]) -> list[str]:
-    missed = []
+    missed: list[str] = []
     if figures["commands_an_open_waits_for"] > MOST_COMMANDS:
         missed.append(f"an open waits for {figures['commands_an_open_waits_for']:.2f} commands, and may for one")
     if figures["commands_a_message"] > 0:

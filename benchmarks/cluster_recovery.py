@@ -29,9 +29,9 @@ TICK: Final = 0.1
 class Recovered:
     """``commands`` and ``restored`` are per tick since the store came back: of all servers, and leases put back."""
 
-    commands: Counter[int] = field(default_factory=Counter)
-    found: Counter[int] = field(default_factory=Counter)
-    restored: Counter[int] = field(default_factory=Counter)
+    commands: Counter[int] = field(default_factory=Counter[int])
+    found: Counter[int] = field(default_factory=Counter[int])
+    restored: Counter[int] = field(default_factory=Counter[int])
     last: float = 0.0
     leases: int = 0
     lost: int = 0

@@ -270,7 +270,7 @@ def _show(
     show(
         "Assumptions",
         ["", ""],
-        [[each.name.replace("_", " "), f"{getattr(given, each.name):g}"] for each in fields(given)],
+        [[each.name.replace("_", " "), f"{getattr(given, each.name):,}"] for each in fields(given)],
     )
     print(
         f"A command's cost is the CPU of the main thread of Valkey {costs.version} over {given.measured} of them, many "
@@ -329,19 +329,17 @@ def _show_recovery(given: Assumptions, servers: int, recovered: Recovered) -> No
             ["leases put back", *(f"{recovered.restored[tick]:,}" for tick in ticks)],
         ],
     )
-    seconds = range(math.ceil(given.lease) + 1)
     window = round(1 / TICK)
 
-    def by_second(counted: Counter[int]) -> list[str]:
-        return [f"{sum(counted[second * window + each] for each in range(window)):,}" for second in seconds]
+    def of(counted: Counter[int], second: int) -> str:
+        return f"{sum(counted[second * window + each] for each in range(window)):,}"
 
     show(
-        "The same by seconds",
-        ["", *(str(second) for second in seconds)],
+        "The same by seconds, until all is granted again",
+        ["second", "workers that find them", "commands", "leases put back, some again"],
         [
-            ["workers that find them", *by_second(recovered.found)],
-            ["commands", *by_second(recovered.commands)],
-            ["leases put back", *by_second(recovered.restored)],
+            [str(second), *(of(each, second) for each in (recovered.found, recovered.commands, recovered.restored))]
+            for second in range(math.ceil(given.lease))
         ],
     )
     print(
@@ -368,7 +366,7 @@ def main() -> None:
     except ImportError as error:
         print(f"{error}: install adapters/ucm-valkey[valkey] and the dependency group databases", file=sys.stderr)
         sys.exit(2)
-    missed = []
+    missed: list[str] = []
     if figures["seconds"] > LONGEST_RUN:
         missed.append(f"it took {figures['seconds']:.0f} s, and may take {LONGEST_RUN:.0f}")
     if figures["recovery_seconds"] > MOST_RECOVERY * given.lease or figures["lost_leases"]:

@@ -56,6 +56,7 @@ class Leasing:
         """The context lives under the lease from now on."""
         lease.context = context
         context._lifetime.lease = lease
+        self.member.lives(lease)
 
     def give_back(self, context: UserExecutionContext, present: UserExecutionContext | None = None) -> None:
         """The context needs its lease no more; ``present``, where it took it over from that, goes on under it."""

@@ -50,7 +50,8 @@ class Revocation:
                 told = text_for_record(reason)
                 try:
                     notice = Notice("revoked", user_id, reason=told, actor=actor_id, at=time.time())
-                    number = notices.leave_now(notice).leases
+                    notified = notices.leave_now(notice)
+                    number = None if notified is None else notified.leases
                 except Exception as error:  # noqa: BLE001 - raised when nobody is signed in here any more
                     failure = error
             contexts = [context for _, context in self._registry.live_of([user_id])]
@@ -75,7 +76,8 @@ class Revocation:
         notices = self.notices
         if notices is None or is_anonymous_id(owner_id):
             return False
-        return notices.is_told_elsewhere(owner_id, notices.leave_now(_cleared(owner_id, key)))
+        notified = notices.leave_now(_cleared(owner_id, key))
+        return notified is not None and notices.is_told_elsewhere(owner_id, notified)
 
     async def clear_elsewhere_soon(self, owner_id: str, key: Key) -> bool:
         """The same without holding up an event loop."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
 from support.cluster import SECRET, Site, StubLease, joined, quiet, recover, seasoned, site
+from support.events import open_connection
 from support.memory_store import MemoryServer
 from ucm_middleware.cluster.notices import Notice
 from ucm_middleware.cluster.sealing import Seals
@@ -114,6 +116,62 @@ async def test_an_answer_that_was_lost_is_no_reason_not_to_leave_it(server: Memo
         assert one.notices.unsent == 1
 
 
+async def test_what_may_be_there_is_left_again_only_if_it_is_not(server: MemoryServer) -> None:
+    async with site(server) as one, site(server) as two:
+        old = await two.worker.acquire(ALICE)
+        server.lose_answers = 1
+        with pytest.raises(ClusterUnavailableError):
+            await asyncio.wrap_future(one.notices.leave(Notice("revoked", ALICE, reason="stolen")))
+        back = await two.worker.acquire(ALICE)
+        one.notices.store_is_back()
+        await quiet()
+        await two.notices.catch_up(two.worker.key_of(ALICE))
+        hit = [lease for _, _, leases in two.applied for lease in leases]
+        assert old in hit
+        assert back not in hit
+        assert one.notices.unsent == 0
+
+
+async def test_it_waits_for_what_is_about_to_live_under_a_lease(server: MemoryServer) -> None:
+    async with site(server) as one, site(server) as two:
+        lease = await two.worker.acquire(ALICE)
+        lease.is_awaited = True
+        await asyncio.wrap_future(one.notices.leave(Notice("revoked", ALICE, reason="stolen")))
+        await two.notices.catch_up(two.worker.key_of(ALICE))
+        context, _ = open_connection(two.manager, ALICE)
+        lease.context = context
+        lease.is_awaited = False
+        await two.notices.catch_up(two.worker.key_of(ALICE))
+        await quiet()
+        assert not context.is_open
+
+
+async def test_a_user_is_read_by_one_at_a_time(server: MemoryServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with site(server) as one:
+        await one.worker.acquire(ALICE)
+        key = one.worker.key_of(ALICE)
+        inside = 0
+        most = 0
+        good = one.worker.session.notices
+
+        async def slow(*args: Any) -> Any:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            inside -= 1
+            return await good(*args)
+
+        monkeypatch.setattr(one.worker.session, "notices", slow)
+        first = asyncio.ensure_future(one.notices.catch_up(key))
+        second = asyncio.ensure_future(one.notices.catch_up(key))
+        await first
+        third = asyncio.ensure_future(one.notices.catch_up(key))
+        await asyncio.gather(second, third)
+        assert most == 1
+
+
 async def test_a_store_that_is_new_is_told_what_is_young(server: MemoryServer) -> None:
     async with site(server) as one, site(server) as two:
         await leave(one)
@@ -133,6 +191,7 @@ async def test_a_store_that_is_new_is_not_told_of_other_buckets(server: MemorySe
         await leave(one)
         before = server.commands.count("notify")
         bucket = one.worker.key_of(ALICE).bucket
+        server.wipe()
         one.notices.store_is_new((bucket + 1) % 64)
         await quiet()
         assert server.commands.count("notify") == before
@@ -174,7 +233,7 @@ class TestSeals:
 
     def make(self, *secrets: Secret) -> tuple[Seals, list[int]]:
         told: list[int] = []
-        return Seals(secrets or (SECRET,), lambda: 0, told.append, clock=lambda: self.now), told
+        return Seals(secrets or (SECRET,), "ucm", lambda: 0, told.append, clock=lambda: self.now), told
 
     now = 0.0
 
@@ -195,6 +254,10 @@ class TestSeals:
         assert "1 payloads" in caplog.text
         assert "alice" not in caplog.text
 
+    def test_what_is_anothers_application_does_not_open(self) -> None:
+        ours, theirs = (Seals((SECRET,), name, lambda: 0, lambda _: None) for name in ("ours", "theirs"))
+        assert ours.unseal("event", self.alice, theirs.seal("event", self.alice, b"said there")) is None
+
     def test_a_flood_is_told_once_a_minute(self) -> None:
         seals, told = self.make()
         for _ in range(5):
@@ -207,9 +270,9 @@ class TestSeals:
 
     def test_workers_in_the_middle_of_a_rotation_open_each_others(self) -> None:
         new, old = Secret(bytes(range(32, 64))), SECRET
-        rotated = Seals((new, old), lambda: 1, print)  # the old one's seal stands in the store
-        before = Seals((old,), lambda: 0, print)
-        after = Seals((new, old), lambda: 0, print)
+        rotated = Seals((new, old), "ucm", lambda: 1, print)  # the old one's seal stands in the store
+        before = Seals((old,), "ucm", lambda: 0, print)
+        after = Seals((new, old), "ucm", lambda: 0, print)
 
         assert before.unseal("event", self.alice, rotated.seal("event", self.alice, b"1")) == b"1"
         assert rotated.unseal("event", self.alice, after.seal("event", self.alice, b"2")) == b"2"

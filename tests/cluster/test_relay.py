@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import pytest
 
@@ -515,6 +516,28 @@ async def test_what_was_posted_and_is_lost_is_in_the_log_and_on_record(
         one.worker.state = "down"
         said = one.manager.post_event(ALICE, "message", 1)
         assert said.dropped == (Dropped("", 0, "cluster"),)
+
+
+async def test_what_fails_in_a_way_of_its_own_holds_up_nothing_behind_it(
+    server: MemoryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with site(server) as one:
+        _, _, client = await joined(one, ALICE)
+        await quiet()
+        good = one.worker.session.publish
+
+        async def bad(*_: Any) -> Any:
+            await asyncio.sleep(0)
+            raise RuntimeError("garbage")
+
+        monkeypatch.setattr(one.worker.session, "publish", bad)
+        one.manager.post_event(ALICE, "message", 0)
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(one.manager.send_event(ALICE, "message", 1), 5)
+        monkeypatch.setattr(one.worker.session, "publish", good)
+        await asyncio.wait_for(one.manager.send_event(ALICE, "message", 2), 5)
+        await quiet()
+        assert client.data == [2]
 
 
 async def test_what_does_not_fit_is_told(server: MemoryServer) -> None:

@@ -78,7 +78,7 @@ class RelayMachine(RuleBasedStateMachine):
 
     def watch(self, server: MemoryServer) -> None:
         publish = server.publish
-        seals = Seals((SECRET,), lambda: 0, print)
+        seals = Seals((SECRET,), "ucm", lambda: 0, print)
 
         def watched(key: UserKey, payload: bytes, keep: Keep) -> Published:
             published = publish(key, payload, keep)

@@ -55,6 +55,8 @@ class StubLease:
     position: str
     events: Place | None
     context: UserExecutionContext | None = None
+    is_awaited: bool = False
+    is_restored: bool = False
 
 
 class LossySession(MemorySession):
@@ -106,6 +108,13 @@ class StubWorker:
         self.loop = asyncio.get_running_loop()
         self.session = LossySession(self.store)
         self.numbers = count(1)
+
+    @property
+    def is_here(self) -> bool:
+        return False
+
+    async def looked(self) -> None:
+        """It was."""
 
     def call(self, run: Callable[..., object], *args: Any) -> bool:
         if self.loop.is_closed():
@@ -170,7 +179,7 @@ async def site(
         errands = Errands(worker)
         unopened: list[int] = []
         applied: list[tuple[Notice, str, list[Held]]] = []
-        seals = Seals((SECRET,), lambda: 0, unopened.append)
+        seals = Seals((SECRET,), "ucm", lambda: 0, unopened.append)
 
         def apply(notice: Notice, at: str, leases: Sequence[Held]) -> None:
             applied.append((notice, at, list(leases)))

@@ -294,9 +294,12 @@ class MemoryServer:
     def restore(self, bucket: int, name: str, lease: float, slots: Sequence[Slot]) -> bool:
         if not self._see(bucket, lease):
             return False
-        self.data.tenancies[bucket, name] = Tenancy(self.clock() + lease, self.run)
+        tenancy = self.data.tenancies[bucket, name] = Tenancy(self.clock() + lease, self.run)
         for slot in slots:
-            self.data.users.setdefault(slot.user, User()).leases[name, slot.number] = slot.is_connection
+            user = self.data.users.setdefault(slot.user, User())
+            user.leases[name, slot.number] = slot.is_connection
+            if user.position:
+                tenancy.noticed[slot.user.digest] = user.position
         return True
 
     def publish(self, key: UserKey, payload: bytes, keep: Keep) -> Published:

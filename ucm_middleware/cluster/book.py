@@ -120,6 +120,12 @@ class Book:
         if not tenancy.has_begun and not tenancy.pending and self.tenancies.get(tenancy.bucket) is tenancy:
             del self.tenancies[tenancy.bucket]  # the next one shall not count on when this one was first sent
 
+    def forget_noticed(self, tenancy: Tenancy) -> None:
+        """Whoever is granted something from now on learns of the notices that there were by that."""
+        with self._lock:
+            if tenancy.noticed and not tenancy.pending and not any(one.is_awaited for one in tenancy.leases):
+                tenancy.noticed.clear()
+
     # Giving back.
 
     def release(self, lease: Lease) -> bool:
@@ -256,7 +262,7 @@ class Book:
                     self._give_back(Release(lease.slot(heir)))
                 else:
                     lease.tenancy = heir
-                    lease.position = ""  # whatever notice there is may be one that it missed
+                    lease.is_restored = True
                     heir.leases[lease] = heir.unread[lease.key] = None
                     tenancy.leases.pop(lease, None)
             late = self.lose(tenancy)

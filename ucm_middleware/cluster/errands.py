@@ -11,7 +11,7 @@ from contextvars import Context
 from typing import Any, Final, TypeVar
 
 from ucm_middleware.cluster.worker import Worker
-from ucm_middleware.errors import ClusterUnavailableError
+from ucm_middleware.errors import ClusterUnavailableError, ConfigurationError
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,11 @@ class Errands:
         return future
 
     def wait(self, future: "Future[T]") -> T:
-        """Wait for an answer, in a thread, for as long as the store has for three. Raises ClusterUnavailableError."""
+        """Wait for an answer, in a thread, for as long as the store has for three. Raises ClusterUnavailableError; and
+        ConfigurationError on the cluster's own, which would wait for itself.
+        """
+        if self._worker.is_here:
+            raise ConfigurationError("the cluster's own thread cannot wait for the store; ask it in another one")
         try:
             return future.result(3 * self._worker.policy.timeout)
         except TimeoutError:

@@ -46,6 +46,7 @@ class Tenancy:
         "heir",
         "id",
         "leases",
+        "noticed",
         "pending",
         "told",
         "unread",
@@ -65,6 +66,7 @@ class Tenancy:
         self.pending = 0  # orders without an answer yet
         self.told: dict[str, str] = {}
         self.unread: dict[UserKey, None] = {}  # whose notices it may have missed: it is not told of those by itself
+        self.noticed: dict[str, str] = {}  # of whom there were notices, while something was on its way to live here
         self.used_at = clock()
 
     @property
@@ -80,7 +82,8 @@ class Tenancy:
 
 class Lease:
     """The right of one context to live. ``position`` is that of the newest notice that does not concern it any more,
-    ``events`` the place in its user's events at which it began.
+    and ``is_restored`` whether the store may have lost that one; ``events`` is the place in its user's events at which
+    it began.
     """
 
     __slots__ = (
@@ -88,6 +91,7 @@ class Lease:
         "events",
         "is_connection",
         "is_over",
+        "is_restored",
         "key",
         "number",
         "position",
@@ -104,6 +108,7 @@ class Lease:
         self.is_connection = is_connection
         self.is_over = False
         self.position = ""
+        self.is_restored = False
         self.events: Place | None = None
         self.touched_at = tenancy.clock()
         self._context: ref[UserExecutionContext] | None = None
@@ -122,6 +127,11 @@ class Lease:
     @context.setter
     def context(self, context: "UserExecutionContext | None") -> None:
         self._context = None if context is None else ref(context)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether nothing has come to live under it yet."""
+        return self._context is None
 
     @property
     def is_abandoned(self) -> bool:

@@ -50,6 +50,13 @@ class MemberWorker:
     def session(self) -> Session:
         return self._member.session
 
+    @property
+    def is_here(self) -> bool:
+        return self._member.thread.is_here
+
+    async def looked(self) -> None:
+        await self._member.first_look()
+
     def call(self, run: Callable[..., object], *args: Any) -> bool:
         return self._member.thread.soon(run, *args)
 
@@ -82,7 +89,7 @@ class Links:
     def __init__(self, member: Member, hub: Hub, secrets: SecretRing, trail: AuditTrail, apply: Apply) -> None:
         worker = MemberWorker(member)
         errands = Errands(worker)
-        seals = Seals(secrets.all, lambda: member.users.seal, trail.cluster_unopened)
+        seals = Seals(secrets.all, member.policy.application, lambda: member.users.seal, trail.cluster_unopened)
         self.notices = Notices(worker, errands, seals, _weakly(apply))
         self.relay = Relay(hub, worker, errands, seals, trail, _close_in_thread, self.notices.catch_up)
         hub.relay = self.relay

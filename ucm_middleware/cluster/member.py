@@ -181,8 +181,7 @@ class Member:
         """
         self.limits = limits
         try:
-            if self.state == "starting":
-                await self._first_look()
+            await self.first_look()
             return await self._acquire(user_id, is_connection, limits)
         except ClusterUnavailableError:
             self.refused += 1
@@ -210,6 +209,17 @@ class Member:
         if not future.cancelled() and future.exception() is None:
             self.release(future.result())
 
+    def lives(self, lease: Lease) -> None:
+        """Something has come to live under a lease. What was noticed while the grant was on its way, and found nobody
+        here, is meant for it too.
+        """
+        noticed = lease.tenancy.noticed
+        if noticed and noticed.get(lease.key.digest, lease.position) != lease.position:
+            with suppress(RuntimeError):  # the thread has ended
+                self.thread.loop.call_soon_threadsafe(
+                    self.upkeep.catch_up_soon, lease.tenancy, lease.key, context=Context()
+                )
+
     def release(self, lease: Lease) -> None:
         """A lease is over. Never waits, and may be said twice."""
         if self.book.release(lease) and self._thread is not None:
@@ -227,7 +237,10 @@ class Member:
         """Where a user stands in the store."""
         return self.users.key_of(user_id)
 
-    async def _first_look(self) -> None:
+    async def first_look(self) -> None:
+        """Wait until the store was looked at for the first time, for a while at most."""
+        if self.state != "starting":
+            return
         looked = self.looked
         _ = self.thread  # it looks first of all
         await asyncio.wait((asyncio.wrap_future(looked),), timeout=FIRST_LOOK * self.policy.timeout)

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from secrets import token_hex
 from typing import Final, Literal, cast
 
 from ucm_middleware.cluster.errands import Again, Errands, apart
@@ -29,7 +30,8 @@ MOST_UNSENT: Final = 10_000
 @dataclass(frozen=True, slots=True)
 class Notice:
     """``key`` is the one that was cleared: a text, or a user id and a request id. ``actor`` is who did it: None for
-    trusted code. ``at`` is a time of the worker that left it, for people: no two clocks are compared.
+    trusted code. ``at`` is a time of the worker that left it, for people: no two clocks are compared. ``id`` tells it
+    from others that say the same.
     """
 
     kind: Literal["revoked", "cleared"]
@@ -38,22 +40,23 @@ class Notice:
     reason: str = ""
     actor: str | None = None
     at: float = 0.0
+    id: str = field(default_factory=partial(token_hex, 8))
 
     def packed(self) -> bytes:
         """As it is sealed."""
-        about = [self.kind, self.user_id, self.key, self.reason, self.actor, self.at]
+        about = [self.kind, self.user_id, self.key, self.reason, self.actor, self.at, self.id]
         return json.dumps(about).encode()
 
     @staticmethod
     def unpacked(packed: bytes) -> "Notice":
         """Raises ValueError for what is none."""
-        kind, user_id, key, reason, actor, at = json.loads(packed)
+        kind, user_id, key, reason, actor, at, name = json.loads(packed)
         if kind not in ("revoked", "cleared"):
             raise ValueError(kind)
         if isinstance(key, list):
             user, request = cast("list[str]", key)
             key = user, request
-        return Notice(kind, user_id, key, reason, actor, at)
+        return Notice(kind, user_id, key, reason, actor, at, name)
 
 
 Apply = Callable[[Notice, str, Sequence[Held]], object]
@@ -62,10 +65,18 @@ Apply = Callable[[Notice, str, Sequence[Held]], object]
 
 @dataclass(slots=True, eq=False)
 class Unsent:
-    """A notice that the store must still be told."""
+    """A notice that the store must still be told. ``may_stand`` is whether it may have it already."""
 
-    user: UserKey
     notice: Notice
+    may_stand: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """Who reads a user's notices does so alone; how many read, or wait for it."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    number: int = 0
 
 
 class Notices:
@@ -99,10 +110,10 @@ class Notices:
     def after_fork(self) -> None:
         """Begin anew in a forked child: what could not be sent is the parent's to send."""
         self._lock = threading.RLock()
-        self._unsent: dict[tuple[UserKey, str, object], Unsent] = {}
+        self._unsent: dict[tuple[str, str, object], Unsent] = {}
         self._young: deque[tuple[float, Unsent]] = deque()
         self._held: dict[UserKey, list[Callable[[], object]]] = {}
-        self._reading: dict[UserKey, asyncio.Lock] = {}
+        self._reading: dict[UserKey, Reading] = {}
         self._again = Again(self._send_unsent)
 
     # Leaving one, in any thread.
@@ -111,11 +122,14 @@ class Notices:
         """Leave a notice. The future raises ClusterUnavailableError where the store could not be asked: it is kept
         then, and left once it can.
         """
-        return self._errands.ask(partial(self._leave, Unsent(self._worker.key_of(notice.user_id), notice)))
+        return self._errands.ask(partial(self._leave, Unsent(notice)))
 
-    def leave_now(self, notice: Notice) -> Notified:
-        """The same for synchronous code, which it blocks for a round trip. Not on the cluster's thread."""
-        return self._errands.wait(self.leave(notice))
+    def leave_now(self, notice: Notice) -> Notified | None:
+        """The same for synchronous code, which it blocks for a round trip. On the cluster's own thread, where a hook of
+        a plugin may come to be called, nothing is waited for, and it is None.
+        """
+        future = self.leave(notice)
+        return None if self._worker.is_here else self._errands.wait(future)
 
     @contextmanager
     def holding(self, user_id: str) -> Generator[None]:
@@ -136,14 +150,17 @@ class Notices:
     async def _leave(self, unsent: Unsent) -> Notified:
         worker = self._worker
         try:
+            await worker.looked()
             if worker.state in ("down", "local"):
                 raise ClusterUnavailableError("down")
             notice = unsent.notice
-            sealed = self._seals.seal("notice", unsent.user, notice.packed())
-            notified = await worker.session.notify(unsent.user, sealed, forget_events=notice.kind == "revoked")
+            user = worker.key_of(notice.user_id)
+            sealed = self._seals.seal("notice", user, notice.packed())
+            notified = await worker.session.notify(user, sealed, forget_events=notice.kind == "revoked")
         except BaseException as error:
             if isinstance(error, ClusterUnavailableError):
                 worker.doubt(error)
+            unsent.may_stand |= not isinstance(error, ClusterUnavailableError) or error.is_unknown
             self._keep(unsent)
             raise
         self._remember(unsent)
@@ -155,7 +172,7 @@ class Notices:
             if len(self._unsent) >= MOST_UNSENT:
                 logger.critical("a notice to other workers (%s) is given up: too many could not be left", notice.kind)
                 return
-            self._unsent[unsent.user, notice.kind, notice.key] = unsent
+            self._unsent[notice.user_id, notice.kind, notice.key] = unsent
         self._again.plan()
 
     def _remember(self, unsent: Unsent) -> None:
@@ -171,7 +188,8 @@ class Notices:
         """Whatever was left in this bucket, or in all, may be lost. Who has not seen it yet, must still."""
         since = time.monotonic() - self._worker.policy.lease
         for at, unsent in self._young:
-            if at >= since and bucket in (None, unsent.user.bucket):
+            if at >= since and bucket in (None, self._worker.key_of(unsent.notice.user_id).bucket):
+                unsent.may_stand = True
                 self._keep(unsent)
         self.store_is_back()
 
@@ -201,10 +219,22 @@ class Notices:
                 at = next(iter(self._unsent))
                 unsent = self._unsent.pop(at)
             try:
-                await self._leave(unsent)
+                if not unsent.may_stand or not await self._stands(unsent):
+                    await self._leave(unsent)
             except ClusterUnavailableError:
                 return  # it is kept again, and planned
         self._again.reset()
+
+    async def _stands(self, unsent: Unsent) -> bool:
+        """Whether a notice is there: left twice, it would be meant for whoever has come back since."""
+        user = self._worker.key_of(unsent.notice.user_id)
+        try:
+            found = await self._worker.session.notices(user, "")
+        except BaseException:
+            self._keep(unsent)
+            raise
+        notices = [self._opened(user, sealed) for _, sealed in found]
+        return any(one is not None and one.id == unsent.notice.id for one in notices)
 
     # Reading them, on the cluster's thread.
 
@@ -214,14 +244,16 @@ class Notices:
 
     async def catch_up(self, user: UserKey) -> None:
         """Apply what this user's leases here have missed. Raises ClusterUnavailableError: then they may not be used."""
-        lock = self._reading.setdefault(user, asyncio.Lock())
+        reading = self._reading.setdefault(user, Reading())
+        reading.number += 1
         try:
-            async with lock:
+            async with reading.lock:
                 await self._let_go(user)
                 await self._read(user)
         finally:
-            if not lock.locked():
-                self._reading.pop(user, None)
+            reading.number -= 1
+            if not reading.number:
+                del self._reading[user]
 
     async def _let_go(self, user: UserKey) -> None:
         """Wait while somebody here revokes this user."""
@@ -234,29 +266,40 @@ class Notices:
         await free.wait()
 
     async def _read(self, user: UserKey) -> None:
-        leases: dict[str, list[Held]] = {}
+        leases: dict[tuple[str, bool], list[Held]] = {}
         for lease in self._worker.leases_here(user):
-            leases.setdefault(lease.position, []).append(lease)
+            if not lease.is_awaited:
+                leases.setdefault((lease.position, lease.is_restored), []).append(lease)
         meant: dict[str, tuple[bytes, list[Held]]] = {}
-        newest: dict[str, str] = {}
-        for position, missing in leases.items():
-            found = await self._worker.session.notices(user, position)
-            for at, sealed in found:
+        newest: dict[tuple[str, bool], str] = {}
+        for about, missing in leases.items():
+            position, is_restored = about
+            found = await self._worker.session.notices(user, "" if is_restored else position)
+            places = [at for at, _ in found]
+            # Where the store still has it, what stands before is older.
+            first = places.index(position) + 1 if is_restored and position in places else 0
+            for at, sealed in found[first:]:
                 meant.setdefault(at, (sealed, []))[1].extend(missing)
-                newest[position] = at
+            if places:
+                newest[about] = places[-1]
         for at, (sealed, missing) in meant.items():
             await self._apply_one(user, at, sealed, missing)
-        for position, at in newest.items():
-            for lease in leases[position]:
-                lease.position = at
+        for about, at in newest.items():
+            for lease in leases[about]:
+                if lease.is_restored == about[1]:  # else it was put back meanwhile
+                    lease.position, lease.is_restored = at, False
 
     async def _apply_one(self, user: UserKey, at: str, sealed: bytes, leases: Sequence[Held]) -> None:
+        notice = self._opened(user, sealed)
+        if notice is not None:
+            await apart(partial(self._apply, notice, at, leases))
+
+    def _opened(self, user: UserKey, sealed: bytes) -> Notice | None:
         packed = self._seals.unseal("notice", user, sealed)
         if packed is None:
-            return
+            return None
         try:
-            notice = Notice.unpacked(packed)
+            return Notice.unpacked(packed)
         except (ValueError, TypeError):
             self._seals.refuse()
-            return
-        await apart(partial(self._apply, notice, at, leases))
+            return None

@@ -1,5 +1,6 @@
 """Events on their way to the store: those of one user one after the other, as they were sent here."""
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from ucm_middleware.errors import ClusterUnavailableError
 from ucm_middleware.events.envelope import Draft
 from ucm_middleware.events.hub import Hub, Sent
 from ucm_middleware.events.policy import EventPolicy
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES: Final = 64 * 1024 * 1024
 """Of all events that were posted and are not sent yet."""
@@ -84,20 +87,32 @@ class Outgoing:
 
     def _begin(self, user_id: str, line: Line) -> bool:
         async def send_all() -> None:
-            while (one := self._next(user_id, line)) is not None:
-                await self._send(user_id, *one)
+            try:
+                while (one := self._next(user_id, line)) is not None:
+                    await self._send(user_id, *one)
+            finally:
+                self._give_up(user_id, line)  # what is left when the thread ends; else nothing
 
         if self._worker.call(self._errands.start, send_all):
             return True
-        with self._lock:
-            self._size -= line.size
-            self._lines.pop(user_id, None)
+        self._next(user_id, line)  # the first is whoever's that asks, and learns it by the answer
+        self._give_up(user_id, line)
         return False
+
+    def _give_up(self, user_id: str, line: Line) -> None:
+        """Nobody sends what is in a line any more: tell whoever waits for it, and let the next event begin another."""
+        while (one := self._next(user_id, line)) is not None:
+            draft, waiter = one
+            if waiter is None:
+                self._lost(user_id, draft)
+            elif waiter.set_running_or_notify_cancel():
+                waiter.set_exception(ClusterUnavailableError("down"))
 
     def _next(self, user_id: str, line: Line) -> "tuple[Draft, Future[Publication] | None] | None":
         with self._lock:
             if not line.drafts:
-                self._lines.pop(user_id, None)
+                if self._lines.get(user_id) is line:
+                    del self._lines[user_id]
                 return None
             draft, waiter = line.drafts.popleft()
             line.size -= draft.size
@@ -116,14 +131,17 @@ class Outgoing:
                 waiter.set_exception(
                     error if isinstance(error, Exception) else ClusterUnavailableError("down", is_unknown=True)
                 )
-            if not isinstance(error, ClusterUnavailableError):
+            if not isinstance(error, Exception):
                 raise
+            if waiter is None and not isinstance(error, ClusterUnavailableError):
+                logger.exception("an event could not be sent")  # and those behind it are, all the same
         else:
             if waiter is not None:
                 waiter.set_result(publication)
 
     async def _publication(self, user_id: str, draft: Draft) -> Publication:
         worker = self._worker
+        await worker.looked()
         if worker.state == "down":
             raise ClusterUnavailableError("down")
         if worker.state == "local":

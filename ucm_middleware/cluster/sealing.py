@@ -1,7 +1,7 @@
 """Sealing what is left in the store: it learns nothing, and what was altered or moved there does not open.
 
-Each is bound to its kind and to its user, so that what was taken from one user's events and put among another's is no
-event, and an event is no notice.
+Each is bound to its application, its kind and its user, so that what was taken from one user's events and put among
+another's is no event, nor in another application with the same secret; and an event is no notice.
 """
 
 import logging
@@ -33,16 +33,18 @@ class Seals:
     is called at most once a minute, with how many did not open since.
     """
 
-    __slots__ = ("_ciphers", "_current", "_secrets", "_unopened")
+    __slots__ = ("_application", "_ciphers", "_current", "_secrets", "_unopened")
 
     def __init__(
         self,
         secrets: Sequence[Secret],
+        application: str,
         current: Callable[[], int],
         told: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._secrets = tuple(secrets)
+        self._application = application
         self._ciphers: dict[int, AESGCM] = {}
         self._current = current
 
@@ -63,11 +65,11 @@ class Seals:
 
     def seal(self, kind: Kind, user: UserKey, secret: bytes) -> bytes:
         """The sealed bytes: 28 more than what is given."""
-        return seal(self._cipher(self._current()), secret, _bound(kind, user))
+        return seal(self._cipher(self._current()), secret, self._bound(kind, user))
 
     def unseal(self, kind: Kind, user: UserKey, sealed: bytes) -> bytes | None:
         """What was sealed; None, which is counted, for what is none of ours, of another kind or another user's."""
-        associated = _bound(kind, user)
+        associated = self._bound(kind, user)
         current = self._current()
         for index in (current, *(other for other in range(len(self._secrets)) if other != current)):
             secret = unseal(self._cipher(index), sealed, associated)
@@ -86,6 +88,5 @@ class Seals:
             cipher = self._ciphers[index] = cipher_of(self._secrets[index].subkey(PURPOSE))
         return cipher
 
-
-def _bound(kind: Kind, user: UserKey) -> bytes:
-    return f"{kind} {user.digest}".encode()
+    def _bound(self, kind: Kind, user: UserKey) -> bytes:
+        return f"{self._application} {kind} {user.digest}".encode()

@@ -32,6 +32,9 @@ FIRST_PROBE: Final = 0.25
 LONGEST_PROBE: Final = 5.0
 """Seconds between two looks at a store that cannot be asked: at first, and at most."""
 
+UNKNOWN: Final = "?"
+"""Stands for the position of notices of which it is not known whether there are any."""
+
 SLICE: Final = 8
 """How many leases are placed at a time."""
 
@@ -280,6 +283,7 @@ class Upkeep:
             member.book.give_all_back(tenancy)
             self._lose(tenancy)
             return
+        member.book.forget_noticed(tenancy)
         for lease in touched:
             lease.touched_at = sent
         for digest, position in told:
@@ -295,11 +299,17 @@ class Upkeep:
         if (key, position) in self._telling:
             return
         self._telling.add((key, position))
+        tenancy.noticed[key.digest] = position  # first: what comes to live from now on looks for itself
         try:
             await self._member.on_noticed(key, position)
             tenancy.told[key.digest] = position
         finally:
             self._telling.discard((key, position))
+
+    def catch_up_soon(self, tenancy: Tenancy, key: UserKey) -> None:
+        """Have a user's notices read, again and again until they can be: the store tells of them no more."""
+        tenancy.unread[key] = None
+        self._read_missed_soon(tenancy)
 
     def _read_missed_soon(self, tenancy: Tenancy) -> None:
         if tenancy.unread and tenancy not in self._reading:
@@ -307,9 +317,10 @@ class Upkeep:
             self._begin_task(self._read_missed(tenancy))
 
     async def _read_missed(self, tenancy: Tenancy) -> None:
-        """Have the notices read that were left before a tenancy was put back, of one user after another."""
+        """Have the notices read that a tenancy is not told of by itself, of one user after another."""
         try:
-            for key in list(tenancy.unread):
+            while tenancy.unread:
+                key = next(iter(tenancy.unread))
                 await self._member.on_noticed(key, "")
                 tenancy.unread.pop(key, None)
         finally:
@@ -418,6 +429,8 @@ class Upkeep:
             if member.book.lose_one(lease):
                 member.close_lost([lease])
         elif found is lease:
+            if lease.is_awaited:  # what was noticed found nobody, and is to be looked up by whatever comes to live
+                lease.tenancy.noticed[lease.key.digest] = UNKNOWN
             await member.on_noticed(lease.key, "")  # and what was left meanwhile
 
     def _begin_task(self, work: Awaitable[None]) -> asyncio.Task[None]:

@@ -13,6 +13,15 @@ class Held(Protocol):
     """A lease of this worker. ``position`` is that of the newest notice that was applied to its context."""
 
     position: str
+    is_restored: bool
+    """Whether it was put back into a store that is new, or has failed over, and may have lost the notice there: then
+    one of an older position may be newer than it.
+    """
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether nothing has come to live under it yet. Whoever lets something do so looks for notices then."""
+        ...
 
     @property
     def context(self) -> UserExecutionContext | None:
@@ -44,6 +53,17 @@ class Worker(Protocol):
     @property
     def session(self) -> Session:
         """The store, for the thread's loop, and only used there."""
+        ...
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the asking code runs on the thread."""
+        ...
+
+    async def looked(self) -> None:
+        """Wait until the store was looked at for the first time, for a while at most: before that it is not known under
+        which secret users stand there.
+        """
         ...
 
     def call(self, run: Callable[..., object], *args: Any) -> bool:

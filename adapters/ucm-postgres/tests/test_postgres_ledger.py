@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -282,6 +283,12 @@ def test_another_login_is_let_in_later(plain: Database) -> None:
         ledger.append(row())
         ledger.flush()
     assert numbers(other) == [1]
+
+
+def test_everybody_is_no_login() -> None:
+    for grant in (partial(grants_sql, "public"), partial(grants_sql, "app", readers=["public"])):
+        with pytest.raises(ConfigurationError, match="'public' is all of them"):
+            grant()
 
 
 def refusal_of(dsn: str, keys: Path | None = None) -> str:

@@ -247,3 +247,47 @@ def test_another_ledger_in_its_place_is_not_written_to(
     ledger.append(row(number=2))
     wait_until(lambda: "was here before" in str(ledger.problem), "it sees that it is another one")
     assert numbers(plain.app) == []
+
+
+def test_what_was_found_written_is_not_written_again_when_the_rest_fails_once_more(
+    ledger: PostgresLedger, plain: Database, postgres_proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "PATIENCE", 0.2)
+    postgres_proxy.hold("replies")
+    ledger.append(row(number=2))
+    postgres_proxy.wait_until_held("replies")
+    wait_until(lambda: numbers(plain.app) == [1, 2], "it is committed")
+    ledger.append(row(number=3))
+    with psycopg.connect(plain.superuser.dsn) as connection:
+        connection.execute("lock table ucm_ledger.records in share mode")
+        postgres_proxy.cut()
+        postgres_proxy.release("replies")
+        wait_until(lambda: "took too long" in (ledger.problem or ""), "the rest could not be written")
+    goes_on(ledger)
+    assert numbers(plain.app) == [1, 2, 3]
+
+
+def test_a_commit_that_takes_place_after_the_next_attempts_is_found(
+    ledger: PostgresLedger, plain: Database, postgres_proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "PATIENCE", 0.2)
+    plain.execute(
+        """
+        create function ucm_ledger.linger() returns trigger language plpgsql as $$
+            begin perform pg_advisory_xact_lock_shared(7); return null; end $$;
+        create constraint trigger lingers after insert on ucm_ledger.records deferrable initially deferred
+            for each row execute function ucm_ledger.linger();
+        """,
+        as_=plain.superuser,
+    )
+    waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    with psycopg.connect(plain.superuser.dsn, autocommit=True) as connection:
+        connection.execute("select pg_advisory_lock(7)")
+        ledger.append(row(number=2))
+        wait_until(lambda: connection.execute(waiting).fetchone() == (1,), "its commit is under way")
+        postgres_proxy.cut()
+        ledger.append(row(number=3))
+        wait_until(lambda: "took too long" in (ledger.problem or ""), "it was tried again, with more")
+        connection.execute("select pg_advisory_unlock(7)")
+        goes_on(ledger)
+    assert numbers(plain.app) == [1, 2, 3]

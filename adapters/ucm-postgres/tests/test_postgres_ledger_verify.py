@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 
@@ -196,6 +197,23 @@ def test_a_policy_that_hides_rows_is_not_believed(two: Database) -> None:
         "alter table ucm_ledger.records enable row level security"
     )
     assert "row-level security" in ucm("verify", two.app.dsn, status=2).stdout
+
+
+def test_long_records_that_the_applications_login_puts_in_take_no_more_memory_than_a_few(two: Database) -> None:
+    """Whoever has that login could end the verifier with them."""
+    megabytes, number = 4, 24
+    two.execute(
+        f"insert into ucm_ledger.records select stream, 4 + n, subject, convert_to(repeat('x', {megabytes << 20}), "
+        f"'UTF8'), hash from ucm_ledger.records, generate_series(1, {number}) n where sequence = 4",
+        as_=two.app,
+    )
+    tracemalloc.start()
+    try:
+        assert "record 5:" in ucm("verify", two.app.dsn, status=1).stdout
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < megabytes * number // 2 << 20
 
 
 def test_it_is_verified_together_with_files(two: Database) -> None:

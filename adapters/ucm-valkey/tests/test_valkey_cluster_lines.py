@@ -1,6 +1,7 @@
 """One connection that many ask on: pipelines, cancellations, servers that are slow, full or forgetful."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -166,6 +167,13 @@ async def test_no_answer_in_time_is_an_unknown_outcome_for_all_that_were_sent(
     assert [each.number for each in await hasty.leases_of(anna)] == [1]
     await release(hasty, slot(anna, 1), fence=True)
     assert await hasty.leases_of(anna) == []
+
+
+async def test_a_loop_that_was_busy_itself_takes_no_server_for_slow(hasty: Session) -> None:
+    asking = asyncio.create_task(hasty.leases_of(user(1)))
+    await asyncio.sleep(0)  # it is sent
+    asyncio.get_running_loop().call_soon(time.sleep, 2 * SHORT)
+    assert await asking == []
 
 
 async def test_a_server_that_pauses_is_slow_and_then_serves_again(hasty: Session, valkey_server: ValkeyServer) -> None:

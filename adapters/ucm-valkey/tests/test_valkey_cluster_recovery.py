@@ -208,3 +208,17 @@ async def test_a_recovering_bucket_takes_back_many_leases(session: Session, valk
     assert await session.count() == (700, 700)
     assert await session.leases_of(held[4].user) == [held[4]]
     assert await session.restore(7, "w1-1", LEASE, [])
+
+
+async def test_who_is_restored_is_told_of_what_was_noticed_before(
+    session: Session, valkey_server: ValkeyServer
+) -> None:
+    bob = user(2)
+    await session.acquire(order(slot(ANNA, 1)))
+    valkey_server.admin.flushall()
+    noticed = await session.notify(ANNA, b"sealed", forget_events=True)
+    assert noticed.leases == 0
+    assert await session.restore(1, "w1-2", LEASE, [slot(ANNA, 1, "w1-2"), slot(bob, 2, "w1-2")])
+    end_recovery(valkey_server, 1)
+
+    assert await session.renew([Renewal(1, "w1-2", LEASE)]) == [Alive(((ANNA.digest, noticed.position),))]

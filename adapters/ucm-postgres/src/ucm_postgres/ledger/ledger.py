@@ -86,7 +86,7 @@ def erase_at(target: Target, keys: Path, secrets: SecretRing, user_id: str, reas
 class _Store:
     """A connection and the key file, open: what the writer's thread writes to."""
 
-    __slots__ = ("_connection", "_done", "_stream", "_target", "_vault")
+    __slots__ = ("_connection", "_stream", "_target", "_vault")
 
     def __init__(
         self, target: Target, keys: Path | None, secrets: SecretRing, identity: Identity, stream: Stream
@@ -100,7 +100,7 @@ class _Store:
                 raise LedgerFileError(
                     target.name, f"has the ledger {found.id}, and {identity.id} was here before", "put that one back"
                 )
-            self._done = stream.settle(target, self._connection)
+            stream.settle(target, self._connection)
             if keys is not None:
                 self._vault = Vault.open_existing(keys, identity.id, secrets)
         except BaseException:
@@ -109,10 +109,10 @@ class _Store:
 
     def write(self, rows: Sequence[Row]) -> None:
         # After an error, the same rows come again, and perhaps more: some may be there by now.
-        done, self._done = self._done, 0
-        left = rows[done:]
+        left = rows[self._stream.done :]
         if left:
             self._stream.append(self._target, self._connection, entries_of(left, self._vault), len(left))
+        self._stream.done = 0
 
     def close(self) -> None:
         if self._vault is not None:

@@ -16,6 +16,9 @@ from ucm_postgres.ledger.schema import FORMAT, SCHEMA
 _MAKE: Final = "run what ucm_postgres.ledger.ledger_sql(...) returns, once, as the tables' owner"
 _GRANT: Final = "run what ucm_postgres.ledger.grants_sql(...) returns, as the tables' owner"
 
+_AT_ONCE: Final = 1024
+_AT_ONCE_BYTES: Final = 16 * 1024 * 1024
+
 # A server that does not answer any more is noticed, and not waited for until TCP gives up.
 _OPTIONS: Final[dict[str, Any]] = {
     "application_name": "ucm ledger",
@@ -68,6 +71,15 @@ def reading(target: Target, connection: psycopg.Connection[Any]) -> Generator[No
         finally:
             if connection.info.transaction_status in {TransactionStatus.INTRANS, TransactionStatus.INERROR}:
                 connection.execute("ROLLBACK")
+
+
+def in_chunks(cursor: psycopg.ServerCursor[Any], longest: int | None) -> Generator[list[tuple[Any, ...]]]:
+    """All rows of a cursor, whose longest body has so many bytes, as many at once as memory is for. A login that may
+    add records may add long ones.
+    """
+    number = max(1, min(_AT_ONCE, _AT_ONCE_BYTES // max(1, longest or 1)))
+    while rows := cursor.fetchmany(number):
+        yield rows
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ucm_middleware.audit.subjects import Vault
 from ucm_middleware.errors import LedgerFileError
 from ucm_middleware.secret import SecretRing
 from ucm_postgres.connecting import Target
-from ucm_postgres.ledger.opening import errors_of, open_ledger, reading
+from ucm_postgres.ledger.opening import errors_of, in_chunks, open_ledger, reading
 from ucm_postgres.ledger.schema import SCHEMA
 
 # No stream knows of another one: what has an order between them are the times in their records.
@@ -25,7 +25,7 @@ _OPENING: Final = f"""SELECT body FROM {SCHEMA}.records
 _HAS: Final = f"SELECT EXISTS (SELECT FROM {SCHEMA}.records WHERE subject = %s)".encode()
 _COUNT: Final = f"SELECT count(*) FROM {SCHEMA}.records".encode()
 _ALL: Final = f"SELECT stream, sequence, subject, body, hash FROM {SCHEMA}.records ORDER BY stream, sequence".encode()
-_AT_ONCE: Final = 1024
+_LONGEST: Final = f"SELECT max(octet_length(body)) FROM {SCHEMA}.records".encode()
 
 
 class PostgresReader(RecordReader):
@@ -56,9 +56,9 @@ class PostgresReader(RecordReader):
 
     def _chunks(self) -> Iterator[Sequence[Row]]:
         with errors_of(self._target), self._connection.cursor("records", binary=True) as cursor:
+            longest = self._connection.execute(_LONGEST).fetchone()
             cursor.execute(_ALL)
-            while chunk := cursor.fetchmany(_AT_ONCE):
-                yield chunk
+            yield from in_chunks(cursor, longest and longest[0])
 
     def _newest(self, token: bytes, shown: int) -> tuple[Sequence[bytes], bytes | None, int]:
         with errors_of(self._target):

@@ -53,6 +53,8 @@ def ledger_sql(*writers: str, sealed: bool, readers: Sequence[str] = ()) -> str:
 
 def grants_sql(*writers: str, readers: Sequence[str] = ()) -> str:
     """The statements that let more logins write to a ledger that is there, or read it. Raises as ``ledger_sql``."""
+    if "public" in (*writers, *readers):  # which is everybody, also in quotes
+        raise ConfigurationError("writers and readers are logins, and 'public' is all of them; name each")
     if not writers and not readers:
         raise ConfigurationError("writers is empty; name the logins of the applications that write records")
     statements: list[str] = []

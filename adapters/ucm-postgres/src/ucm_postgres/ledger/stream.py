@@ -1,11 +1,13 @@
 """The stream of one process: its chain, and what became of a batch whose commit was never answered."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import psycopg
+from psycopg.pq import ConnStatus
 
 from ucm_middleware.audit.chain import Chain, genesis
 from ucm_middleware.errors import LedgerFileError
@@ -58,23 +60,27 @@ class Stream:
         """Begin another one."""
         self.name = f"stream_{secrets.token_hex(16)}"
         self._chain = Chain(0, genesis(self.name, sealed=self._sealed), b"")
-        self._batch: _Batch | None = None
+        self._unanswered: list[_Batch] = []
+        """Of the same place in the stream, so that at most one of them is ever there."""
+        self.done = 0
+        """Of how many records, that are about to be written again, an attempt was a success: until all are, as whoever
+        writes them says.
+        """
 
-    def settle(self, target: Target, connection: psycopg.Connection[Any]) -> int:
-        """Find out, on a new connection, where the stream ends. Returns of how many records, that are about to be
-        written again, the last attempt was a success. Raises LedgerFileError where it ends otherwise than it was
-        written.
+    def settle(self, target: Target, connection: psycopg.Connection[Any]) -> None:
+        """Find out, on a new connection, where the stream ends. Raises LedgerFileError where it ends otherwise than it
+        was written.
         """
         with errors_of(target):
             row = connection.execute(_LAST, (self.name,)).fetchone()
         size, head = (0, genesis(self.name, sealed=self._sealed)) if row is None else row
-        batch, self._batch = self._batch, None
         if (size, head) == (self._chain.size, self._chain.head):
-            return 0
-        if batch is not None and (size, head) == (batch.chain.size, batch.chain.head):
-            self._chain = batch.chain
-            return batch.rows
-        self._batch = batch
+            return  # a server that is still busy with a commit may be through with it later
+        for batch in self._unanswered:
+            if (size, head) == (batch.chain.size, batch.chain.head):
+                self._chain, self._unanswered = batch.chain, []
+                self.done += batch.rows
+                return
         raise LedgerFileError(
             target.name,
             f"has {size} records of {self.name}, and the {self._chain.size} that were acknowledged in this process are "
@@ -83,15 +89,15 @@ class Stream:
         )
 
     def append(self, target: Target, connection: psycopg.Connection[Any], entries: Sequence[Entry], rows: int) -> None:
-        """Add records, all or none, which were made of so many rows; they are durable when this returns. Raises
-        LedgerFileError: whether they are there then, ``settle`` finds out.
+        """Add records, all or none, which were made of so many rows, behind those that are ``done``; they are durable
+        when this returns. Raises LedgerFileError: whether they are there then, ``settle`` finds out.
         """
         start, chain = self._chain, self._chain.copy()
         hashes = [chain.append(subject, body) for subject, body in entries]
-        self._batch = _Batch(rows, chain)
+        self._unanswered.append(_Batch(rows, chain))
         # All is sent at once, and answered at once; after an error nothing is done, the commit included, and this
         # connection is not used again.
-        with errors_of(target), connection.pipeline():
+        with errors_of(target), self._answered(connection), connection.pipeline():
             connection.execute("BEGIN")
             connection.execute(_SETTINGS, (f"{round(PATIENCE * 1000)}ms",))
             if not start.size:
@@ -101,7 +107,17 @@ class Stream:
                 values = (self.name, start.size + first, list(subjects), list(bodies), hashes[first:last])
                 connection.execute(_ADD, values)
             connection.execute("COMMIT")
-        self._chain, self._batch = chain, None
+        self._chain, self._unanswered = chain, []
+
+    @contextmanager
+    def _answered(self, connection: psycopg.Connection[Any]) -> Generator[None]:
+        """Let go of what was sent last where the server has refused it, so that only what may yet be there is kept."""
+        try:
+            yield
+        except psycopg.Error:
+            if connection.info.status == ConnStatus.OK:
+                self._unanswered.pop()
+            raise
 
 
 def _parts(entries: Sequence[Entry]) -> list[tuple[int, int]]:

@@ -10,12 +10,11 @@ import psycopg
 from ucm_middleware.audit.verification import Claims, Row
 from ucm_middleware.errors import LedgerFileError
 from ucm_postgres.connecting import Target
-from ucm_postgres.ledger.opening import errors_of, open_ledger, reading
+from ucm_postgres.ledger.opening import errors_of, in_chunks, open_ledger, reading
 from ucm_postgres.ledger.schema import SCHEMA
 
 _STREAM: Final = re.compile("stream_[0-9a-f]{32}")
 _MOST_BYTES: Final = 16 * 1024 * 1024
-_AT_ONCE: Final = 1024
 
 # From one stream to the next by the index, since there may be millions of records of each.
 _STREAMS: Final = f"""WITH RECURSIVE found AS (
@@ -31,6 +30,8 @@ ORDER BY streams.begun NULLS LAST, 1""".encode()
 _ROW: Final = f"""SELECT sequence, subject, CASE WHEN octet_length(body) <= {_MOST_BYTES} THEN body END, hash
     FROM {SCHEMA}.records WHERE stream = %s"""
 _ROWS: Final = f"{_ROW} ORDER BY sequence".encode()
+_LONGEST: Final = f"""SELECT max(octet_length(body)) FROM {SCHEMA}.records
+    WHERE stream = %s AND octet_length(body) <= {_MOST_BYTES}""".encode()
 _ONE_ROW: Final = f"{_ROW} AND sequence = %s".encode()
 
 
@@ -69,8 +70,9 @@ class StreamSource:
     def rows(self) -> Iterator[Row]:
         """As the port says."""
         with errors_of(self._target), self._connection.cursor("verified", binary=True) as cursor:
+            longest = self._connection.execute(_LONGEST, (self._stream,)).fetchone()
             cursor.execute(_ROWS, (self._stream,))
-            while rows := cursor.fetchmany(_AT_ONCE):
+            for rows in in_chunks(cursor, longest and longest[0]):
                 yield from rows
 
     def row(self, sequence: int) -> Row | None:

@@ -20,6 +20,10 @@ SENT_DIRECTLY: Final = 32 * 1024
 """Bytes that an idle connection takes without making its sender wait."""
 
 
+UNREAD: Final = 0.01
+"""Seconds more for an answer that stands there unread, because this loop was busy with something else."""
+
+
 class _Run:
     """Stands in a command for the run of the server that it will be sent to."""
 
@@ -181,6 +185,10 @@ class Line:
             self._task = self._loop.create_task(self._serve())
 
     def _look(self) -> None:
+        """Somebody's time is over, perhaps only because this loop did not come to read."""
+        self._timer = self._loop.call_later(UNREAD, self._give_up)
+
+    def _give_up(self) -> None:
         """Tell those whose time is over. An answer that is late makes its connection useless."""
         now = self._loop.time()
         failure = self._client.late(self.host, self.port, is_connected=self._wire is not None)

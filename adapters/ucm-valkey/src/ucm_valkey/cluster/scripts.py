@@ -155,9 +155,13 @@ return answers
 
 _RESTORE: Final = """
 if recovering(KEYS[1], ARGV[1], tonumber(ARGV[2])) <= 0 then return 0 end
+local noticed = {}
+for i = 3, #KEYS do noticed[i] = redis.call('HGET', KEYS[i], 'pos') end
 redis.call('HSETNX', KEYS[2], 'fence', 0)
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 for i = 3, #KEYS do
+  -- It may have been left before this worker came back.
+  if noticed[i] then redis.call('HSET', KEYS[2], 'n:' .. string.match(KEYS[i], '[^:]+$'), noticed[i]) end
   redis.call('HSET', KEYS[i], ARGV[i * 2 - 2], ARGV[i * 2 - 1])
   keep(KEYS[i], tonumber(ARGV[3]))
 end
