@@ -1,6 +1,7 @@
 """Revocations that meet a worker in the middle of something."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -195,3 +196,21 @@ async def test_events_that_wait_when_the_thread_ends_are_told_so(
     outcomes = await asyncio.wait_for(asyncio.gather(*sending, return_exceptions=True), 10)
 
     assert [type(one) for one in outcomes] == [ClusterUnavailableError] * 3
+
+
+async def test_who_is_granted_more_after_a_notice_is_no_reason_to_pass_over_what_was_about_to_live(
+    make_shared: MakeShared, clock: Clock
+) -> None:
+    first, second = make_shared(), make_shared()
+    await looked(first, second)
+    assert second._leasing is not None
+    older = await second._leasing.take("alice", is_connection=False)
+    assert await asyncio.to_thread(first.revoke, "alice", "stolen") == 1
+    newer = await second._leasing.take("alice", is_connection=False)
+    contexts = []
+    with contextlib.suppress(ContextClosedError):  # so quickly that it was not even registered
+        contexts.append(second._open_for_connection("alice", None, None, False, older))
+    stays = second._open_for_connection("alice", None, None, False, newer)
+    await until_in_time(lambda: not any(one.is_open for one in contexts), "it is closed", clock, first, second)
+
+    assert stays.is_open

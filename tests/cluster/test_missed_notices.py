@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from support.members import LEASE, Cluster, Worker
+from ucm_middleware import UserExecutionContext
+from ucm_middleware.cluster.leases import Lease
 from ucm_middleware.cluster.store import UserKey
 from ucm_middleware.errors import ClusterUnavailableError
 
@@ -66,9 +68,17 @@ class TestRestored:
 class TestNewer:
     """A context is opened while older ones of its user have missed a notice."""
 
+    context = UserExecutionContext(user_id="alice", thread_id="thread-1", run_id="run-1")
+
+    def acquire_older(self, cluster: Cluster, worker: Worker) -> Lease:
+        """One under which something lives."""
+        lease = cluster.acquire(worker)
+        lease.context = self.context
+        return lease
+
     def test_the_older_ones_come_first(self, cluster: Cluster) -> None:
         worker = cluster.worker()
-        older = cluster.acquire(worker)
+        older = self.acquire_older(cluster, worker)
         deafen(worker)
         position = cluster.server.notify(older.key, b"left", forget_events=False).position
         heard = heard_by(worker)
@@ -80,7 +90,7 @@ class TestNewer:
 
     def test_it_is_not_opened_where_they_cannot_be_told(self, cluster: Cluster) -> None:
         worker = cluster.worker()
-        older = cluster.acquire(worker)
+        older = self.acquire_older(cluster, worker)
         deafen(worker)
         cluster.server.notify(older.key, b"left", forget_events=False)
 
@@ -96,7 +106,7 @@ class TestNewer:
 
     def test_it_is_not_opened_where_the_telling_lasts(self, cluster: Cluster) -> None:
         worker = cluster.worker(timeout=0.05)
-        older = cluster.acquire(worker)
+        older = self.acquire_older(cluster, worker)
         deafen(worker)
         cluster.server.notify(older.key, b"left", forget_events=False)
 

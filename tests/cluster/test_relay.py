@@ -12,6 +12,7 @@ from support.memory_store import MemoryServer
 from support.waiting import wait_until
 from ucm_middleware import Delivery, Dropped, EventPolicy, UserExecutionContext
 from ucm_middleware.cluster.notices import Notice
+from ucm_middleware.cluster.store import UserKey
 from ucm_middleware.errors import ClusterUnavailableError, InvalidEventError
 from ucm_middleware.events.envelope import TO_ALL, Draft, Origin
 
@@ -667,3 +668,78 @@ async def test_whoever_finds_room_in_time_stays(server: MemoryServer) -> None:
         assert len(one.relay._room) == 0
         assert context.is_open
         assert client.data == [0, 1, 2, 3]
+
+
+async def test_connections_of_a_user_who_stands_elsewhere_from_now_on_hear_there(
+    server: MemoryServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store came back new, and under another secret's seal."""
+    async with site(server, when_unavailable="local") as one:
+        _, client = await join(one)
+        stays, gone = await join(one, "bob"), await join(one, "bob")
+        await quiet()
+        server.is_down, one.worker.state = True, "local"
+        server.wipe()
+        before = one.worker.key_of(ALICE)
+        monkeypatch.setattr(one.worker, "key_of", lambda user_id: UserKey(7, f"new-digest-of-{user_id}"))
+        gone[0].close()
+        server.is_down, one.worker.state = False, "up"
+        one.relay.store_is_back()
+        await quiet()
+        await send(one, 1)
+        await one.manager.send_event("bob", "message", 2)
+        await quiet()
+
+        assert client.data[-1] == 1
+        assert stays[1].data[-1] == 2
+        assert before not in one.worker.session.subscribed
+        assert {key.digest for key in one.relay._audiences} == {"new-digest-of-alice", "new-digest-of-bob"}
+        assert all(len(audience.cursors) == 1 for audience in one.relay._audiences.values())
+
+
+@pytest.mark.parametrize("is_heard_first", [False, True])
+async def test_local_an_event_that_may_have_been_sent_is_had_once_by_those_here(
+    server: MemoryServer, monkeypatch: pytest.MonkeyPatch, is_heard_first: bool
+) -> None:
+    async with site(server, when_unavailable="local") as one, site(server) as two:
+        _, here = await join(one)
+        _, there = await join(two)
+        await quiet()
+        server.lose_answers = 1
+        publish = one.worker.session.publish
+
+        async def slow(*args: Any) -> Any:
+            try:
+                return await publish(*args)
+            except ClusterUnavailableError:
+                if is_heard_first:
+                    await quiet()
+                raise
+
+        monkeypatch.setattr(one.worker.session, "publish", slow)
+        said = await one.manager.send_event(ALICE, "message", 1)
+        await quiet()
+        await send(one, 2)
+        await quiet()
+        _, again = await join(one, after=("epoch1", 0))
+        await quiet()
+
+        assert there.data == again.data == [1, 2]
+        assert [what for _, _, what in seen(here)] == [1, 2]
+        assert said.queued + said.delivered == 1
+        assert (said.epoch == "epoch1") is is_heard_first
+
+
+async def test_who_could_not_be_unsubscribed_is_later(server: MemoryServer) -> None:
+    async with site(server) as one:
+        context, _ = await join(one)
+        await quiet()
+        one.worker.store.is_cut = True
+        context.close()
+        await quiet()
+        one.worker.store.is_cut = False
+        one.relay.store_is_back()
+        await quiet()
+
+        assert one.worker.session.subscribed == set()
+        assert one.relay._audiences == {}

@@ -8,14 +8,18 @@ from ucm_middleware.cluster.store import Place, Session, UserKey
 from ucm_middleware.events.channel import Connection, LastEvent
 from ucm_middleware.events.envelope import Event
 from ucm_middleware.events.policy import EventPolicy
+from ucm_middleware.ids import Core
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What came from the store at a place. Without an event: it must not be delivered here."""
+    """What came from the store at a place. Without an event: it must not be delivered here. ``had_by`` are those who
+    had it here already, by the core of their context.
+    """
 
     place: Place
     event: Event | None
+    had_by: frozenset[Core] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class Audience:
         "cursors",
         "is_attended",
         "is_behind",
+        "is_leaving",
         "key",
         "subscribed_by",
         "user_id",
@@ -67,6 +72,8 @@ class Audience:
         self.subscribed_by: Session | None = None
         self.is_behind = False
         """Whether what the store has kept must be looked up."""
+        self.is_leaving = False
+        """Whether it is not known that what is said to the user is told here no more."""
         self.is_attended = False
         self._is_asking = False
         self._waiting: deque[Heard] = deque()

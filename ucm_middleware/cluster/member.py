@@ -299,7 +299,11 @@ class Member:
 
     async def _tell_older(self, lease: Lease) -> None:
         """What older leases of the same user have missed reaches them before there is a newer one."""
-        behind = [(one, one.position) for one in self.book.leases_of(lease.user_id) if one.position != lease.position]
+        behind = [
+            (one, one.position)
+            for one in self.book.leases_of(lease.user_id)
+            if one.position != lease.position and not one.is_awaited  # what comes to live there looks for itself
+        ]
         if not behind:
             return
         telling = self.on_noticed(lease.key, lease.position)

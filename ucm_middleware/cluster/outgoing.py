@@ -1,26 +1,36 @@
 """Events on their way to the store: those of one user one after the other, as they were sent here."""
 
+# pyright: reportPrivateUsage=false
+# The core of a context is read where it is.
+
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final
 
 from ucm_middleware.cluster.errands import Errands
 from ucm_middleware.cluster.sealing import Seals
-from ucm_middleware.cluster.store import Keep, Published
+from ucm_middleware.cluster.store import Keep, Place, Published
 from ucm_middleware.cluster.worker import Worker
 from ucm_middleware.errors import ClusterUnavailableError
 from ucm_middleware.events.envelope import Draft
 from ucm_middleware.events.hub import Hub, Sent
 from ucm_middleware.events.policy import EventPolicy
+from ucm_middleware.ids import Core
 
 logger = logging.getLogger(__name__)
 
 MOST_BYTES: Final = 64 * 1024 * 1024
 """Of all events that were posted and are not sent yet."""
+
+MOST_HAD: Final = 4096
+"""How many events are remembered of which it is not known whether the store has them. Each costs a timeout."""
+
+NOBODY: Final[frozenset[Core]] = frozenset()
 
 Publication = Published | Sent
 """What the store says of an event; or this worker, where the store could not be asked, and the policy is "local"."""
@@ -41,7 +51,20 @@ class Outgoing:
     for one that was put in line here alone.
     """
 
-    __slots__ = ("_errands", "_hub", "_lined_up", "_lines", "_lock", "_lost", "_seals", "_size", "_worker")
+    __slots__ = (
+        "_asked",
+        "_errands",
+        "_had",
+        "_hub",
+        "_lined_up",
+        "_lines",
+        "_lock",
+        "_lost",
+        "_numbers",
+        "_seals",
+        "_size",
+        "_worker",
+    )
 
     def __init__(
         self,
@@ -65,6 +88,17 @@ class Outgoing:
         self._lock = threading.RLock()  # reentrant: a finalizer that sends an event may come in between
         self._lines: dict[str, Line] = {}
         self._size = 0
+        self._numbers = count(1)
+        self._had: dict[str, frozenset[Core]] = {}
+        self._asked: dict[str, Place | None] = {}  # what the store has not answered yet, and where it was heard of
+
+    def heard(self, mark: str, place: Place) -> frozenset[Core]:
+        """An event of this worker came from the store. Returns which connections had it here before, when it was not
+        known whether the store had taken it; by the core of their context.
+        """
+        if mark in self._asked:
+            self._asked[mark] = place
+        return self._had.get(mark, NOBODY)
 
     def put(self, user_id: str, draft: Draft, waiter: "Future[Publication] | None" = None) -> bool:
         """Let an event wait. False when it has no room, or will never be sent; one that is waited for has room."""
@@ -147,16 +181,30 @@ class Outgoing:
         if worker.state == "local":
             return self._line_up(user_id, draft)
         user = worker.key_of(user_id)
-        sealed = self._seals.seal("event", user, draft.packed(worker.id))
+        mark = f"{worker.id}.{next(self._numbers)}"
+        sealed = self._seals.seal("event", user, draft.packed(mark))
+        self._asked[mark] = None
         try:
             published = await worker.session.publish(user, sealed, keep_of(self._hub.policy))
         except ClusterUnavailableError as error:
             worker.doubt(error)
+            if (place := self._asked[mark]) is not None:  # only the answer was lost
+                return Published(place, 1, len(self._hub.connections_of(user_id)))
             if worker.policy.when_unavailable == "local":
-                return self._line_up(user_id, draft)
+                sent = self._line_up(user_id, draft)
+                if error.is_unknown and sent.waiting:
+                    self._note_had(mark, sent)
+                return sent
             raise
+        finally:
+            del self._asked[mark]
         self._hub.purge_numbered(user_id)  # what was numbered here meanwhile is over
         return published
+
+    def _note_had(self, mark: str, sent: Sent) -> None:
+        self._had[mark] = frozenset(connection.context._core for connection, _ in sent.waiting)
+        if len(self._had) > MOST_HAD:
+            del self._had[next(iter(self._had))]
 
     def _line_up(self, user_id: str, draft: Draft) -> Sent:
         sent = self._hub.send(user_id, draft, is_looked_at=True)

@@ -1,5 +1,8 @@
 """Events between workers: from the store to the connections here, in the store's order, without loss or doubling."""
 
+# pyright: reportPrivateUsage=false
+# The core of a context is read where it is.
+
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -9,6 +12,7 @@ from typing import Final
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.cluster.audience import Asked, Audience, Heard
 from ucm_middleware.cluster.errands import Again, Errands
+from ucm_middleware.cluster.outgoing import NOBODY
 from ucm_middleware.cluster.places import Cursor, is_place
 from ucm_middleware.cluster.room import Room
 from ucm_middleware.cluster.sealing import Seals
@@ -94,13 +98,17 @@ class Relay(Sending):
 
     def joined(self, connection: Connection, user_id: str, channel: Channel) -> None:
         """A connection is there, and is owed what came after its place. Never waits."""
+        audience = self._audience_of(user_id)
+        audience.cursors[connection] = self._cursor_of(connection, user_id, channel)
+        audience.is_behind = True
+        self._worker.call(self._attend, audience)
+
+    def _audience_of(self, user_id: str) -> Audience:
         key = self._worker.key_of(user_id)
         audience = self._audiences.get(key)
         if audience is None:
             audience = self._audiences[key] = Audience(user_id, key)
-        audience.cursors[connection] = self._cursor_of(connection, user_id, channel)
-        audience.is_behind = True
-        self._worker.call(self._attend, audience)
+        return audience
 
     def left(self, connection: Connection, user_id: str) -> None:
         """It is not there any more. Never waits."""
@@ -151,7 +159,26 @@ class Relay(Sending):
     def store_is_back(self) -> None:
         """The store can be asked again: what was numbered here alone is over."""
         self._hub.purge_numbered()
+        self._move()
         self._again.now()
+
+    def _move(self) -> None:
+        """Users stand elsewhere when another secret's seal stands in the store: their connections are heard for there,
+        and what they missed is not known.
+        """
+        with self._hub.lock:
+            audiences = [*self._audiences.values()]
+        moved = [one for one in audiences if self._worker.key_of(one.user_id) != one.key]
+        for old in moved:
+            with self._hub.lock:
+                cursors, old.cursors = old.cursors, {}
+                new = self._audience_of(old.user_id)
+                for connection in cursors:
+                    if not connection.outbox.is_over:  # it left, and was looked for where the user stands now
+                        new.cursors[connection] = Cursor(None, None)
+                new.is_behind = True
+            self._attend(old)
+            self._attend(new)
 
     # Looking up what is owed, on the cluster's thread.
 
@@ -184,7 +211,9 @@ class Relay(Sending):
             while not self._is_done(audience, session):
                 if not audience.cursors:
                     audience.subscribed_by = None  # first: for whoever joins in the middle of it, it is begun anew
+                    audience.is_leaving = True
                     await session.unsubscribe(audience.key)
+                    audience.is_leaving = False
                 elif audience.subscribed_by is not session:
                     await session.subscribe(audience.key)
                     audience.subscribed_by = session
@@ -204,7 +233,7 @@ class Relay(Sending):
         with self._hub.lock:
             if audience.cursors:
                 return audience.subscribed_by is session and not audience.is_behind
-            if audience.subscribed_by is session:
+            if audience.subscribed_by is session or audience.is_leaving:
                 return False
             if self._audiences.get(audience.key) is audience:
                 del self._audiences[audience.key]
@@ -269,19 +298,22 @@ class Relay(Sending):
     def _opened(self, audience: Audience, place: Place, payload: bytes) -> Heard:
         user_id = audience.user_id
         packed = self._seals.unseal("event", audience.key, payload)
-        draft = worker = None
+        draft, mark = None, ""
         if packed is not None:
             try:
-                draft, worker = Draft.unpacked(packed)
+                draft, mark = Draft.unpacked(packed)
             except (ValueError, TypeError):
                 self._seals.refuse()
+        had_by = NOBODY
         if draft is None:  # it takes its place all the same, and clients are told that they miss something
             draft = missed(user_id, LastEvent(place.epoch, place.sequence - 1), self._hub.policy)
-        elif worker != self._worker.id:
+        elif mark.partition(".")[0] == self._worker.id:
+            had_by = self._outgoing.heard(mark, place)
+        else:
             watch = self._hub.watch
             if watch is not None and watch.keeps_out(user_id, draft.data_text):
                 return Heard(place, None)
-        return Heard(place, draft.numbered(place.epoch, place.sequence, 0.0))
+        return Heard(place, draft.numbered(place.epoch, place.sequence, 0.0), had_by)
 
     def _missed(self, user_id: str, last: LastEvent, newest: Place | None) -> Event:
         """With the newest number there is: what comes after it is live. Where there is none, with one of no epoch of
@@ -314,6 +346,8 @@ def _put(connection: Connection, heard: Heard, effects: Effects, *, is_kept: boo
     """Put an event in line, with the hub's lock held."""
     event, outbox = heard.event, connection.outbox
     if event is None or outbox.is_over or connection.is_hushed or not connection.gets(event.narrowing):
+        return
+    if heard.had_by and connection.context._core in heard.had_by:
         return
     effects.put[connection] = None
     if is_kept:

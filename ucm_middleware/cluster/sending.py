@@ -140,6 +140,7 @@ class Sending:
     def _asked_for(self, user_id: str) -> "Future[bool]":
         async def is_known() -> bool:
             worker = self._worker
+            await worker.looked()
             if worker.state == "local":
                 return False
             user = worker.key_of(user_id)

@@ -99,22 +99,22 @@ class Draft:
         """Bytes on the wire, roughly."""
         return self._size
 
-    def packed(self, worker: str) -> bytes:
-        """What another worker makes the same draft of; ``worker`` says where it was made."""
+    def packed(self, mark: str) -> bytes:
+        """What another worker makes the same draft of; ``mark`` says where it was made, and tells it from others."""
         narrow = self.narrowing
-        about = [worker, self.type, self._size, narrow.thread_id, narrow.run_id, narrow.connection_id, len(self._head)]
+        about = [mark, self.type, self._size, narrow.thread_id, narrow.run_id, narrow.connection_id, len(self._head)]
         return f"{_encode(about)}\n{self._head}{self._tail}".encode()
 
     @staticmethod
     def unpacked(packed: bytes) -> "tuple[Draft, str]":
-        """The draft, and the worker where it was made. Raises ValueError for what is none."""
+        """The draft, and its mark. Raises ValueError for what is none."""
         about, _, text = packed.decode().partition("\n")
-        worker, kind, size, thread_id, run_id, connection_id, cut = json.loads(about)
+        mark, kind, size, thread_id, run_id, connection_id, cut = json.loads(about)
         draft = object.__new__(Draft)
         draft.type = kind
         draft.narrowing = narrowing(thread_id, run_id, connection_id)
         draft._head, draft._tail, draft._size = text[:cut], text[cut:], size
-        return draft, worker
+        return draft, mark
 
     def numbered(self, epoch: str, sequence: int, at: float) -> Event:
         """The event, with its place."""

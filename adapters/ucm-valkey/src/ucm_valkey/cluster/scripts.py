@@ -234,12 +234,18 @@ for _, position in ipairs(last) do
   if ms > now or (ms == now and n >= number) then now, number = ms, n + 1 end
 end
 local position = string.format('%.0f-%.0f', now, number)
--- A revocation is meant for all that older notices are meant for: so there is one at most, and it comes first.
-if forget == '1' then redis.call('DEL', KEYS[2]) end
+-- Whoever clears a lot must not push out a revocation that a worker has still to see: the newest stays in any case.
 redis.call('XADD', KEYS[2], position, forget == '1' and 'r' or 'p', notice)
-if redis.call('XLEN', KEYS[2]) > tonumber(ARGV[7]) then
-  local oldest = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 2)
-  redis.call('XDEL', KEYS[2], oldest[oldest[1][2][1] == 'r' and 2 or 1][1])
+local over = redis.call('XLEN', KEYS[2]) - tonumber(ARGV[7])
+if over > 0 then
+  local entries, revoked = redis.call('XRANGE', KEYS[2], '-', '+'), nil
+  for _, entry in ipairs(entries) do if entry[2][1] == 'r' then revoked = entry[1] end end
+  for _, entry in ipairs(entries) do
+    if over > 0 and entry[1] ~= revoked then
+      redis.call('XDEL', KEYS[2], entry[1])
+      over = over - 1
+    end
+  end
 end
 redis.call('PEXPIRE', KEYS[2], ARGV[6])
 redis.call('HSET', KEYS[1], 'pos', position)
