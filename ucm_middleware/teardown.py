@@ -159,6 +159,8 @@ class Closable:
 
     def _begin(self, reason: CloseReason) -> bool:
         lifetime = self._lifetime
+        if lifetime.is_lost and reason in ENDED_WELL:
+            reason = "lost"  # nobody has noticed yet
         if not lifetime.begin_closing(reason):
             return False
         self._say_closing()

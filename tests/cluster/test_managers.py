@@ -238,6 +238,26 @@ class TestLost:
         assert closed["reason"] == "lost"
         assert closed["outcome"] == "failed"
 
+    async def test_it_ends_as_lost_also_where_its_end_comes_first(self, make_shared: MakeShared, clock: Clock) -> None:
+        """Whoever has its place since may have changed the same: a transaction must not be committed."""
+        manager = make_shared()
+        seen: list[BaseException | None] = []
+
+        class Transaction:
+            def __enter__(self) -> None:
+                """It begins."""
+
+            def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+                seen.append(error)
+
+        async with managed_user_context(await asyncio.to_thread(manager.create_isolated_context, "alice")) as context:
+            context.enter_context(Transaction())
+            clock.advance(2 * LEASE)
+
+        [error] = seen
+        assert isinstance(error, ContextClosedError)
+        assert error.reason == "lost"
+
     def test_it_is_counted(self, make_shared: MakeShared, clock: Clock) -> None:
         manager = make_shared()
         manager.create_isolated_context("alice")

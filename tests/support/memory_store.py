@@ -89,6 +89,7 @@ class MemoryServer:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.is_down = False
+        self.lost_buckets: set[int] = set()  # they stand on a server of the cluster that is down
         self.reason = "down"
         self.lose_answers = 0
         self.lose_orders = 0
@@ -232,11 +233,15 @@ class MemoryServer:
         return seals.index(self.data.seals)
 
     def enroll(self, lease: float) -> float:
+        if self.lost_buckets:
+            raise ClusterUnavailableError(self.reason)
         return max(self._see(bucket, lease) for bucket in range(BUCKETS))
 
     def acquire(self, order: Order) -> Granted | Refused | Gone | Late | Recovering:
         slot, data = order.slot, self.data
         key = slot.user
+        if key.bucket in self.lost_buckets:
+            raise ClusterUnavailableError(self.reason)
         if seconds := self._see(key.bucket, order.lease):
             return Recovering(seconds)
         at = (key.bucket, slot.tenancy)
@@ -268,8 +273,10 @@ class MemoryServer:
             if one.fence and tenancy is not None:
                 tenancy.fence = max(tenancy.fence, slot.number)
 
-    def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering]:
-        return [self._renew(one) for one in renewals]
+    def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering | None]:
+        if all(one.bucket in self.lost_buckets for one in renewals):
+            raise ClusterUnavailableError(self.reason)
+        return [None if one.bucket in self.lost_buckets else self._renew(one) for one in renewals]
 
     def _renew(self, one: Renewal) -> Alive | Gone | Recovering:
         seconds = self._see(one.bucket, one.lease)
@@ -382,7 +389,7 @@ class MemorySession(Session):
     async def release(self, releases: Sequence[Release]) -> None:
         await self._ask("release", partial(self.store.server.release, releases))
 
-    async def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering]:
+    async def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering | None]:
         return await self._ask("renew", partial(self.store.server.renew, renewals))
 
     async def restore(self, bucket: int, tenancy: str, lease: float, slots: Sequence[Slot]) -> bool:

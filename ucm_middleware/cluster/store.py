@@ -206,8 +206,10 @@ class Session(Protocol):
         """Give up leases; those that are not there any more are passed over."""
         ...
 
-    async def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering]:
-        """Renew tenancies, answered in order. One command for all that stand on one server together."""
+    async def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering | None]:
+        """Renew tenancies, answered in order. One command for all that stand on one server together. None for those
+        whose server gave no answer, where another did: raises only when none did.
+        """
         ...
 
     async def restore(self, bucket: int, tenancy: str, lease: float, slots: Sequence[Slot]) -> bool:
@@ -223,7 +225,9 @@ class Session(Protocol):
         ...
 
     async def notify(self, user: UserKey, notice: bytes, *, forget_events: bool) -> Notified:
-        """Leave a notice to every worker that has a lease of the user, and nudge them. It is kept for a day."""
+        """Leave a notice to every worker that has a lease of the user, and nudge them. It is kept for a day. One that
+        forgets events stands for all older ones, and is not pushed out by newer ones.
+        """
         ...
 
     async def notices(self, user: UserKey, after: str) -> list[tuple[str, bytes]]:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from ucm_middleware.cluster.leases import CARRIED, Lease, Tenancy
@@ -84,7 +85,7 @@ class Upkeep:
             now = member.clock()
             if not member.is_reachable or self._must_enroll(now):
                 if now >= self._probe_at:
-                    await self._probe()
+                    await self._probe_or_renew()
             elif self._must_look or now >= self._renew_at:
                 await self._renew()
             if member.is_reachable:
@@ -151,6 +152,15 @@ class Upkeep:
 
     def _must_enroll(self, now: float) -> bool:
         return now >= self._enroll_at
+
+    async def _probe_or_renew(self) -> None:
+        """Look at the store. Where one of its servers cannot be asked, what the others have is kept all the same."""
+        try:
+            await self._probe()
+        except ClusterUnavailableError:
+            with suppress(ClusterUnavailableError):
+                await self._renew(is_probing=True)
+            raise
 
     async def _probe(self) -> None:
         """Look at the store as if for the first time."""
@@ -240,12 +250,16 @@ class Upkeep:
         member.answered_at = member.clock()
         member.renewals += len(renewals)
         for tenancy, told_there, touch, answer in zip(tenancies, told, touched, answers, strict=True):
+            if answer is None:
+                continue
             if isinstance(answer, Alive):
                 self._alive(tenancy, answer, sent, told_there, touch)
             elif isinstance(answer, Gone):
                 self._lose(tenancy)
             else:
                 await self._restore(tenancy, answer)
+        if None in answers:
+            raise ClusterUnavailableError("down")
 
     def _to_touch(self, tenancy: Tenancy, now: float) -> list[Lease]:
         leases = list(tenancy.leases)

@@ -122,6 +122,25 @@ async def test_200_at_once_get_exactly_their_limits(
         await each.aclose()
 
 
+async def test_a_node_that_keeps_silent_keeps_no_other_from_renewing(
+    session: Session, servers: list[ValkeyServer], library: LibraryName
+) -> None:
+    hasty = session_at(url(library, servers), timeout=0.5)
+    people = [user(number, bucket=number) for number in range(BUCKETS)]
+    await asyncio.gather(*(hasty.acquire(order(slot(each, each.bucket + 1))) for each in people))
+    renewals = [Renewal(bucket, "w1-1", LEASE) for bucket in range(BUCKETS)]
+    there = {bucket for bucket in range(BUCKETS) if servers[0].admin.keys(f"{PREFIX}{{{bucket}}}:u:*")}
+    servers[0].admin.execute_command("CLIENT", "PAUSE", 3000, "ALL")
+    found = await hasty.renew(renewals)
+    with pytest.raises(StoreError):
+        await hasty.renew([renewals[bucket] for bucket in there])
+    await asyncio.to_thread(servers[0].admin.ping)  # answered when that is over
+
+    assert found == [None if bucket in there else Alive() for bucket in range(BUCKETS)]
+    assert await hasty.renew(renewals) == [Alive()] * BUCKETS
+    await hasty.aclose()
+
+
 def steps_of_a_move(source: ValkeyServer, target: ValkeyServer, bucket: int) -> Iterator[None]:
     """Move a bucket's slot to another node as `valkey-cli --cluster reshard` does, one step after another."""
     at = source.admin.execute_command("CLUSTER KEYSLOT", str(bucket))

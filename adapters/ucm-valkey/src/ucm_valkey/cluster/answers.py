@@ -1,6 +1,8 @@
 """What a server's answers mean, in the words of the port."""
 
-from typing import cast
+from collections.abc import Callable
+from functools import wraps
+from typing import Final, ParamSpec, TypeVar, cast
 
 from ucm_middleware.cluster.store import (
     Alive,
@@ -19,6 +21,35 @@ from ucm_middleware.cluster.store import (
 from ucm_valkey.cluster.faults import StoreError
 from ucm_valkey.cluster.keys import slot_of
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_NOT_OURS: Final = (ValueError, TypeError, AttributeError, IndexError)
+"""What an answer of another shape than the script's leads to."""
+
+
+def _understood(read: Callable[P, T]) -> Callable[P, T]:
+    """Raise ClusterUnavailableError for an answer that is not one of our script's: what was done cannot be known."""
+
+    @wraps(read)
+    def reading(*args: P.args, **named: P.kwargs) -> T:
+        try:
+            return read(*args, **named)
+        except _NOT_OURS:
+            raise _strange() from None
+
+    return reading
+
+
+def _strange() -> StoreError:
+    return StoreError("down", "a script's answer was not understood", is_unknown=True)
+
+
+@_understood
+def texts(answer: object) -> list[str]:
+    """An answer of texts that are none of a client's."""
+    return [word.decode() for word in words(answer)]
+
 
 def words(answer: object) -> list[bytes]:
     """An answer of texts."""
@@ -28,17 +59,18 @@ def words(answer: object) -> list[bytes]:
 def listed(answer: object) -> list[object]:
     """An answer of several things. Raises ClusterUnavailableError for any other: the script is not ours."""
     if not isinstance(answer, list):
-        raise StoreError("down", "a script's answer was not understood", is_unknown=True)
+        raise _strange()
     return cast(list[object], answer)
 
 
 def number(answer: object) -> int:
     """An answer that is a number."""
     if not isinstance(answer, int):
-        raise StoreError("down", "a script's answer was not understood", is_unknown=True)
+        raise _strange()
     return answer
 
 
+@_understood
 def acquired(answer: object) -> Granted | Refused | Gone | Late | Recovering:
     """The answer to an acquire; 1 is what it mostly is, a user without notices and events who is granted it."""
     if answer == 1:
@@ -55,8 +87,16 @@ def acquired(answer: object) -> Granted | Refused | Gone | Late | Recovering:
     return _void(kind, rest)
 
 
-def renewed(answer: object) -> Alive | Gone | Recovering:
-    """The answer for one tenancy."""
+@_understood
+def renewed(answer: object, number: int) -> list[Alive | Gone | Recovering]:
+    """The answers for so many tenancies."""
+    answers = listed(answer)
+    if len(answers) != number:
+        raise ValueError
+    return [_renewed(each) for each in answers]
+
+
+def _renewed(answer: object) -> Alive | Gone | Recovering:
     kind, *rest = listed(answer)
     if kind == b"alive":
         told = [each.decode() for each in cast(list[bytes], rest)]
@@ -65,15 +105,21 @@ def renewed(answer: object) -> Alive | Gone | Recovering:
 
 
 def _void(kind: object, rest: list[object]) -> Gone | Recovering:
-    return Recovering(number(rest[0]) / 1000) if kind == b"recovering" else Gone()
+    if kind == b"recovering":
+        return Recovering(number(rest[0]) / 1000)
+    if kind != b"gone":
+        raise ValueError
+    return Gone()
 
 
+@_understood
 def published(answer: object) -> Published:
     """The answer to an event."""
     epoch, sequence, workers, connections = listed(answer)
     return Published(Place(cast(bytes, epoch).decode(), number(sequence)), number(workers), number(connections))
 
 
+@_understood
 def history(answer: object) -> History:
     """A user's events."""
     found = listed(answer)
@@ -84,18 +130,28 @@ def history(answer: object) -> History:
     return History(Place(cast(bytes, epoch).decode(), int(cast(bytes, newest))), events)
 
 
+@_understood
 def notified(answer: object) -> Notified:
     """The answer to a notice."""
     position, leases = listed(answer)
     return Notified(cast(bytes, position).decode(), number(leases))
 
 
+@_understood
+def scanned(answer: object) -> tuple[bytes, list[str]]:
+    """One part of a walk: where it goes on, b"0" for nowhere, and names of keys."""
+    cursor, found = listed(answer)
+    return words([cursor])[0], texts(found)
+
+
+@_understood
 def entries_of(answer: object) -> list[tuple[str, bytes]]:
     """What is in a stream, each with its id."""
     entries = cast(list[tuple[bytes, list[bytes]]], listed(answer))
     return [(position.decode(), fields[1]) for position, fields in entries]
 
 
+@_understood
 def slots(user: UserKey, answer: object) -> list[Slot]:
     """A user's leases."""
     found = [each.decode() for each in words(answer)]

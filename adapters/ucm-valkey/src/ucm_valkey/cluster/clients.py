@@ -33,6 +33,9 @@ _CODES: Final = {
     "ClusterCrossSlotError": "CROSSSLOT",
 }
 
+_NO_ANSWERS: Final = (ValueError, RecursionError)
+"""What the libraries' parsers raise for what follows no protocol at all."""
+
 
 class _Settings(dict[str, Any]):
     """Arguments with a password among them, which a report of an error with local variables must not show."""
@@ -68,7 +71,7 @@ class Client:
         self._login: type[Exception] = errors.AuthenticationError
         self._protocol: type[Exception] = errors.InvalidResponse
         self.response: type[Exception] = errors.ResponseError
-        self.troubles = (self._base, OSError, ssl.SSLError)
+        self.troubles = (self._base, OSError, ssl.SSLError, *_NO_ANSWERS)
         """What a connection raises; ``response`` is among it."""
 
     async def connect(self, host: str, port: int) -> Wire:
@@ -185,7 +188,7 @@ class Client:
                 return Failure("down", f"there is no address of {host}: see its name and the resolver")
             if isinstance(cause, ConnectionRefusedError):
                 return Failure("down", f"nothing listens at {where}")
-        if isinstance(error, self._protocol):
+        if isinstance(error, (self._protocol, *_NO_ANSWERS)):
             return Failure(
                 "refused",
                 f"what answers at {where} is no Valkey or Redis, or wants TLS: see the url's port and scheme",

@@ -57,8 +57,8 @@ class Inspection:
     async def _check_rights(self, bucket: int) -> None:
         key, channel = self._keys.probe(bucket), self._keys.nudges(bucket)
         probed = await self._granted(("EVAL", PROBE.text, 1, key, channel))
-        for refused in answers.words(probed):
-            command, about = refused.decode().split()
+        for refused in answers.texts(probed):
+            command, _, about = refused.partition(" ")
             raise self._not_allowed(command, about)
         await self._granted(("EVALSHA", PROBE.sha, 1, key, channel))
         await self._granted(("XRANGE", self._keys.probe(bucket), "-", "+", "COUNT", 1))

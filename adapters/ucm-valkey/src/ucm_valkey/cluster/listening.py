@@ -5,6 +5,7 @@ such node. Whatever is lost is asked for anew, and once all is heard again the h
 """
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from ucm_valkey.cluster.faults import Failure, Fault, StoreError
 from ucm_valkey.cluster.keys import Keys
 
 P = ParamSpec("P")
+
+logger = logging.getLogger(__name__)
 
 FIRST_PAUSE: Final = 0.05
 LONGEST_PAUSE: Final = 2.0
@@ -150,11 +153,14 @@ class Listener:
         hearer = self._hearer
         if found is None or hearer is None:
             return
-        if isinstance(found.about, int):
-            self._call(hearer.nudged, found.about, message.decode().split())
-        else:
-            epoch, sequence, payload = message.split(b" ", 2)
-            self._call(hearer.event, found.about, Place(epoch.decode(), int(sequence)), payload)
+        try:
+            if isinstance(found.about, int):
+                self._call(hearer.nudged, found.about, message.decode().split())
+            else:
+                epoch, sequence, payload = message.split(b" ", 2)
+                self._call(hearer.event, found.about, Place(epoch.decode(), int(sequence)), payload)
+        except ValueError:
+            logger.warning("something was said on a channel of this application that was not understood")
 
     def _want(self, name: str, tag: str, about: UserKey | int) -> _Channel:
         channel = self._channels.get(name.encode())
@@ -216,12 +222,14 @@ class Listener:
             try:
                 await self._ask_for_missing()
                 failed = None
-            except StoreError as error:
-                failed = error
+            except Exception as error:  # whatever it is, who ended here would be deaf for ever
+                failed = error if isinstance(error, StoreError) else StoreError("down", "see the log")
+                if failed is not error:
+                    logger.error("the store's channels could not be asked for; it is tried again", exc_info=error)
                 self._was_deaf = True
                 for channel in list(self._unheard):
                     if channel.ear is None:
-                        channel.settle(error)
+                        channel.settle(failed)
             if failed is None and not self._was_deaf:
                 pause = FIRST_PAUSE
             elif any(channel.ear is None for channel in self._unheard):

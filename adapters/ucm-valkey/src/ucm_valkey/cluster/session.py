@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeVar
 
-from ucm_middleware import ConfigurationError
+from ucm_middleware import ClusterUnavailableError, ConfigurationError
 from ucm_middleware.cluster.store import (
     BUCKETS,
     KEEP_USER,
@@ -135,8 +135,8 @@ class ValkeySession:
         ]
         await asyncio.gather(*(self._release(tag, part) for tag, part in parts))
 
-    async def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering]:
-        """Renew tenancies, answered in order."""
+    async def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering | None]:
+        """Renew tenancies, answered in order; None for those whose node gave no answer, where another did."""
         found: dict[int, Alive | Gone | Recovering] = {}
         by_tag: dict[str, list[int]] = {}
         for place, renewal in enumerate(renewals):
@@ -146,15 +146,19 @@ class ValkeySession:
             some = await self._renew(tag, [renewals[place] for place in places])
             found.update(zip(places, some, strict=True))
 
-        await asyncio.gather(
+        outcomes = await asyncio.gather(
             *(
                 one(group[0], part)
                 for group in self._topology.together(list(by_tag))
                 if group
                 for part in _renewed_together([place for tag in group for place in by_tag[tag]], renewals)
-            )
+            ),
+            return_exceptions=True,
         )
-        return [found[place] for place in range(len(renewals))]
+        for outcome in outcomes:
+            if outcome is not None and (not found or not isinstance(outcome, ClusterUnavailableError)):
+                raise outcome
+        return [found.get(place) for place in range(len(renewals))]
 
     async def restore(self, bucket: int, tenancy: str, lease: float, slots: Sequence[Slot]) -> bool:
         """Put back what is held, while the bucket recovers. False once that is over: it is lost then."""
@@ -241,12 +245,10 @@ class ValkeySession:
             cursor = b"0"
             while True:
                 asked = ("SCAN", cursor, "MATCH", self._keys.every_user, "COUNT", 1000)
-                cursor_after, found = answers.listed(done(await line.ask(asked)))
-                names = {name.decode() for name in answers.words(found)}
-                held = await asyncio.gather(*(self.leases_of(self._keys.user_of(name)) for name in names))
+                cursor, names = answers.scanned(done(await line.ask(asked)))
+                held = await asyncio.gather(*(self.leases_of(self._keys.user_of(name)) for name in set(names)))
                 leases += sum(map(len, held))
                 users += sum(1 for each in held if each)
-                cursor = answers.words([cursor_after])[0]
                 if cursor == b"0":
                     break
         return leases, users
@@ -301,7 +303,7 @@ class ValkeySession:
             arguments += (_ms(renewal.lease), len(renewal.touch), len(renewal.told))
             arguments += (word for pair in renewal.told for word in pair)
         answer = await self._asking.run(scripts.RENEW, tag, keys, RUN, LIFE, *arguments)
-        return [answers.renewed(each) for each in answers.listed(answer)]
+        return answers.renewed(answer, len(renewals))
 
 
 def _ms(seconds: float) -> int:
