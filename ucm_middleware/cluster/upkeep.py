@@ -341,7 +341,12 @@ class Upkeep:
         # Under the old name first, where the store still has them: what is there twice would count twice.
         await member.session.release([Release(one.slot(tenancy)) for one in leases])
         sent = member.clock()
-        if await member.session.restore(tenancy.bucket, heir.id, lease, slots):
+        try:
+            is_back = await member.session.restore(tenancy.bucket, heir.id, lease, slots)
+        except ClusterUnavailableError:
+            book.disown(tenancy, heir, leases)
+            raise
+        if is_back:
             member.close_lost(book.inherited(tenancy, heir, leases, sent))
             self._read_missed_soon(heir)
         else:
