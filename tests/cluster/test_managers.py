@@ -335,6 +335,19 @@ class TestViews:
 class TestEnds:
     """Draining, forks, and owners that are gone."""
 
+    async def test_what_is_still_open_when_the_places_are_given_back_is_lost(
+        self, make_shared: MakeShared, store: MemoryServer
+    ) -> None:
+        manager = make_shared()
+        context = await asyncio.to_thread(manager.create_isolated_context, "alice")
+
+        await member_of(manager).stop()
+
+        assert store.live() == {}
+        with pytest.raises(ContextClosedError) as lost:
+            context.require_usable()
+        assert lost.value.reason == "lost"
+
     async def test_a_drain_gives_everything_back_and_ends_the_thread(
         self, make_shared: MakeShared, store: MemoryServer
     ) -> None:

@@ -71,3 +71,20 @@ def test_a_wait_that_was_given_up_spoils_no_later_one(cluster: Cluster) -> None:
         assert second.exception() is None
 
     cluster.run(wait_twice())
+
+
+def test_a_restore_that_comes_late_takes_no_slot_of_what_has_ended_since(cluster: Cluster) -> None:
+    worker = cluster.worker()
+    ended, kept = cluster.acquire(worker), cluster.acquire(worker)
+    cluster.server.wipe()
+    cluster.server.lose_orders, cluster.server.lose_only, cluster.server.are_late = 1, "restore", True
+    cluster.wait(LEASE / 3, worker)
+    worker.member.release(ended)
+    cluster.wait(LEASE / 3, worker)
+    assert cluster.server.live_of(kept.key) == [kept.slot()]
+
+    cluster.server.deliver_late()
+    cluster.wait(2 * LEASE, worker)
+
+    assert kept.is_held
+    assert cluster.server.live_of(kept.key) == [kept.slot()]

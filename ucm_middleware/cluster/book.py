@@ -252,6 +252,15 @@ class Book:
                 tenancy.heir = self.begin(tenancy.bucket)
             return tenancy.heir, list(tenancy.leases)
 
+    def disown(self, tenancy: Tenancy, heir: Tenancy, leases: Iterable[Lease]) -> None:
+        """Whether an heir has come to be is not known, or it may be yet, with what ends meanwhile: it is never renewed,
+        and the next one has another name.
+        """
+        with self._lock:
+            tenancy.heir = None
+            for lease in leases:
+                self._give_back(Release(lease.slot(heir)))
+
     def inherited(self, tenancy: Tenancy, heir: Tenancy, leases: Iterable[Lease], sent: float) -> list[Lease]:
         """The store has the leases under the heir now. Returns those that came meanwhile, and are lost."""
         with self._lock:

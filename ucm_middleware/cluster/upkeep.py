@@ -341,7 +341,12 @@ class Upkeep:
         # Under the old name first, where the store still has them: what is there twice would count twice.
         await member.session.release([Release(one.slot(tenancy)) for one in leases])
         sent = member.clock()
-        if await member.session.restore(tenancy.bucket, heir.id, lease, slots):
+        try:
+            is_back = await member.session.restore(tenancy.bucket, heir.id, lease, slots)
+        except ClusterUnavailableError:
+            book.disown(tenancy, heir, leases)
+            raise
+        if is_back:
             member.close_lost(book.inherited(tenancy, heir, leases, sent))
             self._read_missed_soon(heir)
         else:
@@ -385,10 +390,9 @@ class Upkeep:
     async def _give_all_back(self) -> None:
         member = self._member
         for tenancy in member.book.all_tenancies():
-            for lease in list(tenancy.leases):
-                member.book.release(lease)
-        for lease in list(member.book.unplaced):
-            member.book.lose_one(lease)
+            member.book.give_all_back(tenancy)
+            member.close_lost(member.book.lose(tenancy))  # another worker may have their places from now on
+        member.close_lost([lease for lease in list(member.book.unplaced) if member.book.lose_one(lease)])
         if member.is_reachable:
             await self._give_back()
 
