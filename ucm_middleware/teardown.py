@@ -23,6 +23,9 @@ MAX_CHILDREN: Final = 100
 ENDED_WELL: Final = frozenset({"finished", "closed", "cleared"})
 """The reasons after which resources see no error: what they hold may be kept."""
 
+HANDLERS_OWN: Final = frozenset({"failed", "cancelled"})
+"""The reasons that are an error's, which came out of the code that used the context."""
+
 
 class Closable:
     """A node in a tree of contexts, each with a lifetime. Children close before their parent's resources do."""
@@ -159,8 +162,8 @@ class Closable:
 
     def _begin(self, reason: CloseReason) -> bool:
         lifetime = self._lifetime
-        if lifetime.is_lost and reason in ENDED_WELL:
-            reason = "lost"  # nobody has noticed yet
+        if lifetime.is_lost and (reason in ENDED_WELL or reason in HANDLERS_OWN):
+            reason = "lost"  # nobody has noticed yet, or its handler by the error that it got
         if not lifetime.begin_closing(reason):
             return False
         self._say_closing()

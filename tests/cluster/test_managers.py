@@ -258,6 +258,17 @@ class TestLost:
         assert isinstance(error, ContextClosedError)
         assert error.reason == "lost"
 
+    async def test_it_ends_as_lost_also_by_the_error_that_its_code_got(
+        self, make_shared: MakeShared, clock: Clock
+    ) -> None:
+        manager = make_shared()
+        context = await asyncio.to_thread(manager.create_isolated_context, "alice")
+        with pytest.raises(ContextClosedError):
+            async with managed_user_context(context):
+                clock.advance(2 * LEASE)
+                _ = context.agent_context
+        assert context.lifetime.reason == "lost"
+
     def test_it_is_counted(self, make_shared: MakeShared, clock: Clock) -> None:
         manager = make_shared()
         manager.create_isolated_context("alice")

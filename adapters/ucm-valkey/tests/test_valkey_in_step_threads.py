@@ -7,7 +7,9 @@ by the interpreter's own trace hook.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -73,12 +75,24 @@ def _traced(call: Callable[[], object], packages: tuple[ModuleType, ...], at_lin
             at_line((file, frame.f_lineno))
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        sys.settrace(trace)
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001 - whoever asked for the call gets it
+            failed.append(error)
+        finally:
+            sys.settrace(None)
+
+    # In a thread of its own: what goes off where the interpreter just leaves an `except` can stay the exception that
+    # the thread is handling, and would be the context of every later one.
+    thread = threading.Thread(target=copy_context().run, args=(run,))
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed.pop()  # kept nowhere: it holds the frames, and connections in them
 
 
 def alarming_connection(library: LibraryName) -> Any:
