@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -71,6 +72,10 @@ def test_closed_refuses_what_is_new_and_ends_what_it_has_with_its_lease(
     assert sum(life.how == "expired" for life in history.lives.values()) == LIMIT
 
 
+def is_at_limit(worker: Worker) -> bool:
+    return worker.request("alice").status_code == 429
+
+
 def test_local_carries_on_by_itself_and_comes_back_to_the_limit_of_all(store: Restarts, witness: Witness) -> None:
     with start_fleet(store.port, 2, lease=LEASE, timeout=0.3, when_unavailable="local") as fleet:
         alone, other = fleet.workers
@@ -93,7 +98,8 @@ def test_local_carries_on_by_itself_and_comes_back_to_the_limit_of_all(store: Re
         assert reasons == ["lost"] * 8
         assert other.ask("state")["live"] == 8
         for worker in fleet.workers:
-            assert worker.request("alice").status_code == 429
+            # One that lacks the processor for a moment may take the store for slow, and count by itself.
+            wait_until(partial(is_at_limit, worker), "the limit is that of all")
             worker.tell("open")
         wait_until_free(store.server)
     history = witness.history()
