@@ -638,6 +638,7 @@ class UserExecutionContext(ResourceHolder, Boundary):
             or lifetime.resources
             or self._children
             or self._parent is not None
+            or (lifetime.lease is not None and lifetime.is_lost)  # the long way says so
         ):
             return False
         lifetime.state = CLOSING

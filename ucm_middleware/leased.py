@@ -32,7 +32,6 @@ class LeasedAnswer:
 def require_lease(context: UserExecutionContext) -> None:
     """Raise ContextClosedError, with the context closed, where its lease is lost."""
     lifetime = context._lifetime
-    if lifetime.lease is not None and not lifetime.lease.is_held:
-        context.close("lost")
+    context.close_if_lost()
     if lifetime.reason == "lost":
         raise context._closed_error()

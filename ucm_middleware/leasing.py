@@ -4,14 +4,12 @@
 # pyright: reportPrivateUsage=false
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
-from weakref import WeakMethod
 
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.cluster.leases import Lease
 from ucm_middleware.cluster.member import Member
 from ucm_middleware.cluster.state import MemberState
+from ucm_middleware.cluster.weak import weakly
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ClusterUnavailableError, ContextLimitError
 from ucm_middleware.lifetime import WEBSOCKET
@@ -19,8 +17,6 @@ from ucm_middleware.registry import Key, Registry
 from ucm_middleware.teardown import close_apart
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Leasing:
@@ -32,9 +28,8 @@ class Leasing:
         self.member = member
         self._registry = registry
         self._trail = trail
-        # The cluster's thread must not keep the manager alive, which its contexts lead to.
-        member.close_expired = _weakly(self._close_expired)
-        member.on_state = _weakly(self._is_now)
+        member.close_expired = weakly(self._close_expired)
+        member.on_state = weakly(self._is_now)
 
     async def take(self, user_id: str, *, is_connection: bool) -> Lease:
         """A lease for a context that is about to be opened. A refusal is on record.
@@ -105,14 +100,3 @@ class Leasing:
             self._trail.cluster_is(state, reason)
         except Exception:  # whatever a ledger raises: the leases must be kept
             logger.exception("that the cluster's store is %r could not be recorded", state)
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """The same, which does not keep its object alive."""
-    reference = WeakMethod(method)
-
-    def call(*args: object) -> None:
-        if (found := reference()) is not None:
-            found(*args)
-
-    return call

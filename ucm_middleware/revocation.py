@@ -18,6 +18,7 @@ from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.dispatch import Hooks
 from ucm_middleware.events.hub import Hub
 from ucm_middleware.ids import is_anonymous_id
+from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.registry import Key, Registry
 from ucm_middleware.teardown import close_apart
 
@@ -108,10 +109,10 @@ class Revocation:
         if contexts:
             self._hooks.user_revoked(notice.user_id, notice.reason)
 
-    def _close(self, contexts: Iterable[UserExecutionContext], reason: str) -> None:
+    def _close(self, contexts: Iterable[UserExecutionContext], reason: CloseReason) -> None:
         for context in contexts:
             try:
-                close_apart(context, "revoked" if reason == "revoked" else "cleared")
+                close_apart(context, reason)
             except Exception:
                 logger.exception("%r is %s by another worker, and its closing failed", context, reason)
 

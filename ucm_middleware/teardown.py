@@ -160,6 +160,11 @@ class Closable:
 
     # The steps.
 
+    def close_if_lost(self) -> None:
+        """Close what another worker may have the place of by now."""
+        if self._lifetime.is_lost:
+            self.close("lost")
+
     def _begin(self, reason: CloseReason) -> bool:
         lifetime = self._lifetime
         if lifetime.is_lost and (reason in ENDED_WELL or reason in HANDLERS_OWN):

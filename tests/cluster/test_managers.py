@@ -269,6 +269,13 @@ class TestLost:
                 _ = context.agent_context
         assert context.lifetime.reason == "lost"
 
+    def test_it_does_not_end_the_short_way(self, make_shared: MakeShared, clock: Clock) -> None:
+        context = make_shared().create_isolated_context("alice")
+        clock.advance(2 * LEASE)
+        assert not context.end("finished")
+        context.close("finished")
+        assert context.lifetime.reason == "lost"
+
     def test_it_is_counted(self, make_shared: MakeShared, clock: Clock) -> None:
         manager = make_shared()
         manager.create_isolated_context("alice")
@@ -296,6 +303,15 @@ class TestViews:
         ]
         assert len({one["worker"] for one in shown.values()}) == 2
         assert context.is_open
+
+    def test_the_clusters_own_thread_does_not_wait_for_itself(self, make_shared: MakeShared) -> None:
+        manager = make_shared()
+
+        async def look() -> None:
+            manager.get_active_contexts(cluster=True)
+
+        with pytest.raises(ConfigurationError, match="own thread"):
+            member_of(manager).call(look()).result(10)
 
     async def test_from_inside_a_context_that_users_only(self, make_shared: MakeShared) -> None:
         manager = make_shared(guard="closed")

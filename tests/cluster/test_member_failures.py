@@ -42,6 +42,17 @@ class TestUnknownOutcomes:
 
         assert live_of(cluster, worker) == [kept.slot()]
 
+    def test_neither_does_the_first_order_of_a_tenancy(self, cluster: Cluster) -> None:
+        worker = cluster.worker()
+        cluster.server.lose_orders, cluster.server.are_late = 1, True
+        with pytest.raises(ClusterUnavailableError):
+            cluster.acquire(worker)
+        cluster.turn(worker)
+
+        cluster.server.deliver_late()
+
+        assert live_of(cluster, worker) == []
+
     def test_a_number_below_the_fence_is_tried_anew(self, cluster: Cluster) -> None:
         worker = cluster.worker()
         cluster.acquire(worker)
@@ -350,7 +361,7 @@ class TestLocal:
         worker.store.is_cut = True
         with_notice = cluster.acquire(worker)
 
-        async def noticed(key: UserKey, position: str) -> None:
+        async def noticed(key: UserKey) -> None:
             for lease in worker.member.leases_at(key):
                 worker.member.release(lease)
 

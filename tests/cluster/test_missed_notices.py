@@ -1,18 +1,15 @@
 """Notices that a worker has missed reach what it holds, before anything newer of that user does, and cost no leases."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
 from support.members import LEASE, Cluster, Worker
+from support.waiting import wait_until
 from ucm_middleware import UserExecutionContext
 from ucm_middleware.cluster.leases import Lease
 from ucm_middleware.cluster.store import UserKey
 from ucm_middleware.errors import ClusterUnavailableError
-
-Hear = Callable[[UserKey, str], Coroutine[Any, Any, None]]
 
 
 def deafen(worker: Worker) -> None:
@@ -22,11 +19,11 @@ def deafen(worker: Worker) -> None:
             session.hearer = None
 
 
-def heard_by(worker: Worker) -> list[tuple[UserKey, str]]:
-    heard: list[tuple[UserKey, str]] = []
+def heard_by(worker: Worker) -> list[UserKey]:
+    heard: list[UserKey] = []
 
-    async def hear(user: UserKey, position: str) -> None:
-        heard.append((user, position))
+    async def hear(user: UserKey) -> None:
+        heard.append(user)
 
     worker.member.on_noticed = hear
     return heard
@@ -45,14 +42,14 @@ class TestRestored:
         cluster.wait(LEASE / 3, worker)
 
         assert lease.is_held
-        assert (lease.key, "") in heard
+        assert lease.key in heard
 
     def test_they_are_read_later_where_the_store_cannot_be_asked(self, cluster: Cluster) -> None:
         worker = cluster.worker()
         lease = cluster.acquire(worker)
         heard: list[UserKey] = []
 
-        async def fail_once(user: UserKey, _: str) -> None:
+        async def fail_once(user: UserKey) -> None:
             heard.append(user)
             if len(heard) == 1:
                 raise ClusterUnavailableError("timeout")
@@ -63,6 +60,31 @@ class TestRestored:
 
         assert lease.is_held
         assert heard == [lease.key, lease.key]
+
+    def test_what_comes_to_live_there_later_looks_for_itself(self, cluster: Cluster) -> None:
+        """What is read before finds nobody that a notice could be meant for."""
+        worker = cluster.worker()
+        lease = cluster.acquire(worker)
+        cluster.server.wipe()
+        cluster.server.notify(lease.key, b"left before it was put back", forget_events=False)
+        cluster.wait(LEASE / 3, worker)
+        heard = heard_by(worker)
+
+        lease.context = UserExecutionContext(user_id="alice", thread_id="t", run_id="r")
+        worker.member.lives(lease)
+        wait_until(lambda: heard == [lease.key], "the notices are read")
+        worker.member.end_soon()
+
+    def test_they_are_put_back_once(self, cluster: Cluster) -> None:
+        worker = cluster.worker()
+        lease = cluster.acquire(worker)
+        cluster.server.wipe()
+        cluster.wait(LEASE / 3, worker)
+        tenancy = lease.tenancy
+        cluster.wait(LEASE / 3, worker)
+
+        assert lease.tenancy is tenancy
+        assert cluster.server.commands.count("restore") == 1
 
 
 class TestNewer:
@@ -85,7 +107,7 @@ class TestNewer:
 
         newer = cluster.acquire(worker)
 
-        assert heard == [(older.key, position)]
+        assert heard == [older.key]
         assert newer.position == older.position == position
 
     def test_it_is_not_opened_where_they_cannot_be_told(self, cluster: Cluster) -> None:
@@ -126,7 +148,7 @@ def test_what_lasts_while_a_lease_is_placed_costs_no_other_lease(cluster: Cluste
     with_notice = cluster.acquire(worker, "alice")
     cluster.wait(LEASE, worker)
 
-    async def last(user: UserKey, _: str) -> None:
+    async def last(user: UserKey) -> None:
         if user == with_notice.key:
             await asyncio.Event().wait()
 

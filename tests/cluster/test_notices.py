@@ -186,20 +186,6 @@ async def test_a_store_that_is_new_is_told_what_is_young(server: MemoryServer) -
         assert hit(two) == [("revoked", [lease])]
 
 
-async def test_a_store_that_is_new_is_not_told_of_other_buckets(server: MemoryServer) -> None:
-    async with site(server) as one:
-        await leave(one)
-        before = server.commands.count("notify")
-        bucket = one.worker.key_of(ALICE).bucket
-        server.wipe()
-        one.notices.store_is_new((bucket + 1) % 64)
-        await quiet()
-        assert server.commands.count("notify") == before
-        one.notices.store_is_new(bucket)
-        await quiet()
-        assert server.commands.count("notify") == before + 1
-
-
 async def test_nobody_is_interrupted_by_the_own_notice(server: MemoryServer) -> None:
     async with site(server) as one:
         lease = await one.worker.acquire(ALICE)

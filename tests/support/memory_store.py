@@ -62,6 +62,7 @@ class User:
 
     leases: dict[tuple[str, int], bool] = field(default_factory=dict)  # whether it is a connection
     position: str = ""
+    run: str = ""  # that the epoch is of
     epoch: str = ""
     sequence: int = 0
     events: list[tuple[int, bytes]] = field(default_factory=list)
@@ -76,6 +77,7 @@ class Data:
     engines: dict[int, tuple[str, float]] = field(default_factory=dict)
     tenancies: dict[tuple[int, str], Tenancy] = field(default_factory=dict)
     users: dict[UserKey, User] = field(default_factory=dict)
+    fences: dict[tuple[int, str], int] = field(default_factory=dict)  # of tenancies that have not begun
 
 
 class MemoryServer:
@@ -126,9 +128,6 @@ class MemoryServer:
                 self.data = self._before.pop()
             self._before.clear()
             self.run = next(self._runs)
-            for user in self.data.users.values():
-                if user.epoch:  # numbers of events that were lost must not be given again
-                    user.epoch, user.sequence, user.events = next(self._epochs), 0, []
         self._tell_deaf()
 
     def hold(self) -> None:
@@ -249,18 +248,18 @@ class MemoryServer:
         if tenancy is None:
             if not order.begins:
                 return Gone()
-            tenancy = Tenancy(self.clock() + order.lease, self.run)
+            tenancy = Tenancy(self.clock() + order.lease, self.run, data.fences.get(at, 0))
         if slot.number <= tenancy.fence:
             return Late()
         user = data.users.setdefault(key, User())
         if at not in data.tenancies:  # what stood under one that ended does not stand under this one
             user.leases = {name: kind for name, kind in user.leases.items() if name[0] != slot.tenancy}
-        live = self.live_of(key)
-        if slot.is_connection and sum(one.is_connection for one in live) >= order.connections:
-            return Refused("connections")
-        if len(live) >= order.per_user:
+        data.tenancies[at] = tenancy  # also where it is refused
+        others = [one for one in self.live_of(key) if (one.tenancy, one.number) != (slot.tenancy, slot.number)]
+        if len(others) >= order.per_user:
             return Refused("user")
-        data.tenancies[at] = tenancy
+        if slot.is_connection and sum(one.is_connection for one in others) >= order.connections:
+            return Refused("connections")
         user.leases[slot.tenancy, slot.number] = slot.is_connection
         return Granted(user.position, _place(user))
 
@@ -269,9 +268,14 @@ class MemoryServer:
             slot = one.slot
             if (user := self.data.users.get(slot.user)) is not None:
                 user.leases.pop((slot.tenancy, slot.number), None)
-            tenancy = self.data.tenancies.get((slot.user.bucket, slot.tenancy))
-            if one.fence and tenancy is not None:
+            if not one.fence:
+                continue
+            at = (slot.user.bucket, slot.tenancy)
+            tenancy = self.data.tenancies.get(at)
+            if tenancy is not None:
                 tenancy.fence = max(tenancy.fence, slot.number)
+            else:  # one that has not begun is held back as well
+                self.data.fences[at] = max(self.data.fences.get(at, 0), slot.number)
 
     def renew(self, renewals: Sequence[Renewal]) -> list[Alive | Gone | Recovering | None]:
         if all(one.bucket in self.lost_buckets for one in renewals):
@@ -304,10 +308,12 @@ class MemoryServer:
 
     def publish(self, key: UserKey, payload: bytes, keep: Keep) -> Published:
         user = self.data.users.setdefault(key, User())
-        user.epoch = user.epoch or next(self._epochs)
+        if not user.epoch or user.run != self.run:  # numbers of events that were lost must not be given again
+            user.epoch, user.sequence, user.events, user.run = next(self._epochs), 0, [], self.run
         user.sequence += 1
-        user.events.append((user.sequence, payload))
-        while user.events and (len(user.events) > keep.events or sum(len(kept) for _, kept in user.events) > keep.size):
+        if keep.events > 0 and len(payload) <= keep.size:  # what is larger is not kept, and pushes nothing out
+            user.events.append((user.sequence, payload))
+        while len(user.events) > keep.events or sum(len(kept) for _, kept in user.events) > keep.size:
             user.events.pop(0)
         place = Place(user.epoch, user.sequence)
         workers = [session for session in self.sessions if key in session.subscribed and session.hears]

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Final, Protocol
 
 from ucm_middleware.cluster.leases import CARRIED, LOST, Lease, Tenancy, new_worker
 from ucm_middleware.cluster.store import Granted, Order, Release, Slot, UserKey
@@ -15,6 +15,10 @@ class SlotLimits(Protocol):
 
     per_user: int
     connections: int
+
+
+UNKNOWN: Final = "?"
+"""Stands for the position of notices of which it is not known whether there are any."""
 
 
 @dataclass(slots=True)
@@ -92,6 +96,7 @@ class Book:
             else:
                 self.unplaced.pop(lease, None)
                 lease.key, lease.tenancy, lease.number = slot.user, tenancy, slot.number
+                _look_later(lease)
             lease.events = answer.events
             tenancy.leases[lease] = None
             return lease
@@ -273,6 +278,7 @@ class Book:
                     lease.tenancy = heir
                     lease.is_restored = True
                     heir.leases[lease] = heir.unread[lease.key] = None
+                    _look_later(lease)
                     tenancy.leases.pop(lease, None)
             late = self.lose(tenancy)
             self.tenancies[tenancy.bucket] = heir
@@ -307,3 +313,9 @@ class Book:
         """How many leases there are."""
         with self._lock:
             return sum(len(tenancy.leases) for tenancy in self.tenancies.values()) + len(self.unplaced)
+
+
+def _look_later(lease: Lease) -> None:
+    """What there was of notices found nobody under this lease yet: whatever comes to live there looks for itself."""
+    if lease.is_awaited:
+        lease.tenancy.noticed[lease.key.digest] = UNKNOWN

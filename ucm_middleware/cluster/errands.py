@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 from ucm_middleware.cluster.worker import Worker
 from ucm_middleware.errors import ClusterUnavailableError, ConfigurationError
+from ucm_middleware.waiting import wake
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +90,10 @@ async def apart(work: Callable[[], object]) -> None:
             logger.exception("what the cluster's thread had done for it failed")
         finally:
             with suppress(RuntimeError):  # the cluster's loop is closed
-                loop.call_soon_threadsafe(_done, done, context=Context())
+                loop.call_soon_threadsafe(wake, done, context=Context())
 
     threading.Thread(target=run, name="ucm-middleware notice", daemon=True).start()
     await done
-
-
-def _done(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class Again:

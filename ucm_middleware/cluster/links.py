@@ -4,9 +4,8 @@
 # The lease of a context is read where it is.
 
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-from weakref import WeakMethod
 
 from ucm_middleware.audit.trail import AuditTrail
 from ucm_middleware.cluster.errands import Errands
@@ -17,6 +16,7 @@ from ucm_middleware.cluster.policy import ClusterPolicy
 from ucm_middleware.cluster.relay import Relay
 from ucm_middleware.cluster.sealing import Seals
 from ucm_middleware.cluster.store import Session, UserKey
+from ucm_middleware.cluster.weak import weakly, weakly_soon
 from ucm_middleware.cluster.worker import Held
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.errors import ClusterUnavailableError
@@ -90,16 +90,13 @@ class Links:
         worker = MemberWorker(member)
         errands = Errands(worker)
         seals = Seals(secrets.all, member.policy.application, lambda: member.users.seal, trail.cluster_unopened)
-        self.notices = Notices(worker, errands, seals, _weakly(apply))
+        self.notices = Notices(worker, errands, seals, weakly(apply))
         self.relay = Relay(hub, worker, errands, seals, trail, _close_in_thread, self.notices.catch_up)
         hub.relay = self.relay
-        member.on_event = _weakly(self.relay.heard)
-        member.on_deaf = _weakly(self.relay.was_deaf)
-        member.on_noticed = _weakly_soon(self._noticed)
-        member.on_reconnected = _weakly_soon(self._reconnected)
-
-    async def _noticed(self, user: UserKey, position: str) -> None:
-        await self.notices.catch_up(user)
+        member.on_event = weakly(self.relay.heard)
+        member.on_deaf = weakly(self.relay.was_deaf)
+        member.on_noticed = weakly_soon(self.notices.catch_up)
+        member.on_reconnected = weakly_soon(self._reconnected)
 
     async def _reconnected(self, is_new: bool) -> None:
         self.relay.store_is_back()
@@ -114,24 +111,3 @@ def _close_in_thread(context: UserExecutionContext) -> None:
     threading.Thread(
         target=close_apart, args=(context, "slow"), name="ucm-middleware slow connection", daemon=True
     ).start()
-
-
-def _weakly(method: Callable[..., object]) -> Callable[..., None]:
-    """The same, which does not keep its object alive."""
-    reference = WeakMethod(method)
-
-    def call(*args: object) -> None:
-        if (found := reference()) is not None:
-            found(*args)
-
-    return call
-
-
-def _weakly_soon(method: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-    reference = WeakMethod(method)
-
-    async def call(*args: object) -> None:
-        if (found := reference()) is not None:
-            await found(*args)
-
-    return call

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import Context
@@ -71,8 +71,8 @@ class Member:
         self.close_expired: Callable[[str], None] = _nothing
         self.on_state: Callable[[MemberState, str | None], None] = _nothing
         self.on_lost: Callable[[Sequence[Lease]], None] = _nothing
-        self.on_noticed: Callable[[UserKey, str], Awaitable[None]] = _nothing_soon
-        self.on_reconnected: Callable[[bool], Awaitable[None]] = _nothing_soon
+        self.on_noticed: Callable[[UserKey], Coroutine[Any, Any, None]] = _nothing_soon
+        self.on_reconnected: Callable[[bool], Coroutine[Any, Any, None]] = _nothing_soon
         self.on_event: Callable[[UserKey, Place, bytes], None] = _nothing
         self.on_deaf: Callable[[], None] = _nothing
         self.limits: SlotLimits | None = None  # those that were asked for last
@@ -215,10 +215,7 @@ class Member:
         """
         noticed = lease.tenancy.noticed
         if noticed and noticed.get(lease.key.digest, lease.position) != lease.position:
-            with suppress(RuntimeError):  # the thread has ended
-                self.thread.loop.call_soon_threadsafe(
-                    self.upkeep.catch_up_soon, lease.tenancy, lease.key, context=Context()
-                )
+            self.thread.soon(self.upkeep.catch_up_soon, lease.tenancy, lease.key)
 
     def release(self, lease: Lease) -> None:
         """A lease is over. Never waits, and may be said twice."""
@@ -306,13 +303,13 @@ class Member:
         ]
         if not behind:
             return
-        telling = self.on_noticed(lease.key, lease.position)
+        telling = self.on_noticed(lease.key)
         try:
             async with asyncio.timeout(TELLING * self.policy.timeout):
                 if self._thread is None or self._thread.is_here:
                     await telling
                 else:
-                    await asyncio.wrap_future(self.call(_awaited(telling)))
+                    await asyncio.wrap_future(self.call(telling))
         except BaseException as error:
             self.release(lease)
             if isinstance(error, TimeoutError):
@@ -407,10 +404,6 @@ def _limit_reached(scope: str, limits: SlotLimits) -> ContextLimitError:
     if scope == "connections":
         return ContextLimitError(scope, limits.connections, "close one of this user's connections first")
     return ContextLimitError("user", limits.per_user, "finish or close one of this user's contexts first")
-
-
-async def _awaited(work: Awaitable[T]) -> T:
-    return await work
 
 
 def _nothing(*_: object) -> None:

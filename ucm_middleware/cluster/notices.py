@@ -184,11 +184,11 @@ class Notices:
 
     # What could not be left, and what a new store has never heard of; on the cluster's thread.
 
-    def store_is_new(self, bucket: int | None = None) -> None:
-        """Whatever was left in this bucket, or in all, may be lost. Who has not seen it yet, must still."""
+    def store_is_new(self) -> None:
+        """Whatever was left lately may be lost. Who has not seen it yet, must still."""
         since = time.monotonic() - self._worker.policy.lease
         for at, unsent in self._young:
-            if at >= since and bucket in (None, self._worker.key_of(unsent.notice.user_id).bucket):
+            if at >= since:
                 unsent.may_stand = True
                 self._keep(unsent)
         self.store_is_back()
@@ -237,10 +237,6 @@ class Notices:
         return any(one is not None and one.id == unsent.notice.id for one in notices)
 
     # Reading them, on the cluster's thread.
-
-    async def caught_up(self, user_id: str) -> None:
-        """The same as ``catch_up`` on any other loop."""
-        await asyncio.wrap_future(self._errands.ask(partial(self.catch_up, self._worker.key_of(user_id))))
 
     async def catch_up(self, user: UserKey) -> None:
         """Apply what this user's leases here have missed. Raises ClusterUnavailableError: then they may not be used."""

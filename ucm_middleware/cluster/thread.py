@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from contextlib import suppress
 from contextvars import Context
 from typing import Any, Final, TypeVar
 
@@ -60,15 +59,13 @@ class ClusterThread:
 
     def wake(self) -> None:
         """There is something to do, at once."""
-        with suppress(RuntimeError):  # it has ended
-            self.loop.call_soon_threadsafe(self.woken.set, context=Context())
+        self.soon(self.woken.set)
 
     def wake_soon(self) -> None:
         """There is something to do, and perhaps more in a moment. Cheap when it was said before."""
         if not self._is_waking:
             self._is_waking = True
-            with suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(self._gather, context=Context())
+            self.soon(self._gather)
 
     def _gather(self) -> None:
         self.loop.call_later(GATHER, self._wake_gathered)

@@ -32,9 +32,6 @@ FIRST_PROBE: Final = 0.25
 LONGEST_PROBE: Final = 5.0
 """Seconds between two looks at a store that cannot be asked: at first, and at most."""
 
-UNKNOWN: Final = "?"
-"""Stands for the position of notices of which it is not known whether there are any."""
-
 SLICE: Final = 8
 """How many leases are placed at a time."""
 
@@ -277,7 +274,6 @@ class Upkeep:
         touched: Sequence[Lease],
     ) -> None:
         member = self._member
-        member.recovers_at[tenancy.bucket] = 0.0
         if not member.book.extend(tenancy, sent):
             # It was over here meanwhile, and whether it always stood there cannot be known.
             member.book.give_all_back(tenancy)
@@ -301,7 +297,7 @@ class Upkeep:
         self._telling.add((key, position))
         tenancy.noticed[key.digest] = position  # first: what comes to live from now on looks for itself
         try:
-            await self._member.on_noticed(key, position)
+            await self._member.on_noticed(key)
             tenancy.told[key.digest] = position
         finally:
             self._telling.discard((key, position))
@@ -321,7 +317,7 @@ class Upkeep:
         try:
             while tenancy.unread:
                 key = next(iter(tenancy.unread))
-                await self._member.on_noticed(key, "")
+                await self._member.on_noticed(key)
                 tenancy.unread.pop(key, None)
         finally:
             self._reading.discard(tenancy)
@@ -424,7 +420,7 @@ class Upkeep:
     async def _place(self, lease: Lease) -> None:
         member = self._member
         lease.key = member.users.key_of(lease.user_id)
-        await member.on_noticed(lease.key, "")  # first: whoever was signed out has no place to get
+        await member.on_noticed(lease.key)  # first: whoever was signed out has no place to get
         if lease.is_over or member.limits is None:
             return
         attempt = member.book.attempt(lease.user_id, lease.key, lease.is_connection, member.limits)
@@ -433,9 +429,7 @@ class Upkeep:
             if member.book.lose_one(lease):
                 member.close_lost([lease])
         elif found is lease:
-            if lease.is_awaited:  # what was noticed found nobody, and is to be looked up by whatever comes to live
-                lease.tenancy.noticed[lease.key.digest] = UNKNOWN
-            await member.on_noticed(lease.key, "")  # and what was left meanwhile
+            await member.on_noticed(lease.key)  # and what was left meanwhile
 
     def _begin_task(self, work: Awaitable[None]) -> asyncio.Task[None]:
         """Have something done apart, so that no renewal waits for it."""

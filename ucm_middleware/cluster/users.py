@@ -17,10 +17,9 @@ class Users:
     Nothing is cached: a key takes three microseconds, and a cache would keep ids.
     """
 
-    __slots__ = ("_secrets", "_subkeys", "seal", "seals")
+    __slots__ = ("_subkeys", "seal", "seals")
 
     def __init__(self, secrets: SecretRing, application: str) -> None:
-        self._secrets = secrets
         self._subkeys = tuple(secret.subkey("cluster users") for secret in secrets.all)
         self.seals = tuple(
             lower_base32(hmac.digest(secret.subkey("cluster seal"), application.encode(), "sha256")[:20])
@@ -28,10 +27,6 @@ class Users:
         )
         self.seal = 0
         """Which of the secrets holds, newest first."""
-
-    def subkey(self, purpose: str) -> bytes:
-        """32 bytes for one purpose, the same on every worker."""
-        return self._secrets.all[self.seal].subkey(purpose)
 
     def key_of(self, user_id: str) -> UserKey:
         """Where a user stands."""

@@ -1,12 +1,12 @@
 """What is live in the whole cluster, as plain values."""
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, Final
 
 from ucm_middleware.cluster.member import Member
 from ucm_middleware.cluster.store import Slot
-from ucm_middleware.errors import ClusterUnavailableError
+from ucm_middleware.errors import ClusterUnavailableError, ConfigurationError
 
 AT_ONCE: Final = 32
 """How many users the store is asked for at a time."""
@@ -18,8 +18,10 @@ PATIENCE: Final = 60.0
 def live_in_cluster(member: Member, users: Collection[str]) -> dict[str | tuple[str, str], dict[str, Any]]:
     """Each live lease of some users, on all workers. Waits for the store, in the thread that asks.
 
-    Raises ClusterUnavailableError.
+    Raises ClusterUnavailableError; and ConfigurationError on the cluster's own thread, which would wait for itself.
     """
+    if member.thread.is_here:
+        raise ConfigurationError("the cluster's own thread cannot wait for the store; ask it in another one")
     future = member.call(_slots(member, users))
     try:
         found = future.result(PATIENCE)
@@ -40,8 +42,7 @@ async def _slots(member: Member, users: Collection[str]) -> list[tuple[str, list
         async with turns:
             return user_id, await member.slots_of(user_id)
 
-    asked: Iterable[tuple[str, list[Slot]]] = await asyncio.gather(*map(ask, users))
-    return list(asked)
+    return await asyncio.gather(*map(ask, users))
 
 
 def _described(user_id: str, slot: Slot, member: Member) -> dict[str, Any]:

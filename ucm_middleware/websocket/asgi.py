@@ -104,10 +104,8 @@ class AsgiConnection:
 
 def require_not_cut_off(context: UserExecutionContext) -> None:
     """Raise ContextClosedError in a handler that revoked its own user, say: it is not cancelled; it ends here."""
-    lifetime = context._lifetime
-    if lifetime.lease is not None and not lifetime.lease.is_held:
-        context.close("lost")
-    reason = lifetime.reason
+    context.close_if_lost()
+    reason = context._lifetime.reason
     if reason is not None and reason in INTERRUPTING:
         raise context._closed_error()
 

@@ -59,6 +59,10 @@ async def test_a_restarted_server_that_is_empty_recovers_for_one_lease(session: 
         assert isinstance(await session.acquire(order(slot(ANNA, 2, "w2-1"), per_user=1)), Recovering)
         assert await session.restore(1, "w1-1", LEASE, [slot(ANNA, 1)])
         assert await session.leases_of(ANNA) == [slot(ANNA, 1)]
+        # Put back once, it is only renewed; what was not put back still recovers.
+        assert await session.renew([Renewal(1, "w1-1", LEASE)]) == [Alive()]
+        (other,) = await session.renew([Renewal(1, "w3-1", LEASE)])
+        assert isinstance(other, Recovering)
         end_recovery(empty, 1)
         assert await session.renew([Renewal(1, "w1-1", LEASE)]) == [Alive()]
         assert await session.acquire(order(slot(ANNA, 2, "w2-1"), per_user=1)) == Refused("user")

@@ -92,7 +92,7 @@ for i = 1, #all, 2 do
   end
 end
 if begins then
-  redis.call('HSET', KEYS[2], 'fence', fence)
+  redis.call('HSET', KEYS[2], 'fence', fence, 'run', ARGV[1])
   redis.call('PEXPIRE', KEYS[2], ARGV[2])
 end
 for _, gone in ipairs(dead) do redis.call('HDEL', KEYS[3], gone) end
@@ -131,7 +131,8 @@ while key <= #KEYS do
   local engine, tenancy = KEYS[key], KEYS[key + 1]
   local lease, touch, told = ARGV[arg], tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
   local left = recovering(engine, ARGV[1], tonumber(lease))
-  if left > 0 then answers[#answers + 1] = {'recovering', left}
+  -- What was put back in this run needs it no more.
+  if left > 0 and redis.call('HGET', tenancy, 'run') ~= ARGV[1] then answers[#answers + 1] = {'recovering', left}
   elseif redis.call('PEXPIRE', tenancy, lease) == 0 then answers[#answers + 1] = {'gone'}
   else
     for i = 1, told do
@@ -158,6 +159,7 @@ if recovering(KEYS[1], ARGV[1], tonumber(ARGV[2])) <= 0 then return 0 end
 local noticed = {}
 for i = 3, #KEYS do noticed[i] = redis.call('HGET', KEYS[i], 'pos') end
 redis.call('HSETNX', KEYS[2], 'fence', 0)
+redis.call('HSET', KEYS[2], 'run', ARGV[1])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 for i = 3, #KEYS do
   -- It may have been left before this worker came back.
