@@ -6,10 +6,11 @@ from typing import Final
 
 from ucm_middleware.cluster.member import Member
 from ucm_middleware.cluster.policy import CLUSTER_VARIABLE, ClusterPolicy, check_url
-from ucm_middleware.cluster.store import Store
+from ucm_middleware.cluster.store import OpensStore, Store
 from ucm_middleware.cluster.users import Users
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.errors import ConfigurationError
+from ucm_middleware.installed import sole
 from ucm_middleware.secret import SecretRing
 
 GROUP: Final = "ucm_middleware.cluster"
@@ -46,8 +47,8 @@ def open_cluster(
 
 def _opened(url: str, policy: ClusterPolicy, users: Users) -> Store:
     scheme = url.partition("://")[0].lower()
-    found = list(entry_points(group=GROUP, name=scheme))
-    if not found:
+    found = sole(GROUP, scheme)
+    if found is None:
         installed = sorted({one.name for one in entry_points(group=GROUP)})
         known = f"what is installed serves {', '.join(installed)}" if installed else "no adapter is installed"
         raise ConfigurationError(
@@ -55,11 +56,10 @@ def _opened(url: str, policy: ClusterPolicy, users: Users) -> Store:
             "'ucm-valkey[valkey]'"
         )
     try:
-        open_store = found[0].load()
-    except Exception as error:
+        open_store: OpensStore = found.load()
+    except (Exception, SystemExit) as error:
         raise ConfigurationError(
-            f"cluster: the adapter {found[0].value} for {scheme}:// cannot be imported: {error}"
+            f"cluster: the adapter {found.value} for {scheme}:// cannot be imported: {error}"
         ) from error
     prefix = f"ucm:{policy.application}:"
-    store: Store = open_store(url, prefix=prefix, seals=users.seals, timeout=policy.timeout)
-    return store
+    return open_store(url, prefix=prefix, seals=users.seals, timeout=policy.timeout)

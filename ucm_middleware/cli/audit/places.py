@@ -3,13 +3,13 @@
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final, Protocol, cast
 
 from ucm_middleware.audit.reading import RecordReader
 from ucm_middleware.audit.verification import Given, Source
 from ucm_middleware.errors import ConfigurationError, LedgerFileError
+from ucm_middleware.installed import sole
 from ucm_middleware.secret import SecretRing
 
 GROUP: Final = "ucm_middleware.ledgers"
@@ -41,12 +41,13 @@ def place_of(ledger: str) -> Place | None:
     if found is None:
         return None
     scheme = found[1]
-    for entry_point in entry_points(group=GROUP, name=scheme):
-        try:
-            return cast("Place", entry_point.load())
-        except ImportError as error:
-            raise _not_installed(scheme, f"cannot be imported ({error})") from None
-    raise _not_installed(scheme, "is not installed")
+    entry_point = sole(GROUP, scheme)
+    if entry_point is None:
+        raise _not_installed(scheme, "is not installed")
+    try:
+        return cast("Place", entry_point.load())
+    except ImportError as error:
+        raise _not_installed(scheme, f"cannot be imported ({error})") from None
 
 
 def open_all(ledgers: Sequence[str], stack: ExitStack) -> list[Given]:

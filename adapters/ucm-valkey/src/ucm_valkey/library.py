@@ -10,7 +10,7 @@ from ucm_middleware import ConfigurationError
 from ucm_valkey.errors import CacheUnavailableError, Reason
 
 _CODE: Final = re.compile(r"[A-Z][A-Z0-9_]{1,31}(?= |$)")
-_BY_CODE: Final[dict[str, Reason]] = {
+BY_CODE: Final[dict[str, Reason]] = {
     "NOPERM": "refused",
     "READONLY": "read-only",
     "OOM": "memory",
@@ -20,7 +20,7 @@ _BY_CODE: Final[dict[str, Reason]] = {
     "WRONGPASS": "login",
 }
 # The libraries cut the code off and raise a class of their own in its place.
-_CODES: Final = {
+CODES: Final = {
     "NoPermissionError": "NOPERM",
     "ReadOnlyError": "READONLY",
     "OutOfMemoryError": "OOM",
@@ -52,7 +52,7 @@ class Fault:
 
     def error(self) -> CacheUnavailableError:
         """What to raise for it."""
-        return CacheUnavailableError(_BY_CODE.get(self.code, "error"), self.code)
+        return CacheUnavailableError(BY_CODE.get(self.code, "error"), self.code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ class Library:
     def fault(self, error: Exception) -> Fault:
         """A server's answer, by its code alone."""
         for kind in type(error).__mro__:
-            if kind.__name__ in _CODES:
-                return Fault(_CODES[kind.__name__])
+            if kind.__name__ in CODES:
+                return Fault(CODES[kind.__name__])
         found = _CODE.match(str(error))
         return Fault(found[0] if found else "ERR")
 
@@ -91,7 +91,7 @@ class Library:
         """What to raise for an exception of a connection."""
         if isinstance(error, self.timeout | TimeoutError):
             return CacheUnavailableError("timeout")
-        if isinstance(error, self.authentication | self.response) or self.fault(error).code in _BY_CODE:
+        if isinstance(error, self.authentication | self.response) or self.fault(error).code in BY_CODE:
             return self.fault(error).error()
         return CacheUnavailableError("down")
 

@@ -11,21 +11,15 @@ from typing import Any, Final
 from ucm_middleware import ConfigurationError
 from ucm_valkey.cluster.faults import Failure, Fault
 from ucm_valkey.cluster.urls import Target
+from ucm_valkey.library import CODES
 
 Node = tuple[str, int]
 """A host and a port."""
 
 _REDIRECTIONS: Final = ("MOVED", "ASK")
-# The libraries cut the code off and raise a class of their own in its place.
 _CODES: Final = {
-    "NoPermissionError": "NOPERM",
-    "ReadOnlyError": "READONLY",
-    "OutOfMemoryError": "OOM",
-    "BusyLoadingError": "LOADING",
-    "MasterDownError": "MASTERDOWN",
+    **CODES,
     "NoScriptError": "NOSCRIPT",
-    "ExecAbortError": "EXECABORT",
-    "AuthenticationError": "WRONGPASS",
     "MovedError": "MOVED",
     "AskError": "ASK",
     "TryAgainError": "TRYAGAIN",

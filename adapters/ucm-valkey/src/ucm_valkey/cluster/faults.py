@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from ucm_middleware.errors import ClusterUnavailableError, ConfigurationError
+from ucm_valkey.library import BY_CODE
 
-_REASONS: Final = {
-    "NOPERM": "refused",
-    "NOAUTH": "login",
-    "WRONGPASS": "login",
-    "OOM": "memory",
-    "LOADING": "loading",
+_REASONS: Final[dict[str, str]] = {
+    **BY_CODE,
     "BUSY": "loading",
     "TRYAGAIN": "loading",
-    "MASTERDOWN": "loading",
-    "READONLY": "read-only",
     "NOREPLICAS": "read-only",
     "MISCONF": "read-only",
 }
