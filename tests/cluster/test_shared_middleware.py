@@ -206,6 +206,26 @@ def test_a_recovering_store_says_when_to_come_again(make_shared: MakeShared, sto
         assert int(refused.headers["retry-after"]) == LEASE
 
 
+def test_under_the_policy_local_who_comes_meanwhile_is_served_and_takes_a_place_afterwards(
+    make_shared: MakeShared, store: MemoryServer, clock: Clock
+) -> None:
+    manager = make_shared("local")
+    with running(manager) as (app, address):
+        assert ask(address).status_code == 200
+        store.wipe()
+        app.turn()
+        assert manager.health().cluster == "local"
+        with socket(address) as client:
+            client.send("hello")
+            assert client.recv() == "hello"
+            assert store.live() == {}
+            clock.advance(LEASE)
+            app.turn()
+            wait_until(lambda: len(store.live()) == 1, "it has its place")
+            client.send("still")
+            assert client.recv() == "still"
+
+
 def test_no_answer_begins_under_a_lost_lease(make_shared: MakeShared, store: MemoryServer, clock: Clock) -> None:
     """The worker was stopped for long: its handler goes on before anything has noticed."""
     with running(make_shared()) as (app, address):
@@ -236,10 +256,11 @@ def test_a_handler_is_cut_off_when_the_lease_is_lost(
         assert asking.status() == 503
 
 
+@pytest.mark.parametrize("when_unavailable", ["closed", "local"])
 def test_a_connection_is_closed_when_its_lease_is_lost(
-    make_shared: MakeShared, store: MemoryServer, clock: Clock
+    when_unavailable: str, make_shared: MakeShared, store: MemoryServer, clock: Clock
 ) -> None:
-    with running(make_shared()) as (app, address), socket(address) as client:
+    with running(make_shared(when_unavailable)) as (app, address), socket(address) as client:
         client.send("hello")
         assert client.recv() == "hello"
         clock.advance(2 * LEASE)
