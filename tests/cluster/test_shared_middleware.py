@@ -3,8 +3,9 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -25,11 +26,13 @@ from support.thread_server import served
 from support.waiting import wait_until
 from ucm_middleware import (
     CensusPolicy,
+    ClusterPolicy,
     ClusterUnavailableError,
     UserContextManager,
     UserContextMiddleware,
     user_context,
 )
+from ucm_middleware.cluster.policy import LEAST_LEASE
 from ucm_middleware.types import ASGIApp, Message
 
 from .conftest import MakeShared, until_given_back
@@ -203,6 +206,26 @@ def test_a_recovering_store_says_when_to_come_again(make_shared: MakeShared, sto
         assert int(refused.headers["retry-after"]) == LEASE
 
 
+def test_under_the_policy_local_who_comes_meanwhile_is_served_and_takes_a_place_afterwards(
+    make_shared: MakeShared, store: MemoryServer, clock: Clock
+) -> None:
+    manager = make_shared("local")
+    with running(manager) as (app, address):
+        assert ask(address).status_code == 200
+        store.wipe()
+        app.turn()
+        assert manager.health().cluster == "local"
+        with socket(address) as client:
+            client.send("hello")
+            assert client.recv() == "hello"
+            assert store.live() == {}
+            clock.advance(LEASE)
+            app.turn()
+            wait_until(lambda: len(store.live()) == 1, "it has its place")
+            client.send("still")
+            assert client.recv() == "still"
+
+
 def test_no_answer_begins_under_a_lost_lease(make_shared: MakeShared, store: MemoryServer, clock: Clock) -> None:
     """The worker was stopped for long: its handler goes on before anything has noticed."""
     with running(make_shared()) as (app, address):
@@ -233,10 +256,11 @@ def test_a_handler_is_cut_off_when_the_lease_is_lost(
         assert asking.status() == 503
 
 
+@pytest.mark.parametrize("when_unavailable", ["closed", "local"])
 def test_a_connection_is_closed_when_its_lease_is_lost(
-    make_shared: MakeShared, store: MemoryServer, clock: Clock
+    when_unavailable: str, make_shared: MakeShared, store: MemoryServer, clock: Clock
 ) -> None:
-    with running(make_shared()) as (app, address), socket(address) as client:
+    with running(make_shared(when_unavailable)) as (app, address), socket(address) as client:
         client.send("hello")
         assert client.recv() == "hello"
         clock.advance(2 * LEASE)
@@ -301,21 +325,18 @@ def test_a_store_that_can_never_work_keeps_the_server_from_starting(
         pass
 
 
-def test_the_server_waits_until_a_new_store_has_recovered(make_shared: MakeShared, store: MemoryServer) -> None:
+def test_the_server_waits_until_a_new_store_has_recovered(
+    make_shared: MakeShared, store: MemoryServer, clock: Clock
+) -> None:
     store.wipe()
-    manager = make_shared()
-    assert manager.cluster is not None
-    started = threading.Event()
-
-    async def start() -> None:
-        assert manager.cluster is not None
-        with suppress(asyncio.CancelledError):  # the test is over before
-            await manager.cluster.ready()
-            started.set()
-
-    threading.Thread(target=lambda: asyncio.run(start()), daemon=True).start()
-    wait_until(lambda: manager.health().cluster == "recovering", "it is looked at")
-    assert not started.is_set()
+    manager = make_shared(cluster=ClusterPolicy(url="memory://shared", lease=LEAST_LEASE, timeout=0.3))
+    begun = time.monotonic()
+    with running(manager) as (_, address):
+        # It sleeps for as long as the store said that it takes: at least, however busy the machine is.
+        assert time.monotonic() - begun >= LEAST_LEASE
+        assert ask(address).status_code == 503  # the clock of the test stands still
+        clock.advance(LEAST_LEASE)
+        assert ask(address).status_code == 200
 
 
 def test_a_shutdown_gives_everything_back(make_shared: MakeShared, store: MemoryServer) -> None:

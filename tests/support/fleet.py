@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from ucm_middleware.testing.server import start_server
@@ -34,6 +36,15 @@ def environment(url: str, *, lease: float, **policy: Any) -> dict[str, str]:
     """What a worker is started with."""
     fields = {"url": url, "application": APPLICATION, "lease": lease, "timeout": lease / 3, **policy}
     return {"CLUSTER": json.dumps(fields), "UCM_SECRET": SECRET}
+
+
+def close_code(connection: ClientConnection) -> int:
+    """Read a WebSocket to its end; the code that it was closed with."""
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            connection.recv()
+    assert closed.value.rcvd is not None
+    return closed.value.rcvd.code
 
 
 class Worker:
@@ -73,7 +84,7 @@ class Worker:
         os.kill(self.server.pid, number)
 
     def wait_for_state(self, state: str) -> None:
-        wait_until(lambda: self.ask("state")["state"] == state, f"the worker is {state}: {self.ask('state')}")
+        wait_until(lambda: self.ask("state")["state"] == state, f"the worker is {state}")
 
     def wait_for_live(self, count: int) -> None:
         wait_until(lambda: self.ask("state")["live"] == count, f"the worker has {count} live contexts")

