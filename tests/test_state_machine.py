@@ -41,7 +41,7 @@ from ucm_middleware.types import Receive, Scope, Send
 T = TypeVar("T")
 P = ParamSpec("P")
 
-SCALE = 20 if settings.get_current_profile_name() == "soak" else 1
+SCALE = 40 if settings.get_current_profile_name() == "soak" else 1
 
 PER_USER, TOTAL, ANONYMOUS = 2, 4, 2
 USERS = ("alice", "bob", "carol")
@@ -877,7 +877,7 @@ pytestmark = pytest.mark.no_cover  # see pyproject.toml
 # Some of what it enters does not let go in time.
 TestContexts = pytest.mark.ucm_leaks("some resources never let go")(ContextMachine.TestCase)
 TestContexts.settings = settings(
-    max_examples=400 * SCALE,
+    max_examples=200 * SCALE,
     stateful_step_count=40,
     derandomize=SCALE == 1,
     report_multiple_bugs=False,

@@ -31,7 +31,7 @@ from ucm_middleware import (
 )
 from ucm_middleware.types import Receive, Scope, Send
 
-SCALE = 20 if settings.get_current_profile_name() == "soak" else 1
+SCALE = 40 if settings.get_current_profile_name() == "soak" else 1
 
 THREADS = 3
 MOMENT = 1e-6
@@ -318,7 +318,7 @@ pytestmark = [pytest.mark.usefixtures("threads_switch_often"), pytest.mark.no_co
 
 
 # Not shrunk: what fails once in some order of the threads need not fail again.
-@settings(max_examples=200 * SCALE, derandomize=SCALE == 1, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=100 * SCALE, derandomize=SCALE == 1, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(st.one_of(fights, st.tuples(*[operations] * THREADS)), min_size=3, max_size=10), st.integers(0, 2**16))
 def test_from_several_threads_at_once(rounds: list[tuple[Operation, ...]], seed: int) -> None:
     crowd = Crowd()

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -92,6 +92,15 @@ def wrapped(
 async def conversation(handler: AsyncioHandler, user: str = "alice", **options: Any) -> AsyncIterator[Any]:
     async with serving(handler, **options) as url, client(url, user) as connection:
         yield connection
+
+
+@pytest.fixture(autouse=True)
+def forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test is given to raise must not hold the test's frames once it has ended."""
+    yield
+    raised = getattr(request.node, "callspec", None) and request.node.callspec.params.get("raised")
+    if isinstance(raised, Exception):
+        raised.__traceback__ = raised.__context__ = None
 
 
 class TestIdentity:
