@@ -1,0 +1,157 @@
+"""A whole run: the application is looked at, tried, and what is found is shown by as few steps as can be."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from ucm_middleware.certify.canaries import Canaries
+from ucm_middleware.certify.cast import Cast
+from ucm_middleware.certify.coverage import Coverage
+from ucm_middleware.certify.drives import Plan
+from ucm_middleware.certify.lines.http1 import Line
+from ucm_middleware.certify.lines.request import Request
+from ucm_middleware.certify.material import Material, make_material
+from ucm_middleware.certify.schema import Found, combined
+from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, start
+from ucm_middleware.certify.shortening import Shortening, Shortest
+from ucm_middleware.certify.sightings import Examiner
+from ucm_middleware.certify.steps import Step
+from ucm_middleware.certify.trial import Finding, Trial, replay, run_trial
+from ucm_middleware.certify.witness.wire import Order, Told
+from ucm_middleware.testing.server import ServerKind
+
+_SCHEMA: Final = "/openapi.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is run, and how long. ``schema`` is a file, or a path of the application; ``shorten`` is the number of
+    seconds that may be spent on finding the shortest steps.
+    """
+
+    app: str
+    cast: Cast
+    kind: ServerKind = "uvicorn"
+    factory: bool = False
+    app_dir: Path = field(default_factory=Path.cwd)
+    seconds: float = 20.0
+    shorten: float = 30.0
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
+    schema: str | None = None
+    skip: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A finding, and the steps that show it."""
+
+    finding: Finding
+    shortest: Shortest
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of a run. ``seconds`` is how long the steps were taken for; ``notes`` say what was wrong with what was given."""
+
+    options: Options
+    with_ucm: bool
+    shown: tuple[Shown, ...]
+    coverage: Coverage
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Progress(Protocol):
+    """Told how far a run has come."""
+
+    def stage(self, what: str, seconds: float | None) -> None:
+        """Something has begun, which takes so long, or nobody knows."""
+
+    def done(self, coverage: Coverage, findings: int) -> None:
+        """Steps were taken."""
+
+
+async def certify(options: Options, progress: Progress, *, with_ucm: bool = False) -> Result:
+    """Run it. Raises SubjectError when the application cannot be tried, SignInError when a user cannot sign in."""
+    canaries = Canaries(options.cast, options.seed)
+    subject = _subject(options, canaries, with_ucm)
+    progress.stage("looking at the application", None)
+    material, notes = await _look(subject, options)
+    plan = Plan(options.cast, material, options.seed, has_http2=options.kind in SPEAK_HTTP2)
+    examiner = Examiner(canaries, options.cast.public)
+    clock = asyncio.get_running_loop().time
+    progress.stage("trying it", options.seconds)
+    begun = clock()
+    trial = await run_trial(subject, plan, examiner, canaries, options.seconds, progress.done)
+    took = clock() - begun
+
+    async def again(steps: Sequence[Step]) -> Trial:
+        return await replay(subject, options.cast, material, examiner, canaries, steps)
+
+    if trial.findings:
+        progress.stage("looking for the shortest steps", options.shorten)
+    until = clock() + options.shorten
+    shown = [
+        Shown(finding, await Shortening(finding, trial.history, again, lambda: clock() > until).shortest())
+        for finding in trial.findings.values()
+    ]
+    return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes)
+
+
+def _subject(options: Options, canaries: Canaries, with_ucm: bool) -> Subject:
+    users = tuple((user.name, tuple(user.headers.items())) for user in options.cast.users) if with_ucm else None
+    order = Order(options.app, options.factory, canaries.patterns(), users)
+    return Subject(order, options.kind, options.app_dir, options.env)
+
+
+async def _look(subject: Subject, options: Options) -> tuple[Material, tuple[str, ...]]:
+    """Start the application once, for its routes."""
+    found: list[Found] = []
+    has_told = asyncio.Event()
+
+    def hear(told: Told) -> None:
+        if told.kind == "routes":
+            found.extend(Found(*route) for route in told.routes)
+            has_told.set()
+
+    async with start(subject, hear, lambda _: None) as process:
+        document, notes = await _document(process.port, options)
+        await asyncio.wait_for(has_told.wait(), 5)
+    whole, routes = combined(document, options.cast.routes, found)
+    kept = [route for route in routes if route.key not in options.skip]
+    if not kept:
+        raise SubjectError(
+            f"there is nothing to try: no schema at {options.schema or _SCHEMA}, no routes in the application's router "
+            "that could be read, and none given; give routes in the users' file, or --schema"
+        )
+    return await asyncio.to_thread(make_material, whole, kept, options.seed), notes
+
+
+async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """The application's schema, or why there is none."""
+    if options.schema is not None and not options.schema.startswith("/"):
+        try:
+            return json.loads(Path(options.schema).read_text(encoding="utf-8")), ()
+        except (OSError, ValueError) as error:
+            raise SubjectError(f"--schema {options.schema} cannot be read: {error}") from None
+    path = options.schema or _SCHEMA
+    line = await Line.open(port)
+    headers = tuple(options.cast.users[0].headers.items())
+    answer = await line.answer(line.send(Request("GET", path, headers)))
+    line.close()
+    try:
+        document = json.loads(answer.body) if answer.is_success else None
+    except ValueError:
+        document = None
+    if isinstance(document, dict) and isinstance(document.get("paths"), dict):
+        return document, ()
+    if options.schema is not None:
+        raise SubjectError(f"--schema {path} is answered with {answer.status or 'nothing'}, and not with an OpenAPI schema")
+    return None, (f"the application has no OpenAPI schema at {path} (it answers {answer.status or 'nothing'})",)
+
+

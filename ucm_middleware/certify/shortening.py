@@ -1,0 +1,130 @@
+"""The shortest steps that show a finding: looked for on servers that are started anew for each attempt."""
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from ucm_middleware.certify.sightings import Place, Sighting
+from ucm_middleware.certify.steps import Ask, Connect, HangUp, Say, Step, Together, asks_of
+from ucm_middleware.certify.trial import Finding, Trial
+
+Replay = Callable[[Sequence[Step]], Awaitable[Trial]]
+"""Takes steps on a server of their own."""
+
+_ATTEMPTS: Final = 24
+"""For one finding."""
+
+_SOURCES: Final = 8
+"""Earlier requests of the owner's that are tried as the reason."""
+
+_WINDOWS: Final = (8, 40, 200)
+"""Last steps that are tried when no pair of them shows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shortest:
+    """``steps`` show the finding. Where ``reproduced`` is false, no attempt did, and these are its last steps."""
+
+    steps: tuple[Step, ...]
+    reproduced: bool
+    attempts: int
+
+
+class Shortening:
+    """Of one finding. ``is_over`` says when no further attempt may begin."""
+
+    __slots__ = ("_attempts", "_finding", "_history", "_is_over", "_replay")
+
+    def __init__(
+        self, finding: Finding, history: Sequence[Step], replay: Replay, is_over: Callable[[], bool]
+    ) -> None:
+        self._finding = finding
+        self._history = history[: finding.step + 1]
+        self._replay = replay
+        self._is_over = is_over
+        self._attempts = 0
+
+    async def shortest(self) -> Shortest:
+        """Try likely pairs first, then ever longer ends of the history; then leave out what can be left out."""
+        for candidate in self._candidates():
+            if await self._shows(candidate):
+                return Shortest(tuple(await self._reduced(list(candidate))), True, self._attempts)
+        return Shortest(tuple(self._history[-_WINDOWS[0] :]), False, self._attempts)
+
+    async def _shows(self, steps: Sequence[Step]) -> bool:
+        if self._attempts >= _ATTEMPTS or self._is_over():
+            return False
+        self._attempts += 1
+        trial = await self._replay(steps)
+        return any(_is_same(place, self._finding.place) for place in trial.findings)
+
+    def _candidates(self) -> Iterator[Sequence[Step]]:
+        first = self._finding.first
+        *before, last = self._history
+        if first.place.channel == "event":
+            yield self._of_the_rooms(first)
+        else:
+            alone = _alone(last, first.number)
+            yield [alone]
+            for source in self._sources(before, first):
+                yield [source, alone]
+            if isinstance(last, Together):
+                yield [last]
+        for size in _WINDOWS:
+            yield self._history[-size:]
+
+    def _sources(self, before: Sequence[Step], first: Sighting) -> Iterator[Step]:
+        """What the owner did: the request that brought the canary in, or the newest of each kind."""
+        kinds: set[tuple[str, str, bool]] = set()
+        for step in reversed(before):
+            for ask in asks_of(step):
+                if ask.user != first.owner or (first.source is not None and ask.number != first.source):
+                    continue
+                kind = ask.route, ask.manner, bool(ask.padding)
+                if kind not in kinds and len(kinds) < _SOURCES:
+                    kinds.add(kind)
+                    yield ask
+
+    def _of_the_rooms(self, first: Sighting) -> Sequence[Step]:
+        """The WebSockets of viewer and owner, and what the owner said."""
+        users = {first.viewer, first.owner}
+        kept: list[Step] = []
+        for step in reversed(self._history):
+            if isinstance(step, Connect | Say | HangUp) and step.user in users:
+                kept.append(step)
+            if isinstance(step, Connect) and {one.user for one in kept if isinstance(one, Connect)} == users:
+                break
+        return kept[::-1]
+
+    async def _reduced(self, steps: list[Step]) -> list[Step]:
+        """Leave out one after another, from the front; then whatever is special about what is left."""
+        at = 0
+        while len(steps) > 1 and at < len(steps):
+            without = steps[:at] + steps[at + 1 :]
+            if await self._shows(without):
+                steps = without
+            else:
+                at += 1
+        for at, step in enumerate(steps):
+            for plainer in _plainer(step):
+                changed = [*steps[:at], plainer, *steps[at + 1 :]]
+                if await self._shows(changed):
+                    steps = changed
+                    break
+        return steps
+
+
+def _alone(step: Step, number: int) -> Step:
+    return next((ask for ask in asks_of(step) if ask.number == number), step)
+
+
+def _plainer(step: Step) -> Iterator[Step]:
+    """The same on the user's own connection, without padding, and as clients mean to."""
+    if isinstance(step, Ask):
+        plain = replace(step, line=f"{step.user}.0", padding=0, manner="whole")
+        if plain != step:
+            yield plain
+
+
+def _is_same(one: Place, other: Place) -> bool:
+    return one.channel == other.channel and one.route == other.route
