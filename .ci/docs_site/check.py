@@ -71,7 +71,9 @@ def check_site(site: Path) -> Report:
                 report.problems.append(f"{name}: {target} {problem}")
             elif place != file:
                 reached.add(place)
-    report.problems += [f"no page leads to {file.relative_to(site).as_posix()}" for file in pages if file not in reached]
+    report.problems += [
+        f"no page leads to {file.relative_to(site).as_posix()}" for file in pages if file not in reached
+    ]
     report.problems += _styles(site)
     return report
 

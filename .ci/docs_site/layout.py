@@ -1,8 +1,8 @@
 """Which pages the site has, and where their links lead there.
 
-The pages are written for the repository: a link in docs/ may lead to an adapter, an example or a test. The site has the pages
-of docs/ and, of the rest, the Markdown that is worth reading there. A link to anything else of the repository becomes
-its name: what is not on the site cannot be a dead link on it.
+The pages are written for the repository: a link in docs/ may lead to an adapter, an example or a test. The site has the
+pages of docs/ and, of the rest, the Markdown that is worth reading there. A link to anything else of the repository
+becomes its name: what is not on the site cannot be a dead link on it.
 """
 
 import os
@@ -22,6 +22,7 @@ _SINGLE: Final = {
     "benchmarks/README.md": "benchmarks.md",
     "examples/README.md": "examples/index.md",
 }
+
 
 class DeadLinkError(Exception):
     """Links that lead nowhere, a line each."""
@@ -58,7 +59,7 @@ def lay_out(root: Path, target: Path) -> int:
 
 
 def require_links(root: Path, sources: Mapping[str, str]) -> None:
-    """Raise DeadLinkError unless each link in these files leads to a file and, in Markdown, to a heading that is there."""
+    """Raise DeadLinkError unless each link in these files leads to a file and, in Markdown, to a heading there."""
     dead = [
         f"{source}: ({link.target}) {problem}"
         for source in sources
@@ -84,7 +85,8 @@ def page_text(root: Path, source: str, pages: Mapping[str, str]) -> str:
         if page is None:
             return _as_name(link.text, name)
         there = os.path.relpath(page, PurePosixPath(pages[source]).parent).replace(os.sep, "/")
-        return f"{'!' if link.is_image else ''}[{link.text}]({there}{hash_}{anchor})"
+        text = _title(root, pages, page) if _is_name(link.text, name) and page.endswith(".md") else link.text
+        return f"{'!' if link.is_image else ''}[{text}]({there}{hash_}{anchor})"
 
     text = replace_links((root / source).read_text(), moved)
     return text.replace(MARK, commands()) if MARK in text else text
@@ -116,5 +118,14 @@ def _page_of(root: Path, name: str, pages: Mapping[str, str]) -> str | None:
 
 
 def _as_name(text: str, name: str) -> str:
+    return f"`{name}`" if _is_name(text, name) else f"{text} (`{name}` in the repository)"
+
+
+def _is_name(text: str, name: str) -> bool:
     said = text.replace("`", "").rstrip("/")
-    return f"`{name}`" if said and name.endswith(said) else f"{text} (`{name}` in the repository)"
+    return bool(said) and name.endswith(said)
+
+
+def _title(root: Path, pages: Mapping[str, str], page: str) -> str:
+    source = next(source for source, placed in pages.items() if placed == page)
+    return (root / source).read_text().partition("\n")[0].removeprefix("# ")

@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-_FENCED: Final = re.compile(r"^(?P<indent> *)(?P<fence>```+)(?P<info>[^\n]*)\n(?P<text>.*?)^ *(?P=fence) *$", re.M | re.S)
-_CODE: Final = re.compile(rf"{_FENCED.pattern}|(?P<ticks>`+)(?:[^`]|(?!(?P=ticks)(?!`))`)+?(?P=ticks)", re.M | re.S)
+_FENCED: Final = re.compile(
+    r"^(?P<indent> *)(?P<fence>```+)(?P<info>[^\n]*)\n(?P<text>.*?)^ *(?P=fence) *$", re.MULTILINE | re.DOTALL
+)
+_CODE: Final = re.compile(
+    rf"{_FENCED.pattern}|(?P<ticks>`+)(?:[^`]|(?!(?P=ticks)(?!`))`)+?(?P=ticks)", re.MULTILINE | re.DOTALL
+)
 _LINK: Final = re.compile(r"(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\]\((?P<target>[^()\s]+)\)")
-_HEADING: Final = re.compile(r"^#{1,6} +(.+?) *$", re.M)
+_HEADING: Final = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +26,12 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: what stands behind its fence, its text without the indentation, and the line where that begins."""
+    """A fenced block: what stands behind its fence, its text without the indentation, and how many lines
+    of the page come before that."""
 
     info: str
     text: str
-    line: int
+    lines_before: int
 
     @property
     def language(self) -> str:
@@ -43,8 +48,8 @@ class Block:
 def blocks(page: str) -> Iterator[Block]:
     """The fenced blocks of a page, in order."""
     for found in _FENCED.finditer(page):
-        text = re.sub(rf"^{found['indent']}", "", found["text"], flags=re.M)
-        yield Block(found["info"].strip(), text, page.count("\n", 0, found.start("text")) + 1)
+        text = re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE)
+        yield Block(found["info"].strip(), text, page.count("\n", 0, found.start("text")))
 
 
 def links(page: str) -> Iterator[Link]:

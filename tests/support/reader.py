@@ -1,4 +1,4 @@
-"""Follows pages as a reader does: saves their files, starts the server, types their commands and compares what comes out."""
+"""Follows pages as a reader does: saves the files, starts the server, types the commands, compares what comes out."""
 
 import re
 import shlex
@@ -28,8 +28,17 @@ class Reader:
         self._server: Server | None = None
         self._windows: list[Window] = []
 
+    def save(self, page: str) -> None:
+        """Save the files of a page, as somebody has who was through it."""
+        for block in blocks(page):
+            if block.title:
+                (self._folder / block.title).write_text(block.text)
+
     def follow(self, page: str) -> int:
-        """Do what a page says, from the top down. Returns how many commands were typed; AssertionError for any surprise."""
+        """Do what a page says, from the top down. Returns how many commands were typed.
+
+        Raises AssertionError for any surprise.
+        """
         typed, windows = 0, iter(self._windows)
         with self._page:
             for block in blocks(page):
@@ -97,7 +106,7 @@ class Window:
 
 
 def _typed(text: str) -> Iterator[tuple[str, list[str]]]:
-    for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, *expected = part.splitlines()
         yield command, expected
 
@@ -105,7 +114,7 @@ def _typed(text: str) -> Iterator[tuple[str, list[str]]]:
 def _compare(command: str, found: list[str], expected: list[str]) -> None:
     """A sign of omission stands for anything, over lines too."""
     pattern = "".join(".*" if part == "…" else re.escape(part) for part in re.split("(…)", "\n".join(expected)))
-    assert re.fullmatch(pattern, "\n".join(found), re.S), f"{command} wrote {found}, and the page says {expected}"
+    assert re.fullmatch(pattern, "\n".join(found), re.DOTALL), f"{command} wrote {found}, and the page says {expected}"
 
 
 def _curl(arguments: list[str], server: Server) -> str:
