@@ -223,6 +223,7 @@ class UserExecutionContext(ResourceHolder, Boundary):
 
     @property
     def user_id(self) -> str:
+        """Whose context this is. Of an anonymous one it changes once, when a user is bound."""
         return self._user_id
 
     @property
@@ -232,6 +233,7 @@ class UserExecutionContext(ResourceHolder, Boundary):
 
     @property
     def request_id(self) -> str:
+        """The id of the request or connection: the one that was given, or one that is made and never repeats."""
         request_id = self._request_id
         if not isinstance(request_id, str):
             self._request_id = request_id = f"request_{core_text(request_id)}"
@@ -239,15 +241,18 @@ class UserExecutionContext(ResourceHolder, Boundary):
 
     @property
     def thread_id(self) -> str:
+        """The thread of work that the request belongs to; made of the request's id when none was given."""
         # Ids that were not given derive from the core of the request id: two readers cannot see two different ones.
         return self._thread_id or thread_id_of(self.request_id)
 
     @property
     def run_id(self) -> str:
+        """The run within the thread; made of the request's id when none was given."""
         return self._run_id or run_id_of(self.request_id)
 
     @property
     def websocket_client_id(self) -> str | None:
+        """The id of the WebSocket connection; None for anything else."""
         client_id = self._websocket_client_id
         if client_id is not None and not isinstance(client_id, str):
             self._websocket_client_id = client_id = f"websocket_{core_text(client_id)}"
@@ -278,6 +283,7 @@ class UserExecutionContext(ResourceHolder, Boundary):
 
     @property
     def parent_request_id(self) -> str | None:
+        """The request id of the context that this is a child of; None for a root."""
         return self._lineage[1]
 
     @property

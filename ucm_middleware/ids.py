@@ -227,12 +227,15 @@ class UnifiedIDManager:
         return source
 
     def generate_thread_id(self) -> str:
+        """The id of a new thread."""
         return f"thread_{core_text(self.generate_core())}"
 
     def generate_request_id(self) -> str:
+        """The id of a new request."""
         return f"request_{core_text(self.generate_core())}"
 
     def generate_websocket_client_id(self) -> str:
+        """The id of a new WebSocket connection."""
         return f"websocket_{core_text(self.generate_core())}"
 
     def generate_run_id(self, thread_id: str | None = None) -> str:

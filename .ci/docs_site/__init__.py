@@ -1,0 +1,1 @@
+"""The documentation's site: its pages laid out, built by zensical, and every link of it checked."""
