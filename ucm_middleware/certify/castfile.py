@@ -34,7 +34,9 @@ def read_cast(where: str) -> Cast:
     try:
         text = Path(where).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"users: {where} cannot be read ({error}); give a TOML file or module:function") from None
+        raise ConfigurationError(
+            f"users: {where} cannot be read ({error}); give a TOML file or module:function"
+        ) from None
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -151,7 +151,7 @@ async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | No
     if isinstance(document, dict) and isinstance(document.get("paths"), dict):
         return document, ()
     if options.schema is not None:
-        raise SubjectError(f"--schema {path} is answered with {answer.status or 'nothing'}, and not with an OpenAPI schema")
+        raise SubjectError(
+            f"--schema {path} is answered with {answer.status or 'nothing'}, and not with an OpenAPI schema"
+        )
     return None, (f"the application has no OpenAPI schema at {path} (it answers {answer.status or 'nothing'})",)
-
-

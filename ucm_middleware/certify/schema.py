@@ -83,9 +83,7 @@ class Found:
     def given(self) -> Iterable[Given]:
         """The same as if it were given."""
         path = _PARAMETER.sub(r"{\1}", self.path)
-        parameters = {
-            name: _CONVERTERS[kind] for name, kind in _PARAMETER.findall(self.path) if kind in _CONVERTERS
-        }
+        parameters = {name: _CONVERTERS[kind] for name, kind in _PARAMETER.findall(self.path) if kind in _CONVERTERS}
         if self.websocket:
             yield Given(path, websocket=True, parameters=parameters)
         for method in METHODS:
@@ -93,12 +91,19 @@ class Found:
                 yield Given(path, method, parameters=parameters)
 
 
-def combined(document: Mapping[str, Any] | None, given: Iterable[Given], found: Iterable[Found]) -> tuple[Document, list[Route]]:
+def combined(
+    document: Mapping[str, Any] | None, given: Iterable[Given], found: Iterable[Found]
+) -> tuple[Document, list[Route]]:
     """One document of everything there is, ready for the generator, and its routes in the order of their paths.
 
     What is given goes before what the schema says, and that before what the router tells.
     """
-    whole: Document = {"openapi": "3.1.0", "info": {"title": "", "version": ""}, "paths": {}, **deepcopy(dict(document or {}))}
+    whole: Document = {
+        "openapi": "3.1.0",
+        "info": {"title": "", "version": ""},
+        "paths": {},
+        **deepcopy(dict(document or {})),
+    }
     routes = {route.key: route for route in _of_schema(whole)}
     for one in given:
         routes[one.key] = _add(whole, one, "given")

@@ -35,9 +35,7 @@ class Shortening:
 
     __slots__ = ("_attempts", "_finding", "_history", "_is_over", "_replay")
 
-    def __init__(
-        self, finding: Finding, history: Sequence[Step], replay: Replay, is_over: Callable[[], bool]
-    ) -> None:
+    def __init__(self, finding: Finding, history: Sequence[Step], replay: Replay, is_over: Callable[[], bool]) -> None:
         self._finding = finding
         self._history = history[: finding.step + 1]
         self._replay = replay

@@ -65,7 +65,9 @@ class Examiner:
         """In a message of a user's WebSocket, which the step ``number`` opened."""
         return self._in(data, "event", viewer, route, number, lambda canary: self._path(data, canary))
 
-    def in_text(self, channel: Channel, viewer: str, route: str, number: int, where: str, text: str) -> Iterator[Sighting]:
+    def in_text(
+        self, channel: Channel, viewer: str, route: str, number: int, where: str, text: str
+    ) -> Iterator[Sighting]:
         """In a log record, a span or a setting."""
         return self._in(text.encode(), channel, viewer, route, number, lambda _: where)
 
@@ -100,4 +102,6 @@ class Examiner:
                 # A key may be a canary itself, or an id: it is not shown then.
                 if canary in self._canaries.all_in(name.encode(errors="replace")):
                     yield f"{path}.*"
-                yield from self._paths(one, f"{path}.{name}" if name.isidentifier() else f"{path}[*]", canary, depth - 1)
+                yield from self._paths(
+                    one, f"{path}.{name}" if name.isidentifier() else f"{path}[*]", canary, depth - 1
+                )

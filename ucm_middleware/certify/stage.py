@@ -144,9 +144,7 @@ class Stage:
         """Send all, then read what comes; what is slow last."""
         names = dict.fromkeys(ask.line for ask in asks)
         lines = dict(zip(names, await asyncio.gather(*(self._line(name) for name in names)), strict=True))
-        waiting = [
-            (ask, line, line.send(self._request(ask))) for ask in asks if (line := lines[ask.line]) is not None
-        ]
+        waiting = [(ask, line, line.send(self._request(ask))) for ask in asks if (line := lines[ask.line]) is not None]
         answers: dict[int, Answer] = {}
         for is_slow in (False, True):
             part = [each for each in waiting if (each[0].manner == "slow") is is_slow]

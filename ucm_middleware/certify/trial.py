@@ -90,9 +90,7 @@ class Watcher:
             self._trial.coverage.not_looked_at[told.where] = told.text
         elif told.kind in ("log", "span") and told.number in self._askers:
             user, route = self._askers[told.number]
-            self._take_down(
-                self._examiner.in_text(told.kind, user, route, told.number, told.where, told.text)
-            )
+            self._take_down(self._examiner.in_text(told.kind, user, route, told.number, told.where, told.text))
 
     def _take_down(self, sightings: Iterable[Sighting]) -> None:
         findings = self._trial.findings

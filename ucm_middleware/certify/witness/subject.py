@@ -43,5 +43,7 @@ def _with_the_package(app: ASGIApp, order: Order, variable: ContextVar[Asked | N
         return None
 
     # As much of each user as the run asks for: limits are not what is compared.
-    manager = UserContextManager(max_contexts_per_user=1_000_000, max_contexts=10_000_000, max_anonymous_contexts=1_000_000)
+    manager = UserContextManager(
+        max_contexts_per_user=1_000_000, max_contexts=10_000_000, max_anonymous_contexts=1_000_000
+    )
     return UserContextMiddleware(app, manager=manager, identify=identify, keep=(variable,))
