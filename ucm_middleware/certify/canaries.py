@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
@@ -45,12 +45,16 @@ class Canaries:
         """The canary that a user's request of this number brings in: 23 lower case letters and digits."""
         return f"{self.mark}u{self._users.index(user):02x}n{number:0{_DIGITS}x}"
 
-    def of_others(self, data: bytes, user: str) -> set[Canary]:
-        """Those in ``data`` that are not this user's."""
-        return {canary for canary in self.all_in(data) if canary.owner != user}
+    def of_others(self, data: bytes, user: str) -> Iterable[Canary]:
+        """Those in ``data`` that are not this user's: of each owner one that was made, and one that was there before."""
+        found: dict[tuple[str, bool], Canary] = {}
+        for canary in self.all_in(data):
+            if canary.owner != user:
+                found.setdefault((canary.owner, canary.number is None), canary)
+        return found.values()
 
     def all_in(self, data: bytes) -> Iterator[Canary]:
-        """Those in ``data``, in any case of letters; a secret of the application's also in base64, escaped or quoted."""
+        """Those in ``data``, in any case of letters; an application's secret also in base64, escaped or quoted."""
         looked_at = data[:_LOOKED_AT]
         lowered = looked_at.lower()
         if self._mark in lowered:

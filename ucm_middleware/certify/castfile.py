@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ucm_middleware.certify.cast import Call, Cast, Given, User
+from ucm_middleware.certify.plain import is_object
 from ucm_middleware.errors import ConfigurationError
 
 _CALL: Final = {"path": str, "method": str, "body": object, "form": dict, "token": str}
@@ -104,7 +105,7 @@ def _route(where: str, table: Any) -> Given:
 
 
 def _check(where: str, table: Any, fields: Mapping[str, type], *, needed: tuple[str, ...]) -> None:
-    if not isinstance(table, dict):
+    if not is_object(table):
         raise ConfigurationError(f"users: {where} must be a table, not a {type(table).__name__}")
     known = ", ".join(fields)
     for name, value in table.items():

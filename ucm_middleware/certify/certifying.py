@@ -15,6 +15,7 @@ from ucm_middleware.certify.drives import Plan
 from ucm_middleware.certify.lines.http1 import Line
 from ucm_middleware.certify.lines.request import Request
 from ucm_middleware.certify.material import Material, make_material
+from ucm_middleware.certify.plain import is_object
 from ucm_middleware.certify.schema import Found, combined
 from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, start
 from ucm_middleware.certify.shortening import Shortening, Shortest
@@ -136,7 +137,7 @@ async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | No
     """The application's schema, or why there is none."""
     if options.schema is not None and not options.schema.startswith("/"):
         try:
-            return json.loads(Path(options.schema).read_text(encoding="utf-8")), ()
+            return json.loads(_text_of(options.schema)), ()
         except (OSError, ValueError) as error:
             raise SubjectError(f"--schema {options.schema} cannot be read: {error}") from None
     path = options.schema or _SCHEMA
@@ -148,10 +149,14 @@ async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | No
         document = json.loads(answer.body) if answer.is_success else None
     except ValueError:
         document = None
-    if isinstance(document, dict) and isinstance(document.get("paths"), dict):
+    if is_object(document) and is_object(document.get("paths")):
         return document, ()
     if options.schema is not None:
         raise SubjectError(
             f"--schema {path} is answered with {answer.status or 'nothing'}, and not with an OpenAPI schema"
         )
     return None, (f"the application has no OpenAPI schema at {path} (it answers {answer.status or 'nothing'})",)
+
+
+def _text_of(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")

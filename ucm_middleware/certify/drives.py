@@ -37,6 +37,10 @@ _TURNS: Final = 6
 _UNTIL_RESTART: Final = 8
 """Rounds of all drives before the server is restarted, once."""
 
+_OVER_HTTP: Final[tuple[Drive, ...]] = (
+    *("tour", "keep-alive", "pipelining", "burst", "dropped", "slow reader", "background"),
+)
+
 _DROPPED: Final[Sequence[Manner]] = ("half sent", "not waited for", "cut off")
 
 
@@ -69,8 +73,7 @@ class Plan:
     def _note_what_cannot_be(self, *, has_http2: bool) -> None:
         missing: dict[Drive, str] = {}
         if not self._http:
-            for drive in ("tour", "keep-alive", "pipelining", "burst", "dropped", "slow reader", "background"):
-                missing[drive] = "there is no HTTP route to try"
+            missing.update(dict.fromkeys(_OVER_HTTP, "there is no HTTP route to try"))
         if not self._sockets:
             missing["websocket"] = "there is no WebSocket route; routes can be given in the users' file"
         if not has_http2:
@@ -105,9 +108,10 @@ class Plan:
         if not possible:
             return
         rounds = 0
-        for drive in cycle(possible):
+        names: list[Drive] = [*possible]
+        for drive in cycle(names):
             yield from (Planned(drive, step) for step in possible[drive]())
-            if drive == next(reversed(possible)):
+            if drive == names[-1]:
                 rounds += 1
                 if rounds == _UNTIL_RESTART:
                     yield Planned("restart", Restart())

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from ucm_middleware.certify.plain import is_list, is_object
 from ucm_middleware.certify.schema import Route
 
 _KEPT: Final = 8
@@ -43,11 +44,13 @@ class Ids:
 
 
 def _ids_in(value: Any) -> Iterator[str]:
-    objects = value if isinstance(value, list) else value.get("items", [value]) if isinstance(value, dict) else []
-    for one in objects[:_LOOKED_AT] if isinstance(objects, list) else []:
-        if isinstance(one, dict):
-            for name, found in one.items():
-                if (name in ("id", "uuid") or name.endswith("_id")) and isinstance(found, str | int):
-                    text = str(found)
-                    if text.isascii() and text.replace("-", "").replace("_", "").isalnum():
-                        yield text
+    """Of an object, of the objects in a list, or of those in an object's ``items``."""
+    objects = value.get("items", [value]) if is_object(value) else value
+    if not is_list(objects):
+        return
+    for one in filter(is_object, objects[:_LOOKED_AT]):
+        for name, found in one.items():
+            if (name in ("id", "uuid") or name.endswith("_id")) and isinstance(found, str | int):
+                text = str(found)
+                if text.isascii() and text.replace("-", "").replace("_", "").isalnum():
+                    yield text

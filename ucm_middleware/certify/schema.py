@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ucm_middleware.certify.cast import METHODS, Given
+from ucm_middleware.certify.plain import is_list, is_object
 
 WORD: Final = "ucm0word"
 """Stands for free text."""
@@ -192,9 +193,9 @@ def _kind_of(schema: Mapping[str, Any]) -> str:
 
 def sown(schema: Any) -> Any:
     """The same schema with the placeholder for free text, few numbers, and nothing in objects that it does not name."""
-    if isinstance(schema, list):
+    if is_list(schema):
         return [sown(one) for one in schema]
-    if not isinstance(schema, dict):
+    if not is_object(schema):
         return schema
     if "enum" in schema or "const" in schema:
         return schema
@@ -203,9 +204,9 @@ def sown(schema: Any) -> Any:
     if schema.get("type") in _NUMBERS and not _BOUNDS & schema.keys():
         return {"enum": _NUMBERS[schema["type"]]}
     # What is under the name of a property may be called like a keyword.
-    made = {
+    made: dict[str, Any] = {
         name: {each: sown(one) for each, one in value.items()}
-        if name in ("properties", "$defs", "definitions") and isinstance(value, dict)
+        if name in ("properties", "$defs", "definitions") and is_object(value)
         else sown(value)
         if name in _WITH_SCHEMAS
         else value
@@ -215,7 +216,7 @@ def sown(schema: Any) -> Any:
     if "properties" in made:
         made.setdefault("additionalProperties", False)
     if made.get("type") == "array":
-        made.setdefault("maxItems", max(2, made.get("minItems", 0)))
+        made.setdefault("maxItems", max(2, int(schema.get("minItems", 0))))
     return made
 
 

@@ -1,11 +1,13 @@
 """What a run is after: a canary of one user where another sees it."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal
 
 from ucm_middleware.certify.canaries import Canaries, Canary
+from ucm_middleware.certify.plain import is_list, is_object
 
 Channel = Literal["body", "header", "event", "log", "span", "setting"]
 """Where it was: in an answer's body or header, a WebSocket's message, a log record or a span made while the other's
@@ -57,26 +59,25 @@ class Examiner:
     ) -> Iterator[Sighting]:
         """In what a user was answered."""
         for name, value in headers:
-            detail = name.decode("latin-1").lower()
-            yield from self._in(value, "header", viewer, route, number, lambda _, detail=detail: detail)
-        yield from self._in(body, "body", viewer, route, number, lambda canary: self._path(body, canary))
+            yield from self._in(value, "header", viewer, route, number, _always(name.decode("latin-1").lower()))
+        yield from self._in(body, "body", viewer, route, number, partial(self._path, body))
 
     def in_message(self, viewer: str, route: str, number: int, data: bytes) -> Iterator[Sighting]:
         """In a message of a user's WebSocket, which the step ``number`` opened."""
-        return self._in(data, "event", viewer, route, number, lambda canary: self._path(data, canary))
+        return self._in(data, "event", viewer, route, number, partial(self._path, data))
 
     def in_text(
         self, channel: Channel, viewer: str, route: str, number: int, where: str, text: str
     ) -> Iterator[Sighting]:
         """In a log record, a span or a setting."""
-        return self._in(text.encode(), channel, viewer, route, number, lambda _: where)
+        return self._in(text.encode(), channel, viewer, route, number, _always(where))
 
     def own(self, viewer: str, data: bytes) -> bool:
         """Whether something of the user's own is in it."""
         return any(canary.owner == viewer for canary in self._canaries.all_in(data))
 
     def _in(
-        self, data: bytes, channel: Channel, viewer: str, route: str, number: int, detail: Any
+        self, data: bytes, channel: Channel, viewer: str, route: str, number: int, detail: Callable[[Canary], str]
     ) -> Iterator[Sighting]:
         if route in self._public:
             return
@@ -94,10 +95,10 @@ class Examiner:
         if isinstance(value, str):
             if canary in self._canaries.all_in(value.encode(errors="replace")):
                 yield path
-        elif depth and isinstance(value, list):
+        elif depth and is_list(value):
             for one in value:
                 yield from self._paths(one, f"{path}[]", canary, depth - 1)
-        elif depth and isinstance(value, dict):
+        elif depth and is_object(value):
             for name, one in value.items():
                 # A key may be a canary itself, or an id: it is not shown then.
                 if canary in self._canaries.all_in(name.encode(errors="replace")):
@@ -105,3 +106,7 @@ class Examiner:
                 yield from self._paths(
                     one, f"{path}.{name}" if name.isidentifier() else f"{path}[*]", canary, depth - 1
                 )
+
+
+def _always(detail: str) -> Callable[[Canary], str]:
+    return lambda _: detail

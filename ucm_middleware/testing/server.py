@@ -222,7 +222,7 @@ def held_port() -> Generator[int]:
 
 
 def environment_of(app_dir: Path, changes: Mapping[str, str | None]) -> dict[str, str]:
-    """This process's environment with changes, for a server that imports what this process does, and from ``app_dir``."""
+    """This process's environment with changes, for a server that imports from ``app_dir`` and as this one does."""
     # The app must import the very modules that the tests import, be they a checkout or installed. An empty entry would
     # mean the server's working directory instead of ours.
     path = [str(app_dir), *(entry or os.getcwd() for entry in sys.path)]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Ending = Literal["complete", "dropped", "refused", "late", "endless", "dropped by us"]
-"""How it ended: whole; the connection was lost; there was none; nothing more came in time; more than is read; by plan."""
+"""Whole; the connection was lost; there was none; nothing more came in time; more came than is read; by plan."""
 
 Headers = tuple[tuple[bytes, bytes], ...]
 

@@ -1,4 +1,4 @@
-"""A connection that speaks HTTP/2 in the clear, which each of its streams has to itself: several users' requests at once."""
+"""A connection that speaks HTTP/2 in the clear: requests of several users at once, each on a stream of its own."""
 
 import asyncio
 from dataclasses import dataclass, field

@@ -11,7 +11,7 @@ from ucm_middleware.errors import ConfigurationError
 
 
 def load(where: str, *, factory: bool) -> ASGIApp:
-    """Import it, and with ``factory`` call it. Raises whatever the import raises, ConfigurationError for another name."""
+    """Import it, and with ``factory`` call it. Raises what the import raises, ConfigurationError for a wrong name."""
     module, _, name = where.partition(":")
     found: Any = importlib.import_module(module)
     for part in name.split("."):

@@ -18,10 +18,10 @@ def watch_spans(number: Callable[[], int | None], look: Callable[[int | None, An
 
     class Watching(SpanProcessor):
         def on_start(self, span: Span, parent_context: Any = None) -> None:
-            numbers[span.context.span_id] = number()
+            numbers[span.get_span_context().span_id] = number()
 
         def on_end(self, span: Any) -> None:
-            look(numbers.pop(span.context.span_id, None), span)
+            look(numbers.pop(span.get_span_context().span_id, None), span)
 
     numbers: dict[int, int | None] = {}
     provider = trace.get_tracer_provider()

@@ -1,4 +1,4 @@
-"""What servers run: the application that is tried, watched, and where that is asked for in ``UserContextMiddleware``."""
+"""What servers run: the application, watched, and where that is asked for in ``UserContextMiddleware``."""
 
 from contextvars import ContextVar
 from typing import Any

@@ -48,7 +48,7 @@ class Watch:
 def _texts_of(record: logging.LogRecord) -> Iterable[str]:
     try:
         yield record.getMessage()
-    except Exception:  # a call of the application's with the wrong arguments: logging says so itself
+    except Exception:  # noqa: BLE001 - a call of the application's with the wrong arguments: logging says so itself
         yield str(record.msg)
     if record.exc_info and record.exc_info[1] is not None:
         yield "".join(traceback.format_exception(record.exc_info[1]))
