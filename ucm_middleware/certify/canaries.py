@@ -46,7 +46,7 @@ class Canaries:
         return f"{self.mark}u{self._users.index(user):02x}n{number:0{_DIGITS}x}"
 
     def of_others(self, data: bytes, user: str) -> Iterable[Canary]:
-        """Those in ``data`` that are not this user's: of each owner one that was made, and one that was there before."""
+        """Those in ``data`` that are not this user's: of each owner one made and one there before."""
         found: dict[tuple[str, bool], Canary] = {}
         for canary in self.all_in(data):
             if canary.owner != user:

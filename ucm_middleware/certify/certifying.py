@@ -21,7 +21,7 @@ from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, st
 from ucm_middleware.certify.shortening import Shortening, Shortest
 from ucm_middleware.certify.sightings import Examiner
 from ucm_middleware.certify.steps import Step
-from ucm_middleware.certify.trial import Finding, Trial, replay, run_trial
+from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_trial
 from ucm_middleware.certify.witness.wire import Order, Told
 from ucm_middleware.testing.server import ServerKind
 
@@ -31,7 +31,7 @@ _SCHEMA: Final = "/openapi.json"
 @dataclass(frozen=True, slots=True)
 class Options:
     """What is run, and how long. ``schema`` is a file, or a path of the application; ``shorten`` is the number of
-    seconds that may be spent on finding the shortest steps.
+    seconds that may be spent on finding the shortest steps. With ``first`` it ends at the first finding.
     """
 
     app: str
@@ -41,6 +41,7 @@ class Options:
     app_dir: Path = field(default_factory=Path.cwd)
     seconds: float = 20.0
     shorten: float = 30.0
+    first: bool = False
     seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
     schema: str | None = None
     skip: tuple[str, ...] = ()
@@ -88,7 +89,9 @@ async def certify(options: Options, progress: Progress, *, with_ucm: bool = Fals
     clock = asyncio.get_running_loop().time
     progress.stage("trying it", options.seconds)
     begun = clock()
-    trial = await run_trial(subject, plan, examiner, canaries, options.seconds, progress.done)
+    trial = await run_trial(
+        subject, plan, examiner, canaries, Budget(options.seconds, first=options.first), progress.done
+    )
     took = clock() - begun
 
     async def again(steps: Sequence[Step]) -> Trial:

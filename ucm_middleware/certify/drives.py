@@ -102,13 +102,15 @@ class Plan:
             "slow reader": self._slow_reader,
             "sign out and in": self._sign_out_and_in,
         }
-        possible = {drive: make for drive, make in drives.items() if drive not in self.without}
+        possible: dict[Drive, Callable[[], Iterator[Step]]] = {
+            drive: make for drive, make in drives.items() if drive not in self.without
+        }
         if self._http:
             yield from (Planned("tour", step) for step in self._tour())
         if not possible:
             return
         rounds = 0
-        names: list[Drive] = [*possible]
+        names = [*possible]
         for drive in cycle(names):
             yield from (Planned(drive, step) for step in possible[drive]())
             if drive == names[-1]:

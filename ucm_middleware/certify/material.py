@@ -4,7 +4,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import requests
@@ -93,7 +93,7 @@ def _operations(document: Document, made: Material) -> Mapping[tuple[str, str], 
     whole: Any = schemathesis.openapi.from_dict(document)  # its types are generic in what is not used here
     for result in whole.get_all_operations():
         if isinstance(result, Ok):
-            operation: Any = result.ok()
+            operation = cast("Any", result).ok()
             found[operation.method.lower(), operation.path] = operation
         else:
             error = result.err()

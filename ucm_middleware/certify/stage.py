@@ -19,6 +19,7 @@ from ucm_middleware.certify.material import SHARED, Material
 from ucm_middleware.certify.schema import Route
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together, Word
 from ucm_middleware.certify.witness.wire import NUMBER
+from ucm_middleware.errors import ConfigurationError
 
 _PENDING: Final = (202, 404)
 """How what is still being made in the background is answered."""
@@ -43,7 +44,7 @@ Heard = Callable[[Connect, bytes], None]
 """Told of each message of a WebSocket, with the step that opened it."""
 
 
-class SignInError(Exception):
+class SignInError(ConfigurationError):
     """A user could not sign in."""
 
 

@@ -27,6 +27,14 @@ Tell = Callable[[Coverage, int], None]
 """Told of progress: the coverage so far, and how many findings there are."""
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How long steps are taken for; with ``first`` no longer than to the first finding."""
+
+    seconds: float
+    first: bool = False
+
+
 @dataclass(slots=True)
 class Finding:
     """A place where users' canaries were seen by others. ``step`` is the index in the history at which it was first."""
@@ -171,25 +179,25 @@ async def take_all(stage: Stage, steps: Iterable[Planned], house: House, watcher
 
 
 async def run_trial(
-    subject: Subject, plan: Plan, examiner: Examiner, canaries: Canaries, seconds: float, tell: Tell
+    subject: Subject, plan: Plan, examiner: Examiner, canaries: Canaries, budget: Budget, tell: Tell
 ) -> Trial:
-    """Take the plan's steps for so long. Raises SubjectError when the application cannot be tried, SignInError."""
+    """Take the plan's steps as long as the budget says. Raises SubjectError, SignInError."""
     trial = Trial(Coverage.of(plan.material))
     trial.coverage.without.update(plan.without)
     watcher = Watcher(trial, examiner)
     house = House(subject, watcher.told, _unseen)
     async with staged(plan.cast, plan.material, canaries, house, watcher) as stage:
-        await take_all(stage, _until(plan.steps(), seconds, trial, tell), house, watcher, trial)
+        await take_all(stage, _within(budget, plan.steps(), trial, tell), house, watcher, trial)
         await asyncio.sleep(_LAST_WORDS)
     trial.coverage.output = house.written
     return trial
 
 
-def _until(steps: Iterable[Planned], seconds: float, trial: Trial, tell: Tell) -> Iterable[Planned]:
+def _within(budget: Budget, steps: Iterable[Planned], trial: Trial, tell: Tell) -> Iterable[Planned]:
     clock = asyncio.get_running_loop().time
-    until = clock() + seconds
+    until = clock() + budget.seconds
     for planned in steps:
-        if clock() >= until:
+        if clock() >= until or (budget.first and trial.findings):
             return
         tell(trial.coverage, len(trial.findings))
         yield planned
