@@ -3,8 +3,9 @@
 import asyncio
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -94,17 +95,33 @@ async def certify(options: Options, progress: Progress, *, with_ucm: bool = Fals
     )
     took = clock() - begun
 
-    async def again(steps: Sequence[Step]) -> Trial:
-        return await replay(subject, options.cast, material, examiner, canaries, steps)
-
     if trial.findings:
         progress.stage("looking for the shortest steps", options.shorten)
-    until = clock() + options.shorten
-    shown = [
-        Shown(finding, await Shortening(finding, trial.history, again, lambda: clock() > until).shortest())
-        for finding in trial.findings.values()
-    ]
+    shown = await _shown(options, material, trial, with_ucm=with_ucm)
     return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes)
+
+
+async def _shown(options: Options, material: Material, trial: Trial, *, with_ucm: bool) -> list[Shown]:
+    """Each finding with the shortest steps. What time one leaves is the others'."""
+    clock = asyncio.get_running_loop().time
+    end = clock() + options.shorten
+    attempts = count(1)
+
+    async def again(steps: Sequence[Step]) -> Trial:
+        canaries = Canaries(options.cast, options.seed, next(attempts))
+        subject = _subject(options, canaries, with_ucm)
+        examiner = Examiner(canaries, options.cast.public)
+        return await replay(subject, options.cast, material, examiner, canaries, steps)
+
+    shown: list[Shown] = []
+    for left, finding in zip(range(len(trial.findings), 0, -1), trial.findings.values(), strict=True):
+        until = clock() + max(0.0, end - clock()) / left
+        shown.append(Shown(finding, await Shortening(finding, trial.history, again, _passed(clock, until)).shortest()))
+    return shown
+
+
+def _passed(clock: Callable[[], float], until: float) -> Callable[[], bool]:
+    return lambda: clock() >= until
 
 
 def _subject(options: Options, canaries: Canaries, with_ucm: bool) -> Subject:
