@@ -20,7 +20,7 @@ from ucm_middleware.certify.plain import is_object
 from ucm_middleware.certify.schema import Found, combined
 from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, start
 from ucm_middleware.certify.shortening import Shortening, Shortest
-from ucm_middleware.certify.sightings import Examiner
+from ucm_middleware.certify.sightings import Channel, Examiner
 from ucm_middleware.certify.steps import Step
 from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_trial
 from ucm_middleware.certify.witness.wire import Order, Told
@@ -106,17 +106,24 @@ async def _shown(options: Options, material: Material, trial: Trial, *, with_ucm
     clock = asyncio.get_running_loop().time
     end = clock() + options.shorten
     attempts = count(1)
+    showing: dict[tuple[Channel, str], Sequence[Step]] = {}
 
     async def again(steps: Sequence[Step]) -> Trial:
         canaries = Canaries(options.cast, options.seed, next(attempts))
         subject = _subject(options, canaries, with_ucm)
         examiner = Examiner(canaries, options.cast.public)
-        return await replay(subject, options.cast, material, examiner, canaries, steps)
+        trial = await replay(subject, options.cast, material, examiner, canaries, steps)
+        for place in trial.findings:
+            if place.near not in showing or len(steps) < len(showing[place.near]):
+                showing[place.near] = steps
+        return trial
 
     shown: list[Shown] = []
     for left, finding in zip(range(len(trial.findings), 0, -1), trial.findings.values(), strict=True):
         until = clock() + max(0.0, end - clock()) / left
-        shown.append(Shown(finding, await Shortening(finding, trial.history, again, _passed(clock, until)).shortest()))
+        hint = showing.get(finding.place.near)
+        shortening = Shortening(finding, trial.history, again, _passed(clock, until), hint)
+        shown.append(Shown(finding, await shortening.shortest()))
     return shown
 
 

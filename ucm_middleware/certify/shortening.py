@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ucm_middleware.certify.sightings import Place, Sighting
+from ucm_middleware.certify.sightings import Sighting
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Say, Step, Together, asks_of
 from ucm_middleware.certify.trial import Finding, Trial
 
@@ -34,15 +34,25 @@ class Shortest:
 
 
 class Shortening:
-    """Of one finding. ``is_over`` says when no further attempt may begin."""
+    """Of one finding. ``is_over`` says when no further attempt may begin; ``hint`` is what showed it while another was
+    looked for.
+    """
 
-    __slots__ = ("_attempts", "_finding", "_history", "_is_over", "_replay")
+    __slots__ = ("_attempts", "_finding", "_hint", "_history", "_is_over", "_replay")
 
-    def __init__(self, finding: Finding, history: Sequence[Step], replay: Replay, is_over: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        finding: Finding,
+        history: Sequence[Step],
+        replay: Replay,
+        is_over: Callable[[], bool],
+        hint: Sequence[Step] | None,
+    ) -> None:
         self._finding = finding
         self._history = history[: finding.step + 1]
         self._replay = replay
         self._is_over = is_over
+        self._hint = hint
         self._attempts = 0
 
     async def shortest(self) -> Shortest:
@@ -57,9 +67,11 @@ class Shortening:
             return False
         self._attempts += 1
         trial = await self._replay(steps)
-        return any(_is_same(place, self._finding.place) for place in trial.findings)
+        return self._finding.place.near in {place.near for place in trial.findings}
 
     def _candidates(self) -> Iterator[Sequence[Step]]:
+        if self._hint is not None:
+            yield self._hint
         first = self._finding.first
         *before, last = self._history
         if first.place.channel == "event":
@@ -160,7 +172,3 @@ def _plainer(step: Step) -> Iterator[Step]:
         plain = replace(step, line=f"{step.user}.0", padding=0, manner="whole")
         if plain != step:
             yield plain
-
-
-def _is_same(one: Place, other: Place) -> bool:
-    return one.channel == other.channel and one.route == other.route
