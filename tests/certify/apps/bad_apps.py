@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from starlette.responses import StreamingResponse
@@ -111,7 +110,7 @@ async def loud() -> dict[str, str]:
     return {}
 
 
-mixes: Any = FastAPI()
+mixes = FastAPI()
 LAST: dict[str, str] = {}
 
 
