@@ -123,6 +123,8 @@ def _known(where: str, entry: Any) -> Known:
             raise ConfigurationError(f"baseline: {where} lacks {name!r}")
         if not isinstance(entry[name], str):
             raise ConfigurationError(f"baseline: {where}.{name} must be a text, not a {type(entry[name]).__name__}")
+        if not entry[name].isprintable():
+            raise ConfigurationError(f"baseline: {where}.{name} has characters in it that cannot be printed")
     channel = _CHANNELS.get(entry["channel"])
     if channel is None:
         found = entry["channel"]

@@ -92,6 +92,7 @@ def reported(shown: "Iterable[Shown]", saying: Saying) -> tuple[Reported, ...]:
 def _reported(shown: "Shown", saying: Saying) -> Reported:
     finding, shortest = shown.finding, shown.shortest
     place = saying.lasting(finding.place)
+    steps = tuple(map(saying.step, shortest.steps))
     return Reported(
         fingerprint=fingerprint(place),
         place=place,
@@ -99,8 +100,8 @@ def _reported(shown: "Shown", saying: Saying) -> Reported:
         viewer=finding.first.viewer,
         owner=finding.first.owner,
         pairs=_sorted(Pair(viewer, owner, count) for (viewer, owner), count in finding.pairs.items()),
-        steps=shortest.steps,
-        texts=tuple(saying.text(str(step)) for step in shortest.steps),
+        steps=steps,
+        texts=tuple(map(str, steps)),
         reproduced=shortest.reproduced,
         attempts=shortest.attempts,
         number=finding.first.number,

@@ -5,11 +5,13 @@ Names of routes, headers, loggers and users come from the application that is tr
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 from ucm_middleware.certify.canaries import Canaries
 from ucm_middleware.certify.cast import SHORTEST_SECRET, Cast
 from ucm_middleware.certify.sightings import Place
+from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together
 
 CANARY: Final = "‹canary›"
 SECRET: Final = "‹secret›"
@@ -40,6 +42,23 @@ class Saying:
     def place(self, place: Place) -> Place:
         """The same place, said so."""
         return Place(place.channel, self.text(place.route), self.text(place.detail))
+
+    def step(self, step: Step) -> Step:
+        """The same step, said so."""
+        match step:
+            case Together():
+                return replace(step, asks=tuple(self._ask(ask) for ask in step.asks))
+            case Ask():
+                return self._ask(step)
+            case Connect() | Say():
+                return replace(step, route=self.text(step.route), socket=self.text(step.socket))
+            case HangUp():
+                return replace(step, socket=self.text(step.socket))
+            case SignIn() | SignOut() | Restart():
+                return step
+
+    def _ask(self, ask: Ask) -> Ask:
+        return replace(ask, route=self.text(ask.route))
 
     def lasting(self, place: Place) -> Place:
         """The place as it is called in every run: whoever takes part, nobody's name is in it."""

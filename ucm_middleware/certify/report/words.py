@@ -1,10 +1,12 @@
 """Sentences that every form of the report has in common."""
 
+from typing import Final
+
 from ucm_middleware.certify.report.covering import RouteRow
 from ucm_middleware.certify.report.findings import Reported
 from ucm_middleware.certify.report.reporting import Report, Run
 
-_FEW = 4
+_FEW: Final = 4
 """Users that are named one by one."""
 
 
@@ -24,8 +26,8 @@ def verdict(report: Report) -> str:
     new = len(report.split.new)
     known = f", {new:,} of them new" if report.split.known else ""
     return (
-        f"Users were sent what is others' in {counted(len(run.findings), 'place')}{known}, in {sent}. There may be "
-        f"more: {_limits(run)}."
+        f"What is one user's reached another in {counted(len(run.findings), 'place')}{known}, in {sent}. There may "
+        f"be more: {_limits(run)}."
     )
 
 
@@ -33,12 +35,14 @@ def verdict_with_ucm(report: Report) -> str | None:
     """What the package changed, where it was asked for."""
     if report.with_ucm is None:
         return None
-    counts = {change: 0 for change in ("gone with ucm", "still there", "not tried with ucm", "only with ucm")}
+    counts = dict.fromkeys(("gone with ucm", "still there", "not tried with ucm", "only with ucm"), 0)
     for one in report.compared:
         counts[one.change] += 1
     changes = ", ".join(f"{count} {change}" for change, count in counts.items() if count)
     said = changes or "nothing was found without it, nor with it"
-    return f"In UserContextMiddleware: {said}, in {_sent(report.with_ucm)}. What is gone was not seen, which is no proof."
+    return (
+        f"In UserContextMiddleware: {said}, in {_sent(report.with_ucm)}. What is gone was not seen, which is no proof."
+    )
 
 
 def reproduced(finding: Reported) -> str:
@@ -66,16 +70,16 @@ def answers(route: RouteRow) -> str:
 def remarks(run: Run) -> tuple[str, ...]:
     """What else there is to say of a run."""
     counts = run.covering.counts
+    endless = counts["endless"]
     said = [
         (counts["late"], f"{counted(counts['late'], 'answer')} did not come in time"),
-        (counts["endless"], f"{counted(counts['endless'], 'answer')} had no end, and {_were(counts['endless'])} cut off"),
+        (
+            counts["endless"],
+            f"{counted(counts['endless'], 'answer')} had no end, and {_were(counts['endless'])} cut off",
+        ),
         (counts["ends"], f"the server ended by itself {counted(counts['ends'], 'time')}, and was started again"),
     ]
     return (*run.notes, *(text for count, text in said if count))
-
-
-def _were(count: int) -> str:
-    return "was" if count == 1 else "were"
 
 
 def _sent(run: Run) -> str:
@@ -89,6 +93,6 @@ def _limits(run: Run) -> str:
     blind = f" ({len(covering.blind)} of them blind)" if covering.blind else ""
     return (
         f"{covering.covered} of {counted(len(covering.routes), 'route')} were covered{blind}, "
-        f"{covering.tried} of {counted(len(covering.drives), 'drive')} tried, in {run.seconds:.0f} seconds; other users, "
-        "values and timing may show more"
+        f"{covering.tried} of {counted(len(covering.drives), 'drive')} tried, in {run.seconds:.0f} seconds; other "
+        "users, values and timing may show more"
     )
