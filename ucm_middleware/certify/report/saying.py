@@ -13,8 +13,8 @@ from ucm_middleware.certify.cast import SHORTEST_SECRET, Cast
 from ucm_middleware.certify.sightings import Place
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together
 
-CANARY: Final = "‹canary›"
-SECRET: Final = "‹secret›"
+CANARY: Final = "(canary)"
+SECRET: Final = "(secret)"
 
 _LONGEST: Final = 2000
 """Characters of one text."""

@@ -40,9 +40,8 @@ def verdict_with_ucm(report: Report) -> str | None:
         counts[one.change] += 1
     changes = ", ".join(f"{count} {change}" for change, count in counts.items() if count)
     said = changes or "nothing was found without it, nor with it"
-    return (
-        f"In UserContextMiddleware: {said}, in {_sent(report.with_ucm)}. What is gone was not seen, which is no proof."
-    )
+    no_proof = " What is gone was not seen, which is no proof." if counts["gone with ucm"] else ""
+    return f"In UserContextMiddleware: {said}, in {_sent(report.with_ucm)}.{no_proof}"
 
 
 def reproduced(finding: Reported) -> str:
@@ -73,10 +72,7 @@ def remarks(run: Run) -> tuple[str, ...]:
     endless = counts["endless"]
     said = [
         (counts["late"], f"{counted(counts['late'], 'answer')} did not come in time"),
-        (
-            counts["endless"],
-            f"{counted(counts['endless'], 'answer')} had no end, and {_were(counts['endless'])} cut off",
-        ),
+        (endless, f"{counted(endless, 'answer')} had no end, and {'was' if endless == 1 else 'were'} cut off"),
         (counts["ends"], f"the server ended by itself {counted(counts['ends'], 'time')}, and was started again"),
     ]
     return (*run.notes, *(text for count, text in said if count))

@@ -1,7 +1,7 @@
 """What the terminal shows of a run: findings, then always what was tried and what was not, then one line."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from ucm_middleware.certify.report.findings import Reported
     from ucm_middleware.certify.report.reporting import Report, Run
 
-_MOST_PAIRS = 6
-_STATE = {"covered": "green", "blind": "yellow", "not covered": "red"}
+_MOST_PAIRS: Final = 6
+_STATE: Final = {"covered": "green", "blind": "yellow", "not covered": "red"}
 
 
 def show(report: "Report", console: Console | None = None) -> None:
     """Print it, to stdout. Nothing in it is markup."""
     where = console or Console(highlight=False, emoji=False, markup=False)
-    where.print(as_text(report))
+    for part in as_text(report):
+        where.print(part, soft_wrap=isinstance(part, Text))  # no command or sentence is cut in two for a narrow log
 
 
-def as_text(report: "Report") -> RenderableType:
+def as_text(report: "Report") -> list[RenderableType]:
     """The whole of it."""
     parts: list[RenderableType] = []
     for run in report.runs:
@@ -41,7 +42,7 @@ def as_text(report: "Report") -> RenderableType:
     if (changed := verdict_with_ucm(report)) is not None:
         parts.append(Text(changed))
     parts.append(Text(verdict(report), style="bold red" if report.has_new else "bold"))
-    return Group(*parts)
+    return parts
 
 
 def _heading(text: str) -> Text:

@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 def circle(users: Sequence[str], arrows: Sequence[Arrow], *titles: Html, labelled_by: str) -> Html:
     """The picture. ``titles`` are its title and description."""
-    height = 300 if len(users) == 2 else 2 * (_RADIUS + _NODE) + 40
+    height = 240 if len(users) == 2 else 2 * (_RADIUS + _NODE) + 40
     where = _places(users, height)
     turns: dict[tuple[str, str], int] = {}
     lines: list[Html] = []

@@ -1,4 +1,4 @@
-"""The steps of a finding as a diagram: a lane for each user, for each connection that they share, and the application."""
+"""The steps of a finding as a diagram: lanes for users, connections that they share, and the application."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
