@@ -26,15 +26,17 @@ class Canary:
 
 
 class Canaries:
-    """Those of a run. ``seed`` decides what they look like, so that a run can be repeated."""
+    """Those of a run. ``seed`` decides what they look like, so that a run can be repeated; each ``attempt`` to repeat a
+    part of it has others, for what an earlier one left in a database proves nothing about this one.
+    """
 
     __slots__ = ("_made", "_mark", "_secrets", "_users", "mark")
 
-    def __init__(self, cast: Cast, seed: int) -> None:
+    def __init__(self, cast: Cast, seed: int, attempt: int = 0) -> None:
         self._users = cast.names
         # Lower case letters and digits: no encoding of URLs, JSON or HTML changes it. It begins with letters that no
         # word has, so that few places must be looked at twice.
-        self.mark: Final = f"qzx{hashlib.sha256(f'canary {seed}'.encode()).hexdigest()[:8]}"
+        self.mark: Final = f"qzx{hashlib.sha256(repr((seed, attempt, cast.names)).encode()).hexdigest()[:8]}"
         self._mark = self.mark.encode()
         self._made = re.compile(self._mark + rb"u([0-9a-f]{2})n([0-9a-f]{%d})" % _DIGITS)
         self._secrets = [

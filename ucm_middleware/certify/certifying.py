@@ -3,8 +3,9 @@
 import asyncio
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -19,7 +20,7 @@ from ucm_middleware.certify.plain import is_object
 from ucm_middleware.certify.schema import Found, combined
 from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, start
 from ucm_middleware.certify.shortening import Shortening, Shortest
-from ucm_middleware.certify.sightings import Examiner
+from ucm_middleware.certify.sightings import Channel, Examiner
 from ucm_middleware.certify.steps import Step
 from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_trial
 from ucm_middleware.certify.witness.wire import Order, Told
@@ -94,17 +95,40 @@ async def certify(options: Options, progress: Progress, *, with_ucm: bool = Fals
     )
     took = clock() - begun
 
-    async def again(steps: Sequence[Step]) -> Trial:
-        return await replay(subject, options.cast, material, examiner, canaries, steps)
-
     if trial.findings:
         progress.stage("looking for the shortest steps", options.shorten)
-    until = clock() + options.shorten
-    shown = [
-        Shown(finding, await Shortening(finding, trial.history, again, lambda: clock() > until).shortest())
-        for finding in trial.findings.values()
-    ]
+    shown = await _shown(options, material, trial, with_ucm=with_ucm)
     return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes)
+
+
+async def _shown(options: Options, material: Material, trial: Trial, *, with_ucm: bool) -> list[Shown]:
+    """Each finding with the shortest steps. What time one leaves is the others'."""
+    clock = asyncio.get_running_loop().time
+    end = clock() + options.shorten
+    attempts = count(1)
+    showing: dict[tuple[Channel, str], Sequence[Step]] = {}
+
+    async def again(steps: Sequence[Step]) -> Trial:
+        canaries = Canaries(options.cast, options.seed, next(attempts))
+        subject = _subject(options, canaries, with_ucm)
+        examiner = Examiner(canaries, options.cast.public)
+        trial = await replay(subject, options.cast, material, examiner, canaries, steps)
+        for place in trial.findings:
+            if place.near not in showing or len(steps) < len(showing[place.near]):
+                showing[place.near] = steps
+        return trial
+
+    shown: list[Shown] = []
+    for left, finding in zip(range(len(trial.findings), 0, -1), trial.findings.values(), strict=True):
+        until = clock() + max(0.0, end - clock()) / left
+        hint = showing.get(finding.place.near)
+        shortening = Shortening(finding, trial.history, again, _passed(clock, until), hint)
+        shown.append(Shown(finding, await shortening.shortest()))
+    return shown
+
+
+def _passed(clock: Callable[[], float], until: float) -> Callable[[], bool]:
+    return lambda: clock() >= until
 
 
 def _subject(options: Options, canaries: Canaries, with_ucm: bool) -> Subject:

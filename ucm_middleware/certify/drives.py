@@ -110,7 +110,7 @@ class Plan:
         if not possible:
             return
         rounds = 0
-        names = [*possible]
+        names: list[Drive] = list(possible)
         for drive in cycle(names):
             yield from (Planned(drive, step) for step in possible[drive]())
             if drive == names[-1]:

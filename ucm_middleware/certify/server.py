@@ -119,6 +119,10 @@ class Process:
             self.kill()
             await self._process.wait()
 
+    async def wait(self) -> None:
+        """Until it has ended."""
+        await self._process.wait()
+
     def kill(self) -> None:
         """At once, its worker included: it leads a process group of its own."""
         with suppress(ProcessLookupError):
@@ -146,6 +150,7 @@ async def start(
             finally:
                 process.kill()
                 await reading
+                await process.wait()
 
 
 async def _started(subject: Subject, port: int, where: str) -> asyncio.subprocess.Process:

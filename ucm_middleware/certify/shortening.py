@@ -4,20 +4,23 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from ucm_middleware.certify.sightings import Place, Sighting
+from ucm_middleware.certify.sightings import Sighting
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Say, Step, Together, asks_of
 from ucm_middleware.certify.trial import Finding, Trial
 
 Replay = Callable[[Sequence[Step]], Awaitable[Trial]]
 """Takes steps on a server of their own."""
 
-_ATTEMPTS: Final = 24
+_ATTEMPTS: Final = 60
 """For one finding."""
 
 _SOURCES: Final = 8
 """Earlier requests of the owner's that are tried as the reason."""
 
-_WINDOWS: Final = (8, 40, 200)
+_MATES: Final = 8
+"""Last steps of which those on the same connection are tried."""
+
+_WINDOWS: Final = (8, 40)
 """Last steps that are tried when no pair of them shows it."""
 
 
@@ -31,19 +34,29 @@ class Shortest:
 
 
 class Shortening:
-    """Of one finding. ``is_over`` says when no further attempt may begin."""
+    """Of one finding. ``is_over`` says when no further attempt may begin; ``hint`` is what showed it while another was
+    looked for.
+    """
 
-    __slots__ = ("_attempts", "_finding", "_history", "_is_over", "_replay")
+    __slots__ = ("_attempts", "_finding", "_hint", "_history", "_is_over", "_replay")
 
-    def __init__(self, finding: Finding, history: Sequence[Step], replay: Replay, is_over: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        finding: Finding,
+        history: Sequence[Step],
+        replay: Replay,
+        is_over: Callable[[], bool],
+        hint: Sequence[Step] | None,
+    ) -> None:
         self._finding = finding
         self._history = history[: finding.step + 1]
         self._replay = replay
         self._is_over = is_over
+        self._hint = hint
         self._attempts = 0
 
     async def shortest(self) -> Shortest:
-        """Try likely pairs first, then ever longer ends of the history; then leave out what can be left out."""
+        """Try likely pairs first, then ever longer ends of the history; then leave out what can be."""
         for candidate in self._candidates():
             if await self._shows(candidate):
                 return Shortest(tuple(await self._reduced(list(candidate))), True, self._attempts)
@@ -54,20 +67,26 @@ class Shortening:
             return False
         self._attempts += 1
         trial = await self._replay(steps)
-        return any(_is_same(place, self._finding.place) for place in trial.findings)
+        return self._finding.place.near in {place.near for place in trial.findings}
 
     def _candidates(self) -> Iterator[Sequence[Step]]:
+        if self._hint is not None:
+            yield self._hint
         first = self._finding.first
         *before, last = self._history
         if first.place.channel == "event":
             yield self._of_the_rooms(first)
         else:
             alone = _alone(last, first.number)
+            sources = [*self._sources(before, first)]
             yield [alone]
-            for source in self._sources(before, first):
-                yield [source, alone]
+            yield from ([source, alone] for source in sources)
             if isinstance(last, Together):
-                yield [last]
+                yield from ([source, last] for source in sources)
+            if isinstance(alone, Ask):
+                mates = _mates(before, alone.line)
+                yield from ([source, *mates, alone] for source in sources if source not in mates)
+                yield [*mates, alone]
         for size in _WINDOWS:
             yield self._history[-size:]
 
@@ -95,25 +114,56 @@ class Shortening:
         return kept[::-1]
 
     async def _reduced(self, steps: list[Step]) -> list[Step]:
-        """Leave out one after another, from the front; then whatever is special about what is left."""
+        """Leave out halves, quarters and so on; then parts of a step; then what is special about it."""
+        size = max(1, len(steps) // 2)
+        while len(steps) > 1:
+            steps = await self._without_parts(steps, size)
+            if size == 1:
+                break
+            size //= 2
+        for at in range(len(steps)):
+            for simpler in (_smaller, _plainer):
+                steps = await self._simplified(steps, at, simpler)
+        return steps
+
+    async def _without_parts(self, steps: list[Step], size: int) -> list[Step]:
         at = 0
-        while len(steps) > 1 and at < len(steps):
-            without = steps[:at] + steps[at + 1 :]
+        while at < len(steps) > size:
+            without = steps[:at] + steps[at + size :]
             if await self._shows(without):
                 steps = without
             else:
-                at += 1
-        for at, step in enumerate(steps):
-            for plainer in _plainer(step):
-                changed = [*steps[:at], plainer, *steps[at + 1 :]]
+                at += size
+        return steps
+
+    async def _simplified(self, steps: list[Step], at: int, simpler: Callable[[Step], Iterator[Step]]) -> list[Step]:
+        """Put something simpler in place of a step, as long as that shows it."""
+        found = True
+        while found:
+            found = False
+            for one in simpler(steps[at]):
+                changed = [*steps[:at], one, *steps[at + 1 :]]
                 if await self._shows(changed):
-                    steps = changed
+                    steps, found = changed, True
                     break
         return steps
 
 
+def _smaller(step: Step) -> Iterator[Step]:
+    """The same with one request less, and alone where it is the last."""
+    if isinstance(step, Together) and len(step.asks) > 1:
+        for at in range(len(step.asks)):
+            asks = step.asks[:at] + step.asks[at + 1 :]
+            yield asks[0] if len(asks) == 1 else Together(asks, step.http2)
+
+
 def _alone(step: Step, number: int) -> Step:
     return next((ask for ask in asks_of(step) if ask.number == number), step)
+
+
+def _mates(before: Sequence[Step], line: str) -> list[Step]:
+    """What went over the same connection just before."""
+    return [step for step in before[-_MATES:] if any(ask.line == line for ask in asks_of(step))]
 
 
 def _plainer(step: Step) -> Iterator[Step]:
@@ -122,7 +172,3 @@ def _plainer(step: Step) -> Iterator[Step]:
         plain = replace(step, line=f"{step.user}.0", padding=0, manner="whole")
         if plain != step:
             yield plain
-
-
-def _is_same(one: Place, other: Place) -> bool:
-    return one.channel == other.channel and one.route == other.route

@@ -28,6 +28,11 @@ class Place:
     route: str
     detail: str = ""
 
+    @property
+    def near(self) -> tuple[Channel, str]:
+        """The same but for the detail: what is taken for the same when steps are taken again."""
+        return self.channel, self.route
+
     def __str__(self) -> str:
         return f"{self.channel} of {self.route}{f' at {self.detail}' if self.detail else ''}"
 

@@ -24,10 +24,13 @@ from ucm_middleware.errors import ConfigurationError
 _PENDING: Final = (202, 404)
 """How what is still being made in the background is answered."""
 
-_BACKGROUND: Final = 1.0
+_BACKGROUND: Final = 0.6
 """Seconds that is waited for it."""
 
 _AGAIN: Final = 0.02
+
+_IN_VAIN: Final = 3
+"""Times that a route is waited for without getting anything."""
 
 _LESS_PATIENCE: Final = 0.3
 
@@ -71,7 +74,7 @@ class Stage:
         self._lines: dict[str, Line] = {}
         self._multiplexed: MultiplexedLine | None = None
         self._sockets = Sockets(heard)
-        self._impatient: dict[str, int] = {}
+        self._in_vain: Counter[str] = Counter()
         self._late: Counter[str] = Counter()
 
     async def aclose(self) -> None:
@@ -126,20 +129,14 @@ class Stage:
     # Requests.
 
     async def _ask(self, ask: Ask) -> Outcome:
-        until = asyncio.get_running_loop().time() + _BACKGROUND
+        clock = asyncio.get_running_loop().time
+        until = clock() + (_BACKGROUND if ask.patient and self._in_vain[ask.route] < _IN_VAIN else 0.0)
         while True:
             outcome = self._noted(ask, await self._exchange(ask.line, self._request(ask), self._patience(ask)))
-            if not self._is_awaited(ask, outcome.answer) or asyncio.get_running_loop().time() > until:
+            if outcome.answer.status not in _PENDING or clock() >= until:
+                self._in_vain[ask.route] += ask.patient and outcome.answer.status in _PENDING
                 return outcome
             await asyncio.sleep(_AGAIN)
-
-    def _is_awaited(self, ask: Ask, answer: Answer) -> bool:
-        """Whether it is asked for again. What was never there is not waited for a third time."""
-        if not ask.patient or answer.status not in _PENDING:
-            self._impatient.pop(ask.route, None)
-            return False
-        self._impatient[ask.route] = self._impatient.get(ask.route, 0) + 1
-        return self._impatient[ask.route] < 3 * _BACKGROUND / _AGAIN
 
     async def _at_once(self, asks: Sequence[Ask]) -> Sequence[Outcome]:
         """Send all, then read what comes; what is slow last."""

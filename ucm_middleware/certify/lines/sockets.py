@@ -15,7 +15,7 @@ _PATIENCE: Final = 3.0
 """Seconds for a handshake, and for a message to be taken."""
 
 _LISTENING: Final = 0.02
-"""Seconds that is listened after each message, for what it brings to others."""
+"""Seconds that is listened before one hangs up, for what the messages of others bring."""
 
 _LARGEST: Final = 4 * 1024 * 1024
 
@@ -51,7 +51,6 @@ class Sockets:
         except (OSError, TimeoutError, WebSocketException):
             return False
         self._open[step.socket] = _Socket(connection, asyncio.create_task(self._read(step, connection)))
-        await asyncio.sleep(_LISTENING)
         return True
 
     async def _read(self, step: Connect, connection: ClientConnection) -> None:
@@ -60,17 +59,17 @@ class Sockets:
                 self._heard(step, message.encode() if isinstance(message, str) else message)
 
     async def say(self, name: str, text: str) -> None:
-        """Send a text, where the WebSocket is still open, and listen for a moment."""
+        """Send a text, where the WebSocket is still open,."""
         if (socket := self._open.get(name)) is None:
             return
         with suppress(WebSocketException, TimeoutError):
             await asyncio.wait_for(socket.connection.send(text), _PATIENCE)
-            await asyncio.sleep(_LISTENING)
 
     async def hang_up(self, name: str, *, abruptly: bool) -> None:
         """Close one, or drop its connection."""
         if (socket := self._open.pop(name, None)) is None:
             return
+        await asyncio.sleep(_LISTENING)
         if abruptly:
             socket.connection.transport.abort()
         else:
