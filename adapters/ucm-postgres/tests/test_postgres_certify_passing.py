@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from typing import Any
 
-import asyncpg
+import asyncpg  # type: ignore[import-untyped]
 import psycopg
 import pytest
 from psycopg import AsyncConnection
@@ -177,8 +177,6 @@ async def test_a_statement_is_cancelled(database: Database) -> None:
         async with await AsyncConnection.connect(tapped.dsn, autocommit=True) as connection:
             await connection.execute(SET)
             running = asyncio.create_task(connection.execute("select pg_sleep(600)"))
-            while not tapped.uses:
-                await asyncio.sleep(0)
             while not running.done():
                 await connection.cancel_safe()
             with pytest.raises(psycopg.errors.QueryCanceled):
@@ -243,9 +241,11 @@ def test_the_end_of_the_tap_is_the_end_of_its_connections(database: Database) ->
 
 
 def test_a_wrong_password_is_refused_by_the_server(database: Database) -> None:
-    with tapping(database.app.dsn.replace(database.app.password, "wrong")) as tapped:
-        with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
-            psycopg.connect(tapped.dsn)
+    with (
+        tapping(database.app.dsn.replace(database.app.password, "wrong")) as tapped,
+        pytest.raises(psycopg.OperationalError, match="password authentication failed"),
+    ):
+        psycopg.connect(tapped.dsn)
 
 
 def test_what_cannot_be_followed_passes_and_is_counted(database: Database) -> None:

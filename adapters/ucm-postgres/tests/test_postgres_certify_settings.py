@@ -2,7 +2,7 @@
 
 import asyncio
 
-import asyncpg
+import asyncpg  # type: ignore[import-untyped]
 import psycopg
 import pytest
 from psycopg import Connection
