@@ -26,6 +26,9 @@ from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_tri
 from ucm_middleware.certify.witness.wire import Order, Told
 from ucm_middleware.testing.server import ServerKind
 
+SECONDS: Final = 20.0
+"""How long an application is tried unless something else is said."""
+
 _SCHEMA: Final = "/openapi.json"
 
 
@@ -40,7 +43,7 @@ class Options:
     kind: ServerKind = "uvicorn"
     factory: bool = False
     app_dir: Path = field(default_factory=Path.cwd)
-    seconds: float = 20.0
+    seconds: float = SECONDS
     shorten: float = 30.0
     first: bool = False
     seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
