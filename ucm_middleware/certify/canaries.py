@@ -43,6 +43,11 @@ class Canaries:
             (user.name, form) for user in cast.users for secret in user.secrets for form in sorted(_forms(secret))
         ]
 
+    @property
+    def users(self) -> tuple[str, ...]:
+        """Their names."""
+        return self._users
+
     def make(self, user: str, number: int) -> str:
         """The canary that a user's request of this number brings in: 23 lower case letters and digits."""
         return f"{self.mark}u{self._users.index(user):02x}n{number:0{_DIGITS}x}"

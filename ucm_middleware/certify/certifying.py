@@ -35,7 +35,8 @@ _SCHEMA: Final = "/openapi.json"
 @dataclass(frozen=True, slots=True)
 class Options:
     """What is run, and how long. ``schema`` is a file, or a path of the application; ``shorten`` is the number of
-    seconds that may be spent on finding the shortest steps. With ``first`` it ends at the first finding.
+    seconds that may be spent on finding the shortest steps. With ``first`` it ends at the first finding. ``database``
+    names the variable of the environment in which the application finds its PostgreSQL.
     """
 
     app: str
@@ -50,6 +51,7 @@ class Options:
     schema: str | None = None
     skip: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    database: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ def _passed(clock: Callable[[], float], until: float) -> Callable[[], bool]:
 def _subject(options: Options, canaries: Canaries, with_ucm: bool) -> Subject:
     users = tuple((user.name, tuple(user.headers.items())) for user in options.cast.users) if with_ucm else None
     order = Order(options.app, options.factory, canaries.patterns(), users)
-    return Subject(order, options.kind, options.app_dir, options.env)
+    return Subject(order, options.kind, options.app_dir, options.env, options.database)
 
 
 async def _look(subject: Subject, options: Options) -> tuple[Material, tuple[str, ...]]:

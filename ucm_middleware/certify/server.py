@@ -45,12 +45,15 @@ class SubjectError(ConfigurationError):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is run, and where: ``app`` is "module:name", looked for in ``app_dir``."""
+    """What is run, and where: ``app`` is "module:name", looked for in ``app_dir``. ``database`` names the variable of
+    the environment in which it finds its PostgreSQL.
+    """
 
     order: Order
     kind: ServerKind
     app_dir: Path
     env: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    database: str | None = None
 
 
 class Process:

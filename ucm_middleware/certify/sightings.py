@@ -77,6 +77,15 @@ class Examiner:
         """In a log record, a span or a setting."""
         return self._in(text.encode(), channel, viewer, route, number, _always(where))
 
+    @property
+    def users(self) -> tuple[str, ...]:
+        """The names of all."""
+        return self._canaries.users
+
+    def is_private(self, route: str) -> bool:
+        """Whether something is found on it at all."""
+        return route not in self._public
+
     def own(self, viewer: str, data: bytes) -> bool:
         """Whether something of the user's own is in it."""
         return any(canary.owner == viewer for canary in self._canaries.all_in(data))

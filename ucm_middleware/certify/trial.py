@@ -9,8 +9,10 @@ from typing import Final
 from ucm_middleware.certify.canaries import Canaries
 from ucm_middleware.certify.cast import Cast
 from ucm_middleware.certify.coverage import Coverage
+from ucm_middleware.certify.database import Settings, watched
 from ucm_middleware.certify.drives import Plan, Planned
 from ucm_middleware.certify.material import Material
+from ucm_middleware.certify.postgres import Use
 from ucm_middleware.certify.server import Process, Subject, SubjectError, start
 from ucm_middleware.certify.sightings import Examiner, Place, Sighting
 from ucm_middleware.certify.stage import Outcome, Stage
@@ -62,15 +64,17 @@ class Trial:
 class Watcher:
     """Takes down what is seen, into a trial."""
 
-    __slots__ = ("_askers", "_examiner", "_trial")
+    __slots__ = ("_askers", "_examiner", "_settings", "_trial")
 
     def __init__(self, trial: Trial, examiner: Examiner) -> None:
         self._trial = trial
         self._examiner = examiner
         self._askers: dict[int, tuple[str, str]] = {}
+        self._settings = Settings(examiner)
 
     def begin(self, planned: Planned) -> None:
         """A step is about to be taken."""
+        self._settings.begin(planned.step)
         self._trial.history.append(planned.step)
         self._trial.coverage.step(planned.drive, planned.step)
         if isinstance(planned.step, Connect):
@@ -82,6 +86,7 @@ class Watcher:
     def answered(self, outcome: Outcome) -> None:
         """A request was."""
         ask, answer = outcome.ask, outcome.answer
+        self._settings.answered(outcome)
         self._trial.coverage.outcome(
             outcome, is_own=self._examiner.own(ask.user, _of_the_answer(answer.headers, answer.body))
         )
@@ -99,6 +104,10 @@ class Watcher:
         elif told.kind in ("log", "span") and told.number in self._askers:
             user, route = self._askers[told.number]
             self._take_down(self._examiner.in_text(told.kind, user, route, told.number, told.where, told.text))
+
+    def used(self, use: Use) -> None:
+        """A connection to the database is used again, with settings on it."""
+        self._take_down(self._settings.sightings(use))
 
     def _take_down(self, sightings: Iterable[Sighting]) -> None:
         findings = self._trial.findings
@@ -150,15 +159,16 @@ async def staged(
     cast: Cast, material: Material, canaries: Canaries, house: House, watcher: Watcher
 ) -> AsyncGenerator[Stage]:
     """A server that runs, and the users signed in. Raises SubjectError, SignInError."""
-    port = await house.open()
-    stage = Stage(cast, material, canaries, port, watcher.heard, house.open)
-    try:
-        for user in cast.names:
-            await stage.sign_in(user, f"{user}.0")
-        yield stage
-    finally:
-        await stage.aclose()
-        await house.aclose()
+    async with watched(house.subject, watcher.used, watcher.told) as house.subject:
+        port = await house.open()
+        stage = Stage(cast, material, canaries, port, watcher.heard, house.open)
+        try:
+            for user in cast.names:
+                await stage.sign_in(user, f"{user}.0")
+            yield stage
+        finally:
+            await stage.aclose()
+            await house.aclose()
 
 
 async def take_all(stage: Stage, steps: Iterable[Planned], house: House, watcher: Watcher, trial: Trial) -> None:

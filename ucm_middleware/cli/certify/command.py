@@ -37,6 +37,12 @@ def certify(
     schema: Annotated[
         str | None, typer.Option(help="The OpenAPI schema: a file, or a path of the application's.")
     ] = None,
+    database_variable: Annotated[
+        str | None,
+        typer.Option(
+            help="The variable of the environment with the DSN of APP's PostgreSQL: its settings are looked at."
+        ),
+    ] = None,
     skip: Annotated[list[str] | None, typer.Option(help='A route that is not tried: "DELETE /all".')] = None,
     with_ucm: Annotated[
         bool, typer.Option("--with-ucm", help="Try it again in UserContextMiddleware, and compare.")
@@ -64,6 +70,7 @@ def certify(
             first=first,
             schema=schema,
             skip=tuple(skip or ()),
+            database=database_variable,
         )
         if seed is not None:
             options = dataclasses.replace(options, seed=seed)
