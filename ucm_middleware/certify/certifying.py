@@ -32,6 +32,11 @@ SECONDS: Final = 20.0
 _SCHEMA: Final = "/openapi.json"
 
 
+def any_seed() -> int:
+    """One that nobody has chosen."""
+    return secrets.randbelow(2**32)
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What is run, and how long. ``schema`` is a file, or a path of the application; ``shorten`` is the number of
@@ -47,7 +52,7 @@ class Options:
     seconds: float = SECONDS
     shorten: float = 30.0
     first: bool = False
-    seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
+    seed: int = field(default_factory=any_seed)
     schema: str | None = None
     skip: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)

@@ -79,14 +79,14 @@ class Shortening:
         else:
             alone = _alone(last, first.number)
             sources = [*self._sources(before, first)]
+            mates = _mates(before, alone.line) if isinstance(alone, Ask) else []
             yield [alone]
-            yield from ([source, alone] for source in sources)
             if isinstance(last, Together):
-                yield from ([source, last] for source in sources)
-            if isinstance(alone, Ask):
-                mates = _mates(before, alone.line)
-                yield from ([source, *mates, alone] for source in sources if source not in mates)
+                yield [last]
+            if isinstance(alone, Ask) and not alone.line.startswith(f"{alone.user}."):
                 yield [*mates, alone]
+            for end in ([alone], [last], [*mates, alone]):
+                yield from ([source, *end] for source in sources if source not in end)
         for size in _WINDOWS:
             yield self._history[-size:]
 
