@@ -255,3 +255,11 @@ def test_what_cannot_be_followed_passes_and_is_counted(database: Database) -> No
         assert connection.execute("select current_setting('app.name_100')").fetchall() == [("alice",)]
         assert (tapped.tap.connections, tapped.tap.unwatched) == (1, 1)
         assert tapped.seen == []
+
+
+def test_the_question_leaves_the_client_s_unnamed_statement_alone(database: Database) -> None:
+    with tapping(database.app.dsn) as tapped, psycopg.connect(tapped.dsn, autocommit=True) as connection:
+        connection.execute(SET)
+        connection.pgconn.prepare(b"", b"select 42")
+        assert connection.pgconn.exec_prepared(b"", None).get_value(0, 0) == b"42"
+        assert tapped.uses
