@@ -13,7 +13,6 @@ from ucm_middleware.certify.report.saying import Saying, visible
 from ucm_middleware.certify.sightings import Place
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, SignIn, Step, Together
 
-
 BOBS = f"bob's {DASHBOARD} was answered"
 
 
