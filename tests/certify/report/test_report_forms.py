@@ -39,7 +39,7 @@ FORMS: list[Callable[[Report], str]] = [as_text, as_json, as_junit, as_html]
 
 def test_json_has_findings_with_steps_as_data_and_as_text() -> None:
     ask = Ask(1, "alice", DASHBOARD, 0, "alice.0")
-    steps = (
+    steps: tuple[Step, ...] = (
         ask,
         Together((ask,), http2=True),
         Connect(2, "bob", "WS /live", 0, "b"),
