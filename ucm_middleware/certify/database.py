@@ -16,7 +16,7 @@ from ucm_middleware.certify.steps import Ask, Step
 from ucm_middleware.certify.witness.wire import Told
 from ucm_middleware.errors import ConfigurationError
 
-_CHANNEL: Final = "database settings"
+_CHANNEL: Final = "setting"
 
 _LINGERING: Final = 0.25
 """Seconds for which the server may still be at work on a request that was dropped, or not answered in time."""

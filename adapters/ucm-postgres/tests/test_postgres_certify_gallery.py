@@ -32,7 +32,7 @@ def test_the_planted_app_is_caught_by_its_rows_and_by_its_setting(postgres_serve
     assert set(setting.finding.pairs) <= {USERS, USERS[::-1]}
     assert setting.shortest.reproduced
     assert len(setting.shortest.steps) == 2
-    assert "database settings" not in result.coverage.not_looked_at
+    assert "setting" not in result.coverage.not_looked_at
 
 
 @pytest.mark.timeout(120)
@@ -41,7 +41,7 @@ def test_nothing_is_found_in_the_clean_twin(postgres_server: PostgresServer) -> 
 
     assert result.shown == ()
     assert result.coverage.covered == 3
-    assert "database settings" not in result.coverage.not_looked_at
+    assert "setting" not in result.coverage.not_looked_at
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_is_not_looked_at_is_said(
 ) -> None:
     monkeypatch.setenv("OTHER_DSN", "postgresql://nobody@127.0.0.1:1/none")
     result = run(postgres_server, "clean", database=database, seconds=1)
-    assert result.coverage.not_looked_at["database settings"] == why
+    assert result.coverage.not_looked_at["setting"] == why
 
 
 def test_a_variable_that_is_not_set_is_refused(postgres_server: PostgresServer) -> None:

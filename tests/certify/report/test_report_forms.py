@@ -18,7 +18,7 @@ from ucm_middleware.certify.report.baseline import Baseline, Known
 from ucm_middleware.certify.report.html import as_html
 from ucm_middleware.certify.report.reporting import Report
 from ucm_middleware.certify.sightings import Place
-from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Together
+from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together
 from ucm_middleware.cli.certify.text import show
 
 PAIRS = {("bob", "alice"): 2}

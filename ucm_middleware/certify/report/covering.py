@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from ucm_middleware.certify.coverage import DRIVES, Coverage, RouteCoverage
 from ucm_middleware.certify.report.saying import Saying
+from ucm_middleware.certify.sightings import Channel
 
 if TYPE_CHECKING:
     from ucm_middleware.certify.certifying import Result
@@ -14,16 +15,7 @@ BLIND: Final = "nothing of the user's own was ever sent here, so nothing could b
 
 _NOT_REACHED: Final = "the time was over before it was tried"
 
-# What the engine calls a channel that it cannot look in, where that is another name.
-_CHANNELS: Final[Mapping[str, str]] = {
-    "body": "bodies",
-    "header": "headers",
-    "event": "events",
-    "log": "logs",
-    "span": "spans",
-    "setting": "settings",
-}
-_NEVER: Final[Mapping[str, str]] = {"setting": "settings of database connections are not looked at yet"}
+_CHANNELS: Final[tuple[Channel, ...]] = get_args(Channel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +117,5 @@ def _drive(drive: str, coverage: Coverage, saying: Saying) -> Row:
 
 
 def _channel(name: str, coverage: Coverage, saying: Saying) -> Row:
-    said = coverage.not_looked_at
-    why_not = said.get(name) or said.get(_CHANNELS[name]) or _NEVER.get(name)
+    why_not = coverage.not_looked_at.get(name)
     return Row(name, 0, None if why_not is None else saying.text(why_not))

@@ -26,7 +26,7 @@ def subject() -> ASGIApp:
     reporter.tell(Told("routes", routes=tuple(routes_of(app))))
     watch_logs(watch.look_at_log)
     if (why := watch_spans(watch.number, watch.look_at_span)) is not None:
-        reporter.tell(Told("unavailable", where="spans", text=why))
+        reporter.tell(Told("unavailable", where="span", text=why))
     return Marker(_with_the_package(app, order, variable), variable)
 
 
