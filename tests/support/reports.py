@@ -72,6 +72,7 @@ def result(
     coverage.drives.update({"tour": 8, "keep-alive": 864, "burst": 144})
     coverage.without["HTTP/2"] = "the server speaks HTTP/1.1 alone; try --server hypercorn"
     coverage.not_looked_at["span"] = "OpenTelemetry's SDK is not installed"
+    coverage.not_looked_at["setting"] = "no variable names the application's database"
     options = Options("shop:app", cast_of(names), seed=seed)
     return Result(options, with_ucm, tuple(found), coverage, 20.2, notes)
 
