@@ -14,7 +14,8 @@ from hypothesis import seed as seeded
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 
-from ucm_middleware.certify.schema import FALLBACKS, ID, WORD, Document, Route
+from ucm_middleware.certify.schema import Route
+from ucm_middleware.certify.sowing import FALLBACKS, ID, WORD, Document
 
 CASES: Final = 4
 """How many are made for each route."""
