@@ -99,7 +99,7 @@ def _route(where: str, table: Any) -> Given:
         websocket=table.get("websocket", False),
         body=table.get("body"),
         media=table.get("media"),
-        parameters=table.get("parameters", {}),
+        parameters=_tables(f"{where}.parameters", table.get("parameters", {})),
         messages=_texts(f"{where}.messages", table.get("messages", ())),
     )
 
@@ -122,6 +122,15 @@ def _texts(where: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(one, str) for one in value):
         raise ConfigurationError(f"users: {where} must be a list of texts")
     return tuple(value)
+
+
+def _tables(where: str, value: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    for name, one in value.items():
+        if not is_object(one):
+            raise ConfigurationError(
+                f"users: {where}.{name} must be a JSON schema, a table, not a {type(one).__name__}"
+            )
+    return value
 
 
 def _mapping(where: str, value: Mapping[str, Any]) -> dict[str, str]:

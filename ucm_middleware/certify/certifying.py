@@ -5,7 +5,6 @@ import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -21,6 +20,7 @@ from ucm_middleware.certify.schema import Found, combined
 from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, start
 from ucm_middleware.certify.shortening import Shortening, Shortest
 from ucm_middleware.certify.sightings import Channel, Examiner
+from ucm_middleware.certify.stage import SignInError
 from ucm_middleware.certify.steps import Step
 from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_trial
 from ucm_middleware.certify.witness.wire import Order, Told
@@ -91,7 +91,7 @@ class Progress(Protocol):
 
 async def certify(options: Options, progress: Progress, *, with_ucm: bool = False) -> Result:
     """Run it. Raises SubjectError when the application cannot be tried, SignInError when a user cannot sign in."""
-    canaries = Canaries(options.cast, options.seed)
+    canaries = _new_canaries(options)
     subject = _subject(options, canaries, with_ucm)
     progress.stage("looking at the application", None)
     material, notes = await _look(subject, options)
@@ -108,6 +108,8 @@ async def certify(options: Options, progress: Progress, *, with_ucm: bool = Fals
     if trial.findings:
         progress.stage("looking for the shortest steps", options.shorten)
     shown = await _shown(options, material, trial, with_ucm=with_ucm)
+    if trial.cut_short is not None:
+        notes = (*notes, f"it was given up before its time: {trial.cut_short}")
     return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes)
 
 
@@ -115,14 +117,16 @@ async def _shown(options: Options, material: Material, trial: Trial, *, with_ucm
     """Each finding with the shortest steps. What time one leaves is the others'."""
     clock = asyncio.get_running_loop().time
     end = clock() + options.shorten
-    attempts = count(1)
     showing: dict[tuple[Channel, str], Sequence[Step]] = {}
 
     async def again(steps: Sequence[Step]) -> Trial:
-        canaries = Canaries(options.cast, options.seed, next(attempts))
+        canaries = _new_canaries(options)
         subject = _subject(options, canaries, with_ucm)
         examiner = Examiner(canaries, options.cast.public)
-        trial = await replay(subject, options.cast, material, examiner, canaries, steps)
+        try:
+            trial = await replay(subject, options.cast, material, examiner, canaries, steps)
+        except (SubjectError, SignInError):
+            return Trial(Coverage.of(material))  # it cannot be tried this way, and shows nothing
         for place in trial.findings:
             if place.near not in showing or len(steps) < len(showing[place.near]):
                 showing[place.near] = steps
@@ -135,6 +139,11 @@ async def _shown(options: Options, material: Material, trial: Trial, *, with_ucm
         shortening = Shortening(finding, trial.history, again, _passed(clock, until), hint)
         shown.append(Shown(finding, await shortening.shortest()))
     return shown
+
+
+def _new_canaries(options: Options) -> Canaries:
+    """Others each time, so that nothing which an earlier run left in a database is taken for something of this one."""
+    return Canaries(options.cast, secrets.randbits(64))
 
 
 def _passed(clock: Callable[[], float], until: float) -> Callable[[], bool]:
@@ -160,7 +169,16 @@ async def _look(subject: Subject, options: Options) -> tuple[Material, tuple[str
     async with start(subject, hear, lambda _: None) as process:
         document, notes = await _document(process.port, options)
         await asyncio.wait_for(has_told.wait(), 5)
-    whole, routes = combined(document, options.cast.routes, found)
+    try:
+        whole, routes = combined(document, options.cast.routes, found)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise SubjectError(
+            f"the schema at {options.schema or _SCHEMA} is not as OpenAPI says ({type(error).__name__}: {error}); give "
+            "another one by --schema"
+        ) from error
+    known = {route.key for route in routes}
+    notes += tuple(f"public: there is no route {key!r}" for key in options.cast.public if key not in known)
+    notes += tuple(f"skip: there is no route {key!r}" for key in options.skip if key not in known)
     kept = [route for route in routes if route.key not in options.skip]
     if not kept:
         raise SubjectError(

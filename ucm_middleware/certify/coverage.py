@@ -52,15 +52,21 @@ class RouteCoverage:
             return None
         if not self.tries:
             return "the time was over before it was tried"
+        if not self.users and not self.answers:
+            return "no message came over it"
         if not self.users:
             said = ", ".join(f"{count} times {kind}" for kind, count in self.answers.most_common(2))
-            return f"nobody got an answer of 2xx: {said}" + _hint(self.answers)
-        return f"only {next(iter(self.users))} got an answer of 2xx"
+            return f"nobody got {_WANTED[self.key.startswith('WS ')]}: {said}" + _hint(self.answers)
+        return f"only {next(iter(self.users))} got {_WANTED[self.key.startswith('WS ')]}"
+
+
+_WANTED: Final = {False: "an answer of 2xx", True: "a message"}
 
 
 def _hint(answers: Counter[str]) -> str:
     most = answers.most_common(1)[0][0] if answers else ""
     return {
+        "3xx": "; it sends them elsewhere, to sign in perhaps, and redirects are not followed",
         "401": "; its users' file gives no credentials that it takes",
         "403": "; the users may not call it",
         "404": "; what it is asked for is not there",
@@ -109,10 +115,10 @@ class Coverage:
         self.endless += answer.ending == "endless"
         route.tries += 1
         if answer.ending == "dropped by us":
-            return
+            return  # whatever its status, nobody waited for what it says
         route.answers[_kind(answer.status)] += 1
         route.own += is_own
-        if answer.is_success:
+        if answer.is_answered:
             route.users.add(outcome.ask.user)
 
     def message(self, user: str, key: str, *, is_own: bool) -> None:
@@ -125,6 +131,10 @@ class Coverage:
     def connected(self, key: str) -> None:
         """A WebSocket was opened, or tried to be."""
         self.routes[key].tries += 1
+
+    def refused(self, key: str) -> None:
+        """A WebSocket was not accepted."""
+        self.routes[key].answers["not accepted"] += 1
 
     @property
     def covered(self) -> int:

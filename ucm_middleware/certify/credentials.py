@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterable
-from http.cookies import CookieError, SimpleCookie
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from urllib.parse import urlencode
 
 from ucm_middleware.certify.cast import Call, User
@@ -22,12 +24,15 @@ class Credentials:
 
     def headers(self) -> tuple[tuple[str, str], ...]:
         """Those of the next request."""
-        made = [*self.user.headers.items()]
+        made = {name.lower(): (name, value) for name, value in self.user.headers.items()}
         if self._token is not None:
-            made.append(("Authorization", f"Bearer {self._token}"))
+            made["authorization"] = ("Authorization", f"Bearer {self._token}")
         if self._cookies:
-            made.append(("Cookie", "; ".join(f"{name}={value}" for name, value in self._cookies.items())))
-        return tuple(made)
+            cookies = [f"{name}={value}" for name, value in self._cookies.items()]
+            if "cookie" in made:
+                cookies.insert(0, made["cookie"][1])
+            made["cookie"] = ("Cookie", "; ".join(cookies))
+        return tuple(made.values())
 
     def keep(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Keep the cookies of an answer, as a browser does."""
@@ -36,16 +41,14 @@ class Credentials:
                 self._keep_cookie(value.decode("latin-1"))
 
     def _keep_cookie(self, text: str) -> None:
-        jar = SimpleCookie()
-        try:
-            jar.load(text)
-        except CookieError:
+        pair, *attributes = text.split(";")
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not name:
             return
-        for name, morsel in jar.items():
-            if morsel["max-age"] == "0" or "1970" in morsel["expires"]:
-                self._cookies.pop(name, None)
-            else:
-                self._cookies[name] = morsel.coded_value
+        if _is_over(attributes):
+            self._cookies.pop(name, None)
+        else:
+            self._cookies[name] = value
 
     def signed_in(self, call: Call, answer: Answer) -> str | None:
         """Keep what a sign-in brought. Returns what is wrong with the answer, or None."""
@@ -56,9 +59,11 @@ class Credentials:
             return None
         try:
             token = json.loads(answer.body)[call.token]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return f"has no {call.token!r} in its answer"
-        self._token = str(token)
+        if not isinstance(token, str) or not token.isascii() or not token.isprintable():
+            return f"has under {call.token!r} something else than a text that can be sent in a header"
+        self._token = token
         return None
 
     def sign_out(self) -> None:
@@ -77,3 +82,15 @@ class Credentials:
             headers.append(("Content-Type", "application/json"))
             body = json.dumps(call.body).encode()
         return Request(call.method, call.path, tuple(headers), body)
+
+
+def _is_over(attributes: Iterable[str]) -> bool:
+    """Whether a cookie's attributes say that it is to be forgotten. Max-Age goes before Expires."""
+    said = {name.strip().lower(): value.strip() for name, _, value in (each.partition("=") for each in attributes)}
+    with suppress(ValueError, TypeError):  # what cannot be read is as if it were not there
+        if "max-age" in said:
+            return int(said["max-age"]) <= 0
+        if "expires" in said:
+            until = parsedate_to_datetime(said["expires"])
+            return (until if until.tzinfo else until.replace(tzinfo=UTC)) <= datetime.now(UTC)
+    return False

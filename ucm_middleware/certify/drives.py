@@ -117,7 +117,6 @@ class Plan:
                 rounds += 1
                 if rounds == _UNTIL_RESTART:
                     yield Planned("restart", Restart())
-                    yield from (Planned("restart", SignIn(user, f"{user}.0")) for user in self.cast.names)
 
     # What the drives are made of.
 

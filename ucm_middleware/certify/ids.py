@@ -7,12 +7,16 @@ from typing import Any, Final
 
 from ucm_middleware.certify.plain import is_list, is_object
 from ucm_middleware.certify.schema import Route
+from ucm_middleware.certify.sowing import is_id
 
 _KEPT: Final = 8
 """Of each user and collection, the newest."""
 
 _LOOKED_AT: Final = 20
-"""Objects of one answer."""
+"""Objects of one list."""
+
+_LONGEST: Final = 128
+"""Characters of an id; what is longer is no id, or none that fits into a path."""
 
 
 class Ids:
@@ -37,6 +41,11 @@ class Ids:
             if found not in kept:
                 kept.append(found)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody was told one."""
+        return not any(self._kept.values())
+
     def of(self, user: str, route: Route, choice: int) -> str | None:
         """One that the user was told, or None."""
         kept = self._kept.get((user, route.collection))
@@ -44,13 +53,13 @@ class Ids:
 
 
 def _ids_in(value: Any) -> Iterator[str]:
-    """Of an object, of the objects in a list, or of those in an object's ``items``."""
-    objects = value.get("items", [value]) if is_object(value) else value
-    if not is_list(objects):
-        return
-    for one in filter(is_object, objects[:_LOOKED_AT]):
+    """Of an object, of the objects in a list, and of those in the lists that an object has, as ``items``."""
+    lists = [value] if is_list(value) else []
+    if is_object(value):
+        lists = [[value], *(one for one in value.values() if is_list(one))]
+    for one in (one for each in lists for one in each[:_LOOKED_AT] if is_object(one)):
         for name, found in one.items():
-            if (name in ("id", "uuid") or name.endswith("_id")) and isinstance(found, str | int):
+            if is_id(name) and isinstance(found, str | int) and not isinstance(found, bool):
                 text = str(found)
-                if text.isascii() and text.replace("-", "").replace("_", "").isalnum():
+                if len(text) <= _LONGEST and text.isascii() and text.replace("-", "").replace("_", "").isalnum():
                     yield text

@@ -1,6 +1,7 @@
 """Requests that are ready to be sent but for their words: for each route some, made by Schemathesis from its schema."""
 
 import importlib.metadata
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from hypothesis import seed as seeded
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
 
-from ucm_middleware.certify.schema import FALLBACKS, ID, WORD, Document, Route
+from ucm_middleware.certify.schema import Route
+from ucm_middleware.certify.sowing import FALLBACKS, ID, WORD, Document
 
 CASES: Final = 4
 """How many are made for each route."""
@@ -133,11 +135,17 @@ def _prepared(case: Any) -> Case:
     target = (url.path or "/").removesuffix("%23ws") + (f"?{url.query}" if url.query else "")
     headers = tuple((name, value) for name, value in request.headers.items() if name.lower() not in _OURS)
     body = request.body.encode() if isinstance(request.body, str) else request.body
+    if body is not None and (drawn := _BOUNDARY.search(request.headers.get("content-type", ""))) is not None:
+        # It is drawn at random, and not by the seed.
+        body = body.replace(drawn[1].encode(), _OURS_BETWEEN.encode())
+        headers = tuple((name, value.replace(drawn[1], _OURS_BETWEEN)) for name, value in headers)
     if body is None and any(name.lower() == "content-type" for name, _ in headers):
         body = b""
     return Case(target, headers, body)
 
 
+_BOUNDARY: Final = re.compile(r"^multipart/form-data;\s*boundary=(\w+)$")
+_OURS_BETWEEN: Final = "ucm0between0parts"
 _TAKEN: Final = ("method", "url", "headers", "params", "data", "json", "files", "cookies")
 _OURS: Final = {
     *("host", "connection", "content-length", "transfer-encoding", "accept", "accept-encoding", "user-agent"),

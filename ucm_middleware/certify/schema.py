@@ -1,8 +1,4 @@
-"""The OpenAPI document of what is tried: the application's own, with what is given and what its router tells besides.
-
-Free text in it is replaced by a placeholder, for which a canary or a common word is put in when a request is sent. So
-the generator decides what JSON looks like, and this package what stands in its texts.
-"""
+"""The OpenAPI document of what is tried: the application's own, with what is given and what its router has."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,39 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ucm_middleware.certify.cast import METHODS, Given
-from ucm_middleware.certify.plain import is_list, is_object
+from ucm_middleware.certify.plain import is_object
+from ucm_middleware.certify.sowing import WORD, Document, is_id, sow
 
-WORD: Final = "ucm0word"
-"""Stands for free text."""
-
-ID: Final = "ucm0id"
-"""Stands for the id of something of a user's; followed by the kind to fall back to."""
-
-FALLBACKS: Final[Mapping[str, str]] = {
-    "int": "1",
-    "uuid": "00000000-0000-4000-8000-000000000001",
-    "text": WORD,
-}
-
-Document = dict[str, Any]
 Source = Literal["schema", "given", "router"]
 
-_CANARY_LENGTH: Final = 24
-_ID_NAME: Final = re.compile(r"(?:^|_)(?:id|uuid|pk)$|[a-z]Id$")
 _PARAMETER: Final = re.compile(r"\{([^{}:]+)(?::(\w+))?\}")
 _CONVERTERS: Final[Mapping[str, Mapping[str, str]]] = {
     "int": {"type": "integer"},
     "float": {"type": "number"},
     "uuid": {"type": "string", "format": "uuid"},
 }
-_TEXT_FORMATS: Final = {
-    "email": f"{WORD}@example.com",
-    "password": WORD,
-    "uri": f"https://example.com/{WORD}",
-    "hostname": f"{WORD}.example.com",
-}
-# Of numbers without bounds few are tried, and small ones: what they name is there more often.
-_NUMBERS: Final[Mapping[str, list[Any]]] = {"integer": [1, 2, 3], "number": [1, 2.5]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +44,7 @@ class Route:
     @property
     def takes_id(self) -> bool:
         """Whether an id stands in its path."""
-        return any(_is_id(name) for name, _ in _PARAMETER.findall(self.path))
+        return any(is_id(name) for name, _ in _PARAMETER.findall(self.path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +73,10 @@ def combined(
 
     What is given goes before what the schema says, and that before what the router tells.
     """
-    whole: Document = {
-        "openapi": "3.1.0",
-        "info": {"title": "", "version": ""},
-        "paths": {},
-        **deepcopy(dict(document or {})),
-    }
+    whole: Document = {"openapi": "3.1.0", "info": {"title": "", "version": ""}, **deepcopy(dict(document or {}))}
+    if "swagger" in whole:
+        raise ValueError("it is of Swagger 2, and what is read is OpenAPI 3")
+    whole["paths"] = {path: _readable(item) for path, item in whole.get("paths", {}).items() if path.isprintable()}
     routes = {route.key: route for route in _of_schema(whole)}
     for one in given:
         routes[one.key] = _add(whole, one, "given")
@@ -112,8 +84,14 @@ def combined(
     for one in (one for each in found for one in each.given()):
         if ("WS" if one.websocket else one.method, _shape(one.path)) not in known:
             routes[one.key] = _add(whole, one, "router")
-    _sow_all(whole)
+    sow(whole)
     return whole, sorted(routes.values(), key=lambda route: (route.path, route.method))
+
+
+def _readable(item: Any) -> Document:
+    """The operations of a path that are objects, with what goes for all of them."""
+    kept = item if is_object(item) else {}
+    return {name: each for name, each in kept.items() if name.upper() not in METHODS or is_object(each)}
 
 
 def _shape(path: str) -> str:
@@ -150,86 +128,3 @@ def _add(document: Document, given: Given, source: Source) -> Route:
     path = f"{given.path}#ws" if given.websocket else given.path
     document["paths"].setdefault(path, {})["get" if given.websocket else given.method.lower()] = operation
     return Route(given.key, method, given.path, source, given.websocket, given.messages)
-
-
-def _sow_all(document: Document) -> None:
-    for item in document["paths"].values():
-        _sow_parameters(item.get("parameters", ()))
-        for operation in (each for name, each in item.items() if name.upper() in METHODS):
-            _sow_parameters(operation.get("parameters", ()))
-            for media, content in operation.get("requestBody", {}).get("content", {}).items():
-                if "schema" in content and (media.endswith("json") or "form" in media):
-                    content["schema"] = sown(content["schema"])
-                content.pop("example", None)
-                content.pop("examples", None)
-    components = document.get("components", {})
-    _sow_parameters(components.get("parameters", {}).values())
-    for name, schema in components.get("schemas", {}).items():
-        components["schemas"][name] = sown(schema)
-
-
-def _sow_parameters(parameters: Iterable[Document]) -> None:
-    for parameter in parameters:
-        if "schema" not in parameter:
-            continue
-        schema = parameter["schema"]
-        if parameter.get("in") == "path" and _is_id(parameter["name"]):
-            parameter["schema"] = {"enum": [f"{ID}{_kind_of(schema)}"]}
-        else:
-            parameter["schema"] = sown(schema)
-        parameter.pop("example", None)
-        parameter.pop("examples", None)
-
-
-def _is_id(name: str) -> bool:
-    return _ID_NAME.search(name) is not None
-
-
-def _kind_of(schema: Mapping[str, Any]) -> str:
-    if schema.get("type") in ("integer", "number"):
-        return "int"
-    return "uuid" if schema.get("format") == "uuid" else "text"
-
-
-def sown(schema: Any) -> Any:
-    """The same schema with the placeholder for free text, few numbers, and nothing in objects that it does not name."""
-    if is_list(schema):
-        return [sown(one) for one in schema]
-    if not is_object(schema):
-        return schema
-    if "enum" in schema or "const" in schema:
-        return schema
-    if schema.get("type") == "string":
-        return _text(schema)
-    if schema.get("type") in _NUMBERS and not _BOUNDS & schema.keys():
-        return {"enum": _NUMBERS[schema["type"]]}
-    # What is under the name of a property may be called like a keyword.
-    made: dict[str, Any] = {
-        name: {each: sown(one) for each, one in value.items()}
-        if name in ("properties", "$defs", "definitions") and is_object(value)
-        else sown(value)
-        if name in _WITH_SCHEMAS
-        else value
-        for name, value in schema.items()
-        if name not in ("example", "examples", "default")
-    }
-    if "properties" in made:
-        made.setdefault("additionalProperties", False)
-    if made.get("type") == "array":
-        made.setdefault("maxItems", max(2, int(schema.get("minItems", 0))))
-    return made
-
-
-_BOUNDS: Final = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "format"}
-_WITH_SCHEMAS: Final = {"items", "anyOf", "oneOf", "allOf", "additionalProperties", "prefixItems", "not"}
-
-
-def _text(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    kind = schema.get("format")
-    if "pattern" in schema or (kind is not None and kind not in _TEXT_FORMATS):
-        return schema
-    text = _TEXT_FORMATS.get(kind or "", WORD)
-    if schema.get("maxLength", _CANARY_LENGTH) < _CANARY_LENGTH + len(text) - len(WORD):
-        return schema
-    # A canary is longer than the shortest text that is asked for anywhere but in jest; else the generator makes it.
-    return schema if schema.get("minLength", 0) > len("today") else {"enum": [text]}

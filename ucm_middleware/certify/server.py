@@ -31,6 +31,9 @@ _TAIL: Final = 40
 
 _LONGEST_LINE: Final = 64 * 1024
 
+_LAST_OUTPUT: Final = 1.0
+"""Seconds for the rest of the output to be read, once the server has ended."""
+
 SERVERS: Final[tuple[ServerKind, ...]] = ("uvicorn", "hypercorn", "granian")
 SPEAK_HTTP2: Final[frozenset[ServerKind]] = frozenset({"hypercorn", "granian"})
 
@@ -115,7 +118,8 @@ class Process:
         """Tell it to end, and wait; kill it when it does not."""
         if self.returncode is not None:
             return
-        self._process.send_signal(signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(self._process.wait(), ENDING)
         except TimeoutError:
@@ -152,8 +156,15 @@ async def start(
                 await process.end()
             finally:
                 process.kill()
-                await reading
                 await process.wait()
+                await _ended(reading)
+
+
+async def _ended(reading: asyncio.Task[None]) -> None:
+    """Read what is left. A process that the application has detached may hold its output open for ever."""
+    await asyncio.wait([reading], timeout=_LAST_OUTPUT)
+    reading.cancel()
+    await asyncio.wait([reading])
 
 
 async def _started(subject: Subject, port: int, where: str) -> asyncio.subprocess.Process:
@@ -194,11 +205,14 @@ async def _listening(order: Order, hear: Callable[[Told], None]) -> AsyncGenerat
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writers.add(writer)
         writer.write(first)
-        with suppress(OSError):
-            while line := await reader.readline():
-                hear(Told.of_json(json.loads(line)))
-        writers.discard(writer)
-        writer.close()
+        try:
+            with suppress(OSError):
+                # What is killed in the middle of a line leaves a part of one.
+                while (line := await reader.readline()).endswith(b"\n"):
+                    hear(Told.of_json(json.loads(line)))
+        finally:
+            writers.discard(writer)
+            writer.close()
 
     with tempfile.TemporaryDirectory(prefix="ucm-certify-") as folder:
         where = str(Path(folder, "witness"))

@@ -75,7 +75,7 @@ class Examiner:
         self, channel: Channel, viewer: str, route: str, number: int, where: str, text: str
     ) -> Iterator[Sighting]:
         """In a log record, a span or a setting."""
-        return self._in(text.encode(), channel, viewer, route, number, _always(where))
+        return self._in(text.encode(errors="replace"), channel, viewer, route, number, _always(where))
 
     @property
     def users(self) -> tuple[str, ...]:

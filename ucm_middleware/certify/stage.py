@@ -15,7 +15,7 @@ from ucm_middleware.certify.lines.http1 import PATIENCE, Line
 from ucm_middleware.certify.lines.http2 import MultiplexedLine
 from ucm_middleware.certify.lines.request import Request
 from ucm_middleware.certify.lines.sockets import Sockets
-from ucm_middleware.certify.material import SHARED, Material
+from ucm_middleware.certify.material import SHARED, Case, Material
 from ucm_middleware.certify.schema import Route
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together, Word
 from ucm_middleware.certify.witness.wire import NUMBER
@@ -52,7 +52,9 @@ class SignInError(ConfigurationError):
 
 
 class Stage:
-    """Not thread-safe. Ends with ``aclose``. ``restart`` brings a new server up and returns its port."""
+    """Not thread-safe. Ends with ``aclose``. ``refused`` is told of a WebSocket that is not accepted;
+    ``restart`` brings a new server up and returns its port.
+    """
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Stage:
         canaries: Canaries,
         port: int,
         heard: Heard,
+        refused: Callable[[Connect], None],
         restart: Callable[[], Awaitable[int]],
     ) -> None:
         self._cast = cast
@@ -74,6 +77,7 @@ class Stage:
         self._lines: dict[str, Line] = {}
         self._multiplexed: MultiplexedLine | None = None
         self._sockets = Sockets(heard)
+        self._refused = refused
         self._in_vain: Counter[str] = Counter()
         self._late: Counter[str] = Counter()
 
@@ -86,6 +90,11 @@ class Stage:
             self._multiplexed.close()
             self._multiplexed = None
         await self._sockets.aclose()
+
+    @property
+    def was_told_ids(self) -> bool:
+        """Whether any answer had an id that a path takes. Without, ids are guessed."""
+        return not self._ids.is_empty
 
     async def take(self, step: Step) -> Sequence[Outcome]:
         """Take one, and return what came of its requests. Raises SignInError, SubjectError."""
@@ -107,7 +116,13 @@ class Stage:
             case Restart():
                 await self.aclose()
                 self._port = await self._restart()
+                await self.sign_all_in()
         return []
+
+    async def sign_all_in(self) -> None:
+        """Have each user sign in, on their own connection. Raises SignInError."""
+        for user in self._cast.names:
+            await self.sign_in(user, f"{user}.0")
 
     async def sign_in(self, user: str, line: str) -> None:
         """Have a user sign in, where that is how they are known. Raises SignInError."""
@@ -148,7 +163,8 @@ class Stage:
             part = [each for each in waiting if (each[0].manner == "slow") is is_slow]
             for _, line, _ in part:
                 line.read_on()
-            found = await asyncio.gather(*(line.answer(waiter, self._patience(ask)) for ask, line, waiter in part))
+            patience = max((self._patience(ask) for ask, _, _ in part), default=PATIENCE)
+            found = await asyncio.gather(*(line.answer(waiter, patience) for _, line, waiter in part))
             answers.update((ask.number, answer) for (ask, _, _), answer in zip(part, found, strict=True))
         return [self._noted(ask, answers.get(ask.number, Answer("refused"))) for ask in asks]
 
@@ -166,7 +182,11 @@ class Stage:
 
     async def _exchange(self, name: str, request: Request, patience: float = PATIENCE) -> Answer:
         line = await self._line(name)
-        return Answer("refused") if line is None else await line.answer(line.send(request), patience)
+        if line is None:
+            return Answer("refused")
+        waiter = line.send(request)
+        line.read_on()
+        return await line.answer(waiter, patience)
 
     def _patience(self, ask: Ask) -> float:
         """Seconds. A route that was late twice, or streams for ever, is not waited for so long again."""
@@ -189,8 +209,15 @@ class Stage:
         body = case.body
         if ask.padding and body is not None:
             body += b" " * ask.padding
-        headers = (*case.headers, *self._credentials[ask.user].headers(), (NUMBER, str(ask.number)))
+        headers = self._headers(case, ask.user, ask.number)
         return Request(route.method, case.target, headers, body, ask.manner)
+
+    def _headers(self, case: Case, user: str, number: int) -> tuple[tuple[str, str], ...]:
+        """A user's own go before those that the schema has: a made-up credential would make one user of all."""
+        own = self._credentials[user].headers()
+        names = {name.lower() for name, _ in own}
+        made = (each for each in case.headers if each[0].lower() not in names)
+        return (*made, *own, (NUMBER, str(number)))
 
     def _word(self, user: str, word: Word, number: int, choice: int) -> str:
         return self._canaries.make(user, number) if word == "own" else SHARED[choice % len(SHARED)]
@@ -199,7 +226,7 @@ class Stage:
         self._credentials[ask.user].keep(answer.headers)
         self._late[ask.route] += answer.ending == "late"
         if answer.is_success:
-            self._ids.keep(ask.user, self._routes[ask.route], answer.body)
+            self._ids.keep(ask.user, self._routes[ask.route], answer.plain)
         return Outcome(ask, answer)
 
     # WebSockets.
@@ -208,8 +235,9 @@ class Stage:
         route: Route = self._routes[step.route]
         word = self._word(step.user, step.word, step.number, step.case)
         case = self._material.cases[step.route][step.case].filled(word, self._ids.of(step.user, route, step.case))
-        headers = (*self._credentials[step.user].headers(), (NUMBER, str(step.number)))
-        await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{case.target}", headers)
+        headers = self._headers(case, step.user, step.number)
+        if not await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{case.target}", headers):
+            self._refused(step)
 
     def _said(self, step: Say) -> str:
         messages = self._routes[step.route].messages

@@ -141,7 +141,7 @@ class SignIn:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """The server is told to end, and started again."""
+    """The server is told to end, and started again; everybody signs in."""
 
     def __str__(self) -> str:
         return "the server is restarted"

@@ -1,7 +1,7 @@
 """One application on one server, and steps that are taken there until the time is over."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,7 +15,7 @@ from ucm_middleware.certify.material import Material
 from ucm_middleware.certify.postgres import Use
 from ucm_middleware.certify.server import Process, Subject, SubjectError, start
 from ucm_middleware.certify.sightings import Examiner, Place, Sighting
-from ucm_middleware.certify.stage import Outcome, Stage
+from ucm_middleware.certify.stage import Outcome, SignInError, Stage
 from ucm_middleware.certify.steps import Connect, Restart, Step, asks_of
 from ucm_middleware.certify.witness.wire import Told
 
@@ -59,6 +59,8 @@ class Trial:
     coverage: Coverage
     findings: dict[Place, Finding] = field(default_factory=dict[Place, Finding])
     history: list[Step] = field(default_factory=list[Step])
+    cut_short: str | None = None
+    """Why it ended before its time, though it had found something."""
 
 
 class Watcher:
@@ -69,28 +71,29 @@ class Watcher:
     def __init__(self, trial: Trial, examiner: Examiner) -> None:
         self._trial = trial
         self._examiner = examiner
-        self._askers: dict[int, tuple[str, str]] = {}
+        self._askers: dict[int, tuple[str, str, int | None]] = {}
         self._settings = Settings(examiner)
 
     def begin(self, planned: Planned) -> None:
         """A step is about to be taken."""
         self._settings.begin(planned.step)
+        at = len(self._trial.history)
         self._trial.history.append(planned.step)
         self._trial.coverage.step(planned.drive, planned.step)
         if isinstance(planned.step, Connect):
-            self._askers[planned.step.number] = planned.step.user, planned.step.route
+            self._askers[planned.step.number] = planned.step.user, planned.step.route, None
             self._trial.coverage.connected(planned.step.route)
         for ask in asks_of(planned.step):
-            self._askers[ask.number] = ask.user, ask.route
+            self._askers[ask.number] = ask.user, ask.route, at
 
     def answered(self, outcome: Outcome) -> None:
         """A request was."""
         ask, answer = outcome.ask, outcome.answer
         self._settings.answered(outcome)
         self._trial.coverage.outcome(
-            outcome, is_own=self._examiner.own(ask.user, _of_the_answer(answer.headers, answer.body))
+            outcome, is_own=self._examiner.own(ask.user, _of_the_answer(answer.headers, answer.plain))
         )
-        self._take_down(self._examiner.in_answer(ask.user, ask.route, ask.number, answer.headers, answer.body))
+        self._take_down(self._examiner.in_answer(ask.user, ask.route, ask.number, answer.headers, answer.plain))
 
     def heard(self, connect: Connect, data: bytes) -> None:
         """A WebSocket brought a message."""
@@ -102,19 +105,25 @@ class Watcher:
         if told.kind == "unavailable":
             self._trial.coverage.not_looked_at[told.where] = told.text
         elif told.kind in ("log", "span") and told.number in self._askers:
-            user, route = self._askers[told.number]
-            self._take_down(self._examiner.in_text(told.kind, user, route, told.number, told.where, told.text))
+            user, route, at = self._askers[told.number]
+            seen = self._examiner.in_text(told.kind, user, route, told.number, told.where, told.text)
+            self._take_down(seen, at)
 
     def used(self, use: Use) -> None:
         """A connection to the database is used again, with settings on it."""
         self._take_down(self._settings.sightings(use))
 
-    def _take_down(self, sightings: Iterable[Sighting]) -> None:
-        findings = self._trial.findings
+    def refused(self, connect: Connect) -> None:
+        """A WebSocket was not accepted."""
+        self._trial.coverage.refused(connect.route)
+
+    def _take_down(self, sightings: Iterable[Sighting], at: int | None = None) -> None:
+        """``at`` is the step that it belongs to, where that may be an earlier one than the last."""
+        findings, last = self._trial.findings, len(self._trial.history) - 1
         for one in sightings:
             found = findings.get(one.place)
             if found is None:
-                found = findings[one.place] = Finding(one, len(self._trial.history) - 1, 0)
+                found = findings[one.place] = Finding(one, last if at is None else at, 0)
             found.sightings += 1
             pair = one.viewer, one.owner
             found.pairs[pair] = found.pairs.get(pair, 0) + 1
@@ -160,22 +169,23 @@ async def staged(
 ) -> AsyncGenerator[Stage]:
     """A server that runs, and the users signed in. Raises SubjectError, SignInError."""
     async with watched(house.subject, watcher.used, watcher.told) as house.subject:
-        port = await house.open()
-        stage = Stage(cast, material, canaries, port, watcher.heard, house.open)
         try:
-            for user in cast.names:
-                await stage.sign_in(user, f"{user}.0")
-            yield stage
+            port = await house.open()
+            stage = Stage(cast, material, canaries, port, watcher.heard, watcher.refused, house.open)
+            try:
+                await stage.sign_all_in()
+                yield stage
+            finally:
+                await stage.aclose()
         finally:
-            await stage.aclose()
-            await house.aclose()
+            await house.aclose()  # whatever becomes of the rest: no server is left running
 
 
 async def take_all(stage: Stage, steps: Iterable[Planned], house: House, watcher: Watcher, trial: Trial) -> None:
     """Take steps, one after another. Raises SubjectError when the server ends again and again."""
     for planned in steps:
         watcher.begin(planned)
-        for outcome in await stage.take(planned.step):
+        for outcome in await _taken(stage, planned.step, trial):
             watcher.answered(outcome)
         if house.has_ended:
             trial.coverage.ends += 1
@@ -185,7 +195,16 @@ async def take_all(stage: Stage, steps: Iterable[Planned], house: House, watcher
                     f"the server ended by itself {_MOST_ENDS} times, the last time after: {planned.step}",
                     house.process.output,
                 )
-            await stage.take(Restart())
+            await _taken(stage, Restart(), trial)
+
+
+async def _taken(stage: Stage, step: Step, trial: Trial) -> Sequence[Outcome]:
+    """A sign-in that fails in the middle, since there were too many for example, ends nothing but is told of."""
+    try:
+        return await stage.take(step)
+    except SignInError as error:
+        trial.coverage.without["sign out and in"] = f"in the middle of the run {error}"
+        return []
 
 
 async def run_trial(
@@ -197,8 +216,15 @@ async def run_trial(
     watcher = Watcher(trial, examiner)
     house = House(subject, watcher.told, _unseen)
     async with staged(plan.cast, plan.material, canaries, house, watcher) as stage:
-        await take_all(stage, _within(budget, plan.steps(), trial, tell), house, watcher, trial)
+        try:
+            await take_all(stage, _within(budget, plan.steps(), trial, tell), house, watcher, trial)
+        except SubjectError as error:
+            if not trial.findings:
+                raise
+            trial.cut_short = str(error)
         await asyncio.sleep(_LAST_WORDS)
+        if trial.coverage.drives["others' ids"] and not stage.was_told_ids:
+            trial.coverage.without["others' ids"] = "no answer told an id that a path takes: they were only guessed"
     trial.coverage.output = house.written
     return trial
 

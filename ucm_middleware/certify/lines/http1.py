@@ -88,6 +88,7 @@ class Line(asyncio.Protocol):
             self._transport.close()
 
     def _end(self, ending: Ending) -> None:
+        """Abort. The first that waits has what was read of its answer, and those behind it have none."""
         if self._transport is not None:
             self._transport.abort()
         if self._waiting:
@@ -97,7 +98,9 @@ class Line(asyncio.Protocol):
 
     def _settle(self, ending: Ending) -> None:
         """Answer the first that waits with what was read."""
-        self._waiting.popleft().set_result(Answer(ending, self._status, tuple(self._headers), b"".join(self._body)))
+        waiter = self._waiting.popleft()
+        self._cut.discard(waiter)
+        waiter.set_result(Answer(ending, self._status, tuple(self._headers), b"".join(self._body)))
         self._begin()
 
     def _begin(self) -> None:
@@ -105,6 +108,7 @@ class Line(asyncio.Protocol):
         self._headers: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._size = 0
+        self._is_begun = False
 
     # What asyncio calls.
 
@@ -115,9 +119,7 @@ class Line(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._end("dropped")
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._end("dropped")
 
     def eof_received(self) -> None:
@@ -126,7 +128,7 @@ class Line(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         # An answer without a length ends with the connection.
-        if self._waiting and self._status and exc is None and not self._has_length():
+        if self._waiting and self._is_begun and exc is None and not self._has_length():
             self._settle("complete")
         self._end("dropped")
 
@@ -136,26 +138,35 @@ class Line(asyncio.Protocol):
 
     # What the parser calls.
 
+    def on_message_begin(self) -> None:
+        # An answer that nobody asked for: whoever asked next would be taken for its reader.
+        if not self._waiting:
+            self._end("dropped")
+
     def on_status(self, _: bytes) -> None:
         self._status = self._parser.get_status_code()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name, value))
+        self._count(len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
+        self._is_begun = True
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
-        self._size += len(body)
         if self._waiting and self._waiting[0] in self._cut:
             self._end("dropped by us")
-        elif self._size > LARGEST:
+        self._count(len(body))
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        if self._size > LARGEST:
             self._end("endless")
 
     def on_message_complete(self) -> None:
-        if self._status in (100, 102, 103):
+        if 100 <= self._status < 200:
             self._begin()
         elif self._waiting:
-            self._cut.discard(self._waiting[0])
             self._settle("complete")

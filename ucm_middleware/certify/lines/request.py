@@ -17,7 +17,9 @@ class Request:
 
     def as_http1(self, host: str) -> bytes:
         """Its bytes. Raises UnicodeEncodeError for headers that HTTP cannot have."""
-        lines = [f"{self.method} {self.target} HTTP/1.1", f"Host: {host}"]
+        lines = [f"{self.method} {self.target} HTTP/1.1"]
+        if all(name.lower() != "host" for name, _ in self.headers):
+            lines.append(f"Host: {host}")
         lines += [f"{name}: {value}" for name, value in self.headers]
         if self.body is not None or self.method in ("POST", "PUT", "PATCH"):
             lines.append(f"Content-Length: {len(self.body or b'')}")

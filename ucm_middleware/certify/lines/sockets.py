@@ -59,7 +59,7 @@ class Sockets:
                 self._heard(step, message.encode() if isinstance(message, str) else message)
 
     async def say(self, name: str, text: str) -> None:
-        """Send a text, where the WebSocket is still open,."""
+        """Send a text, where the WebSocket is still open."""
         if (socket := self._open.get(name)) is None:
             return
         with suppress(WebSocketException, TimeoutError):
@@ -70,13 +70,22 @@ class Sockets:
         if (socket := self._open.pop(name, None)) is None:
             return
         await asyncio.sleep(_LISTENING)
-        if abruptly:
+        await self._end(socket, abruptly=abruptly)
+
+    async def _end(self, socket: _Socket, *, abruptly: bool) -> None:
+        try:
+            if abruptly:
+                socket.connection.transport.abort()
+            else:
+                await socket.connection.close()
+            await socket.reading
+        finally:
             socket.connection.transport.abort()
-        else:
-            await socket.connection.close()
-        await socket.reading
+            socket.reading.cancel()
 
     async def aclose(self) -> None:
-        """Close all."""
-        for name in [*self._open]:
-            await self.hang_up(name, abruptly=False)
+        """Close all at once."""
+        open_ones, self._open = [*self._open.values()], {}
+        if open_ones:
+            await asyncio.sleep(_LISTENING)
+            await asyncio.gather(*(self._end(socket, abruptly=False) for socket in open_ones))

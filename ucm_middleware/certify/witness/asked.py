@@ -1,6 +1,6 @@
 """Which request is being answered, for whatever is logged meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -18,17 +18,21 @@ class Asked:
 
 class Marker:
     """An ASGI middleware that says which request it is. The application is called in the variables it is called in
-    without it, but for this one.
+    without it, but for this one. ``at_first`` is called before the first request, when the application is up.
     """
 
-    def __init__(self, app: ASGIApp, variable: ContextVar[Asked | None]) -> None:
+    def __init__(self, app: ASGIApp, variable: ContextVar[Asked | None], at_first: Callable[[], None]) -> None:
         self.app = app
         self._variable = variable
+        self._at_first: Callable[[], None] | None = at_first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
+        if self._at_first is not None:
+            at_first, self._at_first = self._at_first, None
+            at_first()
         asked = Asked(_number_of(scope["headers"]))
         self._variable.set(asked)
         try:

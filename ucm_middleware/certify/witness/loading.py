@@ -3,11 +3,14 @@
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from starlette.types import ASGIApp
 
 from ucm_middleware.errors import ConfigurationError
+
+_MOST_LAYERS: Final = 20
+"""Middlewares around the application, each with what it wraps as ``app``."""
 
 
 def load(where: str, *, factory: bool) -> ASGIApp:
@@ -28,8 +31,18 @@ def load(where: str, *, factory: bool) -> ASGIApp:
 
 
 def routes_of(app: Any) -> Iterable[tuple[str, tuple[str, ...], bool]]:
-    """Path, methods and whether it is a WebSocket, of each route of a router like Starlette's; of others none."""
-    yield from _routes("", getattr(app, "routes", ()))
+    """Path, methods and whether it is a WebSocket, of each route of a router like Starlette's; of others none.
+
+    Middlewares around it are looked through.
+    """
+    for _ in range(_MOST_LAYERS):
+        if hasattr(app, "routes") or not hasattr(app, "app"):
+            break
+        app = app.app
+    try:
+        yield from [*_routes("", getattr(app, "routes", ()))]
+    except Exception:  # noqa: BLE001 - what is called so may be anything; the application is run all the same
+        return
 
 
 def _routes(prefix: str, routes: Iterable[Any]) -> Iterable[tuple[str, tuple[str, ...], bool]]:

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 from ucm_middleware.certify.witness.asked import Asked, Marker
 from ucm_middleware.certify.witness.loading import headers_of, load, routes_of
 from ucm_middleware.certify.witness.reporter import Reporter
-from ucm_middleware.certify.witness.spans import watch_spans
+from ucm_middleware.certify.witness.spans import provide, watch_spans
 from ucm_middleware.certify.witness.watching import Watch, watch_logs
 from ucm_middleware.certify.witness.wire import Order, Told
 from ucm_middleware.manager import UserContextManager
@@ -27,13 +27,14 @@ def subject() -> ASGIApp:
     watch_logs(watch.look_at_log)
     if (why := watch_spans(watch.number, watch.look_at_span)) is not None:
         reporter.tell(Told("unavailable", where="span", text=why))
-    return Marker(_with_the_package(app, order, variable), variable)
+    return Marker(_with_the_package(app, order, variable), variable, provide)
 
 
 def _with_the_package(app: ASGIApp, order: Order, variable: ContextVar[Asked | None]) -> ASGIApp:
     if order.users is None:
         return app
-    users = order.users
+    # Who has the most headers first: what one has may be part of what another has.
+    users = sorted(order.users, key=lambda user: -len(user[1]))
 
     def identify(connection: HTTPConnection) -> str | None:
         headers = headers_of(connection.scope)

@@ -49,21 +49,27 @@ def _texts_of(record: logging.LogRecord) -> Iterable[str]:
     try:
         yield record.getMessage()
     except Exception:  # noqa: BLE001 - a call of the application's with the wrong arguments: logging says so itself
-        yield str(record.msg)
+        yield _shown(record.msg)
     if record.exc_info and record.exc_info[1] is not None:
         yield "".join(traceback.format_exception(record.exc_info[1]))
     for name, value in vars(record).items():
         if name not in _BORN_WITH:
-            yield str(value)
+            yield _shown(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - of the application's own; a handler that does not show it has no trouble with it
+        return ""
 
 
 def watch_logs(look: Callable[[logging.LogRecord], None]) -> None:
-    """Look at each record that is made from now on."""
-    make = logging.getLogRecordFactory()
+    """Look at each record that is handled from now on, whatever makes the records, with what is given as ``extra``."""
+    handle = logging.Logger.handle
 
-    def making(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = make(*args, **kwargs)
+    def looking(self: logging.Logger, record: logging.LogRecord) -> None:
         look(record)
-        return record
+        handle(self, record)
 
-    logging.setLogRecordFactory(making)
+    logging.Logger.handle = looking  # type: ignore[method-assign]
