@@ -94,9 +94,7 @@ def test_a_mistake_is_named_by_its_field(tmp_path: Path, text: str, said: str) -
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"absent\.toml cannot be read .*; give a TOML file"
-    ):
+    with pytest.raises(ConfigurationError, match=r"absent\.toml cannot be read .*; give a TOML file"):
         read_cast(str(tmp_path / "absent.toml"))
 
 

@@ -55,7 +55,9 @@ def test_every_drive_is_in_it_or_a_reason_why_not(routes: tuple[Route, ...], cas
 def test_each_route_is_toured_by_each_user_with_and_without_a_canary() -> None:
     tour = [each.step for each in steps(ITEM, ADD) if each.drive == "tour"]
     asked = {(each.user, each.route, each.word) for each in tour if isinstance(each, Ask)}
-    assert asked == {(user, route.key, word) for user in SIGNING.names for route in (ITEM, ADD) for word in ("own", "shared")}
+    assert asked == {
+        (user, route.key, word) for user in SIGNING.names for route in (ITEM, ADD) for word in ("own", "shared")
+    }
 
 
 def test_numbers_are_not_used_twice() -> None:

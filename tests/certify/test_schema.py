@@ -24,7 +24,10 @@ def made(schema: Mapping[str, Any] | None, *given: Given, seed: int = 1) -> Mate
 
 
 def posting(schema: Mapping[str, Any], **components: Any) -> dict[str, Any]:
-    operation = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}, "responses": {}}
+    operation = {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+        "responses": {},
+    }
     return {"openapi": "3.1.0", "paths": {"/x": {"post": operation}}, "components": {"schemas": components}}
 
 
@@ -97,7 +100,9 @@ def test_bodies_that_stand_elsewhere_carry_words() -> None:
     whole = posting({})
     whole["paths"]["/x"]["post"]["requestBody"] = {"$ref": "#/components/requestBodies/B"}
     schema = {"type": "object", "properties": {"t": {"type": "string"}}, "required": ["t"]}
-    whole["components"]["requestBodies"] = {"B": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    whole["components"]["requestBodies"] = {
+        "B": {"required": True, "content": {"application/json": {"schema": schema}}}
+    }
     assert {"t": "CANARY"} in bodies(made(whole))
 
 
@@ -126,11 +131,18 @@ def test_swagger_2_is_not_taken_for_what_it_is_not() -> None:
 
 def test_what_is_given_goes_before_the_schema_and_that_before_the_router() -> None:
     whole = {"openapi": "3.1.0", "paths": {"/a": {"get": {"responses": {}}}, "/b/{x}": {"get": {"responses": {}}}}}
-    found = [Found("/b/{y:int}", ("GET", "HEAD"), False), Found("/live", (), True), Found("/c/{n:int}", ("POST",), False)]
+    found = [
+        Found("/b/{y:int}", ("GET", "HEAD"), False),
+        Found("/live", (), True),
+        Found("/c/{n:int}", ("POST",), False),
+    ]
     _, routes = combined(whole, [Given("/a"), Given("/a", "DELETE")], found)
     assert {route.key: route.source for route in routes} == {
-        **{"GET /a": "given", "DELETE /a": "given", "GET /b/{x}": "schema"},
-        **{"WS /live": "router", "POST /c/{n}": "router"},
+        "GET /a": "given",
+        "DELETE /a": "given",
+        "GET /b/{x}": "schema",
+        "WS /live": "router",
+        "POST /c/{n}": "router",
     }
 
 
@@ -141,3 +153,11 @@ def test_a_body_that_is_given_and_its_type_are_sent() -> None:
         "/up", (("Content-Type", "application/octet-stream"),), b"CANARY"
     )
     assert material.cases["WS /ws"][0].target == "/ws"
+
+
+def test_no_more_requests_are_made_when_the_time_is_over() -> None:
+    whole, routes = combined(posting({"type": "object"}), [Given("/y")], ())
+    turns = iter([False, True])
+    material = make_material(whole, routes, 1, lambda: next(turns))
+    assert [*material.cases] == [routes[0].key]
+    assert material.not_made == {routes[1].key: "the time was over before requests were made for it"}

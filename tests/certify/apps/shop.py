@@ -17,7 +17,7 @@ class Size(enum.Enum):
 
 class Part(BaseModel):
     note: str | None = None
-    parts: "list[Part]" = []  # noqa: RUF012 - a default of a model's
+    parts: "list[Part]" = []
 
 
 class Order(Part):

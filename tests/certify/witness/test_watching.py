@@ -53,8 +53,6 @@ def plain() -> None:
     LOG.warning("before: %s", CANARY)
 
 
-
-
 def as_an_extra() -> None:
     LOG.warning("hello", extra={"customer": {"name": CANARY}})
 
@@ -85,7 +83,14 @@ def with_broken_characters() -> None:
 
 @pytest.mark.parametrize(
     "log",
-    [plain, as_an_extra, beside_what_cannot_be_shown, in_a_traceback, with_the_factory_replaced, with_broken_characters],
+    [
+        plain,
+        as_an_extra,
+        beside_what_cannot_be_shown,
+        in_a_traceback,
+        with_the_factory_replaced,
+        with_broken_characters,
+    ],
 )
 async def test_a_canary_in_a_record_is_told_with_its_request(
     log: Callable[[], None], ear: tuple[Ear, ContextVar[Asked | None]]
