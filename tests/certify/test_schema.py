@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.certify.apps.shop import document
+from support.apps.certify_shop import document
 from ucm_middleware.certify.cast import Given
 from ucm_middleware.certify.material import CASES, Case, Material, make_material
 from ucm_middleware.certify.schema import Found, combined

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from examples.gallery.certify import cast as gallery_cast
+from support.apps.certify_shops import KEYS
 from support.certifying import certified
-from tests.certify.apps.shops import KEYS
 from ucm_middleware.certify.cast import Call, Cast, User
 from ucm_middleware.certify.certifying import Options, Result
 
-APPS = "tests.certify.apps.shops"
+APPS = "support.apps.certify_shops"
 OUT = Call("/logout")
 
 SIGNING_IN = Cast(
@@ -34,7 +34,7 @@ def routes_of(result: Result) -> set[str]:
 
 
 def test_a_session_that_is_mixed_up_is_found_and_shown_by_few_steps() -> None:
-    result = tried(f"{APPS}:sessions_mixed", SIGNING_IN, first=True, shorten=20.0)
+    result = tried(f"{APPS}:sessions_mixed", SIGNING_IN, first=True, shorten=10.0)
     assert routes_of(result) == {"GET /me"}
     shortest = result.shown[0].shortest
     assert shortest.reproduced

@@ -1,6 +1,4 @@
-"""What users are answered is what they sent; some answers never come, and some never end."""
-
-import asyncio
+"""What users are answered is what they sent; some answers never come, and some are too long."""
 
 from starlette.types import Receive, Scope, Send
 
@@ -9,11 +7,13 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     """By its path."""
     match scope["type"], scope.get("path"):
         case "http", "/never":
-            await asyncio.Event().wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
         case "http", "/endless":
             await send({"type": "http.response.start", "status": 200, "headers": []})
-            while True:
+            for _ in range(100):  # 6 MiB: more than is read, though a server that is told to end can
                 await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
         case "http", _:
             await _echo(scope, receive, send)
         case "websocket", path:

@@ -77,5 +77,4 @@ async def test_what_hearing_fails_on_leaves_no_other_open(url: str) -> None:
     with pytest.raises(ValueError, match="in the listener"):
         await sockets.aclose()
     async with asyncio.timeout(5):
-        while asyncio.all_tasks() - before:
-            await asyncio.sleep(0)
+        await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
