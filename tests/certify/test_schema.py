@@ -120,7 +120,11 @@ def test_one_route_that_cannot_be_made_leaves_the_others() -> None:
 
 
 def test_what_is_no_path_and_no_operation_is_left_out() -> None:
-    paths = {"/a": None, "/b": {"get": 3, "post": {"responses": {}}}, "/c\x1b[2J": {"get": {"responses": {}}}}
+    paths: dict[str, Any] = {
+        "/a": None,
+        "/b": {"get": 3, "post": {"responses": {}}},
+        "/c\x1b[2J": {"get": {"responses": {}}},
+    }
     assert [route.key for route in combined({"openapi": "3.1.0", "paths": paths}, (), ())[1]] == ["POST /b"]
 
 
