@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+from collections.abc import Callable
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -16,7 +17,7 @@ SECRET = "naïve \"key\" of <alice> & 'co'/+1"
 USERS = Cast((User("alice", secrets=(SECRET,)), User("bob", secrets=("key of bob, 0001",)), User("carol")))
 CANARIES = Canaries(USERS, 7)
 
-FORMS = {
+FORMS: dict[str, Callable[[str], str]] = {
     "as it is": str,
     "URL": lambda text: quote(text, safe=""),
     "URL with slashes": quote,
@@ -40,7 +41,7 @@ def found(text: str, viewer: str, canaries: Canaries = CANARIES) -> list[Canary]
 
 @each_form
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_a_secret_is_found_in_each_form_and_is_its_owner_s(form, before: str, behind: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_secret_is_found_in_each_form_as_its_owner_s(form: Callable[[str], str], before: str, behind: str) -> None:
     text = f"{before} {form(SECRET)} {behind}"
     assert found(text, "bob") == [Canary("alice", None)]
     assert found(text, "alice") == []
@@ -48,7 +49,7 @@ def test_a_secret_is_found_in_each_form_and_is_its_owner_s(form, before: str, be
 
 @each_form
 @given(st.integers(0, 2**24 - 1), st.sampled_from(USERS.names))
-def test_a_canary_that_was_made_is_found_in_each_form(form, number: int, owner: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_canary_that_was_made_is_found_in_each_form(form: Callable[[str], str], number: int, owner: str) -> None:
     text = form(CANARIES.make(owner, number))
     assert [*CANARIES.all_in(text.encode())][:1] == [Canary(owner, number)]
     assert found(text, owner) == []

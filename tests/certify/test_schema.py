@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.certify.apps.shop import document
+from support.apps.certify_shop import document
 from ucm_middleware.certify.cast import Given
 from ucm_middleware.certify.material import CASES, Case, Material, make_material
 from ucm_middleware.certify.schema import Found, combined
@@ -120,7 +120,11 @@ def test_one_route_that_cannot_be_made_leaves_the_others() -> None:
 
 
 def test_what_is_no_path_and_no_operation_is_left_out() -> None:
-    paths = {"/a": None, "/b": {"get": 3, "post": {"responses": {}}}, "/c\x1b[2J": {"get": {"responses": {}}}}
+    paths: dict[str, Any] = {
+        "/a": None,
+        "/b": {"get": 3, "post": {"responses": {}}},
+        "/c\x1b[2J": {"get": {"responses": {}}},
+    }
     assert [route.key for route in combined({"openapi": "3.1.0", "paths": paths}, (), ())[1]] == ["POST /b"]
 
 
@@ -153,3 +157,11 @@ def test_a_body_that_is_given_and_its_type_are_sent() -> None:
         "/up", (("Content-Type", "application/octet-stream"),), b"CANARY"
     )
     assert material.cases["WS /ws"][0].target == "/ws"
+
+
+def test_no_more_requests_are_made_when_the_time_is_over() -> None:
+    whole, routes = combined(posting({"type": "object"}), [Given("/y")], ())
+    turns = iter([False, True])
+    material = make_material(whole, routes, 1, lambda: next(turns))
+    assert [*material.cases] == [routes[0].key]
+    assert material.not_made == {routes[1].key: "the time was over before requests were made for it"}

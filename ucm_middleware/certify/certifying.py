@@ -3,6 +3,8 @@
 import asyncio
 import json
 import secrets
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +18,11 @@ from ucm_middleware.certify.lines.http1 import Line
 from ucm_middleware.certify.lines.request import Request
 from ucm_middleware.certify.material import Material, make_material
 from ucm_middleware.certify.plain import is_object
-from ucm_middleware.certify.schema import Found, combined
+from ucm_middleware.certify.schema import Found, Route, combined
 from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, start
 from ucm_middleware.certify.shortening import Shortening, Shortest
 from ucm_middleware.certify.sightings import Channel, Examiner
+from ucm_middleware.certify.sowing import Document
 from ucm_middleware.certify.stage import SignInError
 from ucm_middleware.certify.steps import Step
 from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_trial
@@ -30,6 +33,9 @@ SECONDS: Final = 20.0
 """How long an application is tried unless something else is said."""
 
 _SCHEMA: Final = "/openapi.json"
+
+_MAKING: Final = 60.0
+"""Seconds in which requests are made for the routes of a schema, hundreds of them on a slow machine."""
 
 
 def any_seed() -> int:
@@ -94,7 +100,7 @@ async def certify(options: Options, progress: Progress, *, with_ucm: bool = Fals
     canaries = _new_canaries(options)
     subject = _subject(options, canaries, with_ucm)
     progress.stage("looking at the application", None)
-    material, notes = await _look(subject, options)
+    material, notes = await _look(subject, options, progress)
     plan = Plan(options.cast, material, options.seed, has_http2=options.kind in SPEAK_HTTP2)
     examiner = Examiner(canaries, options.cast.public)
     clock = asyncio.get_running_loop().time
@@ -156,7 +162,7 @@ def _subject(options: Options, canaries: Canaries, with_ucm: bool) -> Subject:
     return Subject(order, options.kind, options.app_dir, options.env, options.database)
 
 
-async def _look(subject: Subject, options: Options) -> tuple[Material, tuple[str, ...]]:
+async def _look(subject: Subject, options: Options, progress: Progress) -> tuple[Material, tuple[str, ...]]:
     """Start the application once, for its routes."""
     found: list[Found] = []
     has_told = asyncio.Event()
@@ -185,7 +191,30 @@ async def _look(subject: Subject, options: Options) -> tuple[Material, tuple[str
             f"there is nothing to try: no schema at {options.schema or _SCHEMA}, no routes in the application's router "
             "that could be read, and none given; give routes in the users' file, or --schema"
         )
-    return await asyncio.to_thread(make_material, whole, kept, options.seed), notes
+    progress.stage(f"making requests for {len(kept)} routes", None)
+    return await _made(whole, kept, options), notes
+
+
+async def _made(whole: Document, routes: Sequence[Route], options: Options) -> Material:
+    """In a thread, which ends soon when this is cancelled. How users sign in and out is tried as that alone: who is
+    made to sign out in between is refused everywhere else.
+    """
+    calls = [call for user in options.cast.users for call in (user.sign_in, user.sign_out) if call is not None]
+    signing = {f"{call.method} {call.path.partition('?')[0]}" for call in calls}
+    clock = time.monotonic
+    until, is_given_up = clock() + _MAKING, threading.Event()
+    others = [route for route in routes if route.key not in signing]
+    try:
+        material = await asyncio.to_thread(
+            make_material, whole, others, options.seed, lambda: is_given_up.is_set() or clock() >= until
+        )
+    finally:
+        is_given_up.set()
+    material.routes = tuple(routes)
+    material.not_made.update(
+        {route.key: "users sign in or out by it, and that is tried as such" for route in routes if route.key in signing}
+    )
+    return material
 
 
 async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:

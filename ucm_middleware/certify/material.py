@@ -3,7 +3,7 @@
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
@@ -70,14 +70,19 @@ class Material:
         return tuple(route for route in self.routes if self.cases.get(route.key))
 
 
-def make_material(document: Document, routes: Iterable[Route], seed: int) -> Material:
-    """Make the cases. The same seed makes the same ones."""
+def make_material(
+    document: Document, routes: Iterable[Route], seed: int, is_over: Callable[[], bool] = lambda: False
+) -> Material:
+    """Make the cases. The same seed makes the same ones; ``is_over`` says when no more are to be made."""
     made = Material(tuple(routes))
     operations = _operations(document, made)
     for route in made.routes:
         operation = operations.get(("get" if route.websocket else route.method.lower(), _path_of(route)))
         if operation is None:
             made.not_made.setdefault(route.key, "the schema says nothing of it that can be read")
+            continue
+        if is_over():
+            made.not_made[route.key] = "the time was over before requests were made for it"
             continue
         try:
             made.cases[route.key] = tuple(_cases(operation, seed))

@@ -130,6 +130,11 @@ class Process:
         """Until it has ended."""
         await self._process.wait()
 
+    def let_go(self) -> None:
+        """Close our end of its output, once it has ended; asyncio does so only when the last writer has."""
+        transport: asyncio.SubprocessTransport = vars(self._process)["_transport"]
+        transport.close()
+
     def kill(self) -> None:
         """At once, its worker included: it leads a process group of its own."""
         with suppress(ProcessLookupError):
@@ -158,6 +163,7 @@ async def start(
                 process.kill()
                 await process.wait()
                 await _ended(reading)
+                process.let_go()
 
 
 async def _ended(reading: asyncio.Task[None]) -> None:

@@ -1,11 +1,11 @@
-"""The witness sees what is logged and what spans say while a request is answered, in whatever way, and nothing later."""
+"""The witness sees what is logged and what spans say while a request is answered, and nothing later."""
 
 import asyncio
 import json
 import logging
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -32,11 +32,11 @@ class Ear:
 
 
 @pytest.fixture
-def ear(monkeypatch: pytest.MonkeyPatch) -> Generator[tuple[Ear, ContextVar[Asked | None]]]:
+def ear(monkeypatch: pytest.MonkeyPatch) -> tuple[Ear, ContextVar[Asked | None]]:
     monkeypatch.setattr(logging.Logger, "handle", logging.Logger.handle)
     ear, variable = Ear(), ContextVar[Asked | None]("asked", default=None)
     watch_logs(Watch(ear, variable).look_at_log)  # type: ignore[arg-type]
-    yield ear, variable
+    return ear, variable
 
 
 async def ask(app: Callable[..., Awaitable[None]], variable: ContextVar[Asked | None], number: int = 7) -> None:
@@ -166,7 +166,8 @@ def test_routes_are_found_behind_middlewares_and_what_is_no_router_has_none() ->
         path, methods, endpoint = "/x", {"GET"}, None
 
     class App:
-        routes = [Endpoint()]
+        def __init__(self) -> None:
+            self.routes = [Endpoint()]
 
     class Around:
         def __init__(self, app: object) -> None:
