@@ -49,23 +49,25 @@ def with_sessions(*, planted: bool) -> FastAPI:
     return app
 
 
+Caller = Annotated[str, Header(alias="x-user")]
+
+
 def with_ids(*, planted: bool) -> FastAPI:
     """Notes with ids, by a header that the schema names; planted, an id is all that it takes."""
     app, notes, numbers = FastAPI(), dict[int, tuple[str, str]](), itertools.count(1000)
-    User = Annotated[str, Header(alias="x-user")]  # noqa: N806 - a type
 
     @app.post("/notes", status_code=201)
-    def add(note: Note, user: User) -> dict[str, Any]:
+    def add(note: Note, user: Caller) -> dict[str, Any]:
         notes[number := next(numbers)] = user, note.text
         return {"id": number, "text": note.text}
 
     @app.get("/notes")
-    def mine(user: User) -> dict[str, Any]:
+    def mine(user: Caller) -> dict[str, Any]:
         own = [{"id": number, "text": text} for number, (owner, text) in notes.items() if owner == user]
         return {"notes": own[-20:]}
 
     @app.get("/notes/{note_id}")
-    def one(note_id: int, user: User) -> dict[str, Any]:
+    def one(note_id: int, user: Caller) -> dict[str, Any]:
         owner, text = notes.get(note_id, ("", ""))
         if not owner or (owner != user and not planted):
             raise HTTPException(404)
