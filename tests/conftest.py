@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 pytest_plugins = "pytester"
 # What needs Chromium and playwright, a framework of agents, or a store and its adapter is asked for by its path, as
 # tox's environments do.
-collect_ignore = ["browser", "cluster/real", "frameworks", "test_chat_example.py"]
+collect_ignore = ["browser", "certify/gallery", "cluster/real", "frameworks", "test_chat_example.py"]
 
 settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)
 settings.register_profile("soak", settings.get_profile("ucm"), derandomize=False)  # see tests/test_state_machine.py

@@ -213,6 +213,12 @@ class TestTimes:
         assert found["with_us"] > found["without_us"] > 0
         assert found["guard_us"] > 0
 
+    def test_the_certifier(self, tmp_path: Path) -> None:
+        found = figures("certify", "--seconds", "1", folder=tmp_path)
+        for app in ("examples.quickstart_fastapi:app", "examples.helpdesk.app:app"):
+            assert found[app]["sent"] > 0
+            assert found[app]["total"] > found[app]["trying"] > 0
+
     def test_the_walk(self, tmp_path: Path) -> None:
         found = figures("walk", "--rounds", "1", "--orders", "50", folder=tmp_path)
         assert found["objects"] > 500

@@ -35,7 +35,13 @@ def defined(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["ucm_middleware", "ucm_middleware.audit", "ucm_middleware.testing", "ucm_middleware.websocket.websockets"],
+    [
+        "ucm_middleware",
+        "ucm_middleware.audit",
+        "ucm_middleware.certify",
+        "ucm_middleware.testing",
+        "ucm_middleware.websocket.websockets",
+    ],
 )
 def test_every_exported_name_has_a_place(module: str) -> None:
     missing = {f"{module}.{name}" for name in import_module(module).__all__} - set(PLACES)

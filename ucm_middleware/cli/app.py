@@ -3,6 +3,7 @@
 import typer
 
 from ucm_middleware.cli.audit import make_audit
+from ucm_middleware.cli.certify import certify
 from ucm_middleware.cli.doctor import make_doctor
 
 
@@ -12,8 +13,9 @@ def make_app() -> typer.Typer:
     app.callback()(_ucm)
     app.add_typer(make_audit(), name="audit")
     app.add_typer(make_doctor(), name="doctor")
+    app.command("certify")(certify)
     return app
 
 
 def _ucm() -> None:
-    """Look after what ucm-middleware keeps."""
+    """Look after what ucm-middleware keeps, and try applications."""

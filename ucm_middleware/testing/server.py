@@ -187,11 +187,11 @@ def run_server(
     kind: str, command: Callable[[int], Sequence[str]], *, app_dir: Path, env: Mapping[str, str | None] | None = None
 ) -> Generator[Server]:
     """The same with a server of any kind: ``command`` makes of the port what follows ``python -m``."""
-    with _held_port() as port, tempfile.TemporaryFile() as log:
+    with held_port() as port, tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command(port)],
             cwd=app_dir,
-            env=_environment(app_dir, env or {}),
+            env=environment_of(app_dir, env or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -209,7 +209,8 @@ def run_server(
 
 
 @contextmanager
-def _held_port() -> Generator[int]:
+def held_port() -> Generator[int]:
+    """A free port of the loopback interface, which nobody else is given meanwhile and a server can bind."""
     with socket.socket() as holder:
         # Linux lets a second socket bind a port that nobody listens on if both set SO_REUSEADDR; granian also
         # sets SO_REUSEPORT, which both must do as well.
@@ -220,7 +221,8 @@ def _held_port() -> Generator[int]:
         yield port
 
 
-def _environment(app_dir: Path, changes: Mapping[str, str | None]) -> dict[str, str]:
+def environment_of(app_dir: Path, changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's environment with changes, for a server that imports from ``app_dir`` and as this one does."""
     # The app must import the very modules that the tests import, be they a checkout or installed. An empty entry would
     # mean the server's working directory instead of ours.
     path = [str(app_dir), *(entry or os.getcwd() for entry in sys.path)]

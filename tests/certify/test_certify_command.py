@@ -1,0 +1,91 @@
+"""``ucm certify`` as it is typed: its exit status, its files, and what it says when it is given something wrong."""
+
+import json
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from examples.gallery.common import TOKENS, USERS, api_key_of
+from support.certifying import ROOT
+from ucm_middleware.cli.app import make_app
+
+CACHE = "examples.gallery.global_cache"
+GALLERY = ("--factory", "--users", "examples.gallery.certify:cast", "--app-dir", str(ROOT))
+SECRETS = [*TOKENS, *map(api_key_of, USERS)]
+
+
+@pytest.fixture(autouse=True)
+def same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command lets functions of the application be imported, for good: it ends with its process."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def certify(*arguments: str) -> Result:
+    """The command, in this process."""
+    result = CliRunner().invoke(make_app(), ["certify", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_a_finding_is_told_written_and_known_from_then_on(tmp_path: Path) -> None:
+    json_file, junit, html, baseline = (tmp_path / name for name in ("r.json", "r.xml", "r.html", "known.json"))
+    files = ("--json", str(json_file), "--junit", str(junit), "--html", str(html))
+    quick = (*GALLERY, "--seconds", "2", "--first", "--seed", "3", f"{CACHE}:planted")
+
+    first = certify(*quick, *files, "--shorten", "20")
+    assert first.exit_code == 1
+    assert "was sent a secret of" in first.stdout
+    (finding,) = json.loads(json_file.read_text())["plain"]["findings"]
+    assert finding["reproduced"]
+    assert len(finding["steps"]) == 2
+    assert ElementTree.parse(junit).findall(".//failure")
+    assert "<svg" in html.read_text()
+    written = [first.output, json_file.read_text(), junit.read_text(), html.read_text()]
+    assert not [secret for secret in SECRETS for text in written if secret in text]
+
+    known = ("--baseline", str(baseline), "--shorten", "0")
+    assert certify(*quick, *known, "--update-baseline").exit_code == 0
+    again = certify(*quick, *known)
+    assert again.exit_code == 0
+    assert "known" in again.stdout
+
+
+def test_no_finding_is_never_called_proof() -> None:
+    result = certify(*GALLERY, "--seconds", "2", f"{CACHE}:clean")
+    assert result.exit_code == 0
+    assert "That is no proof" in result.stdout
+    assert "Not covered:" in result.stdout
+    assert "HTTP/2: the server speaks HTTP/1.1 alone" in result.stdout
+
+
+def test_an_application_that_answers_nobody_could_not_be_tried() -> None:
+    result = certify("tests.certify.apps.bad_apps:fails", "--seconds", "1", "--app-dir", str(ROOT))
+    assert result.exit_code == 2
+    assert "0 of 2 routes covered" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("shop",), "APP must be module:name"),
+        (("shop.py:app",), "APP must be module:name"),
+        (("shop:app", "--server", "gunicorn"), "--server must be one of uvicorn, hypercorn, granian, not 'gunicorn'"),
+        (("shop:app", "--users", "nobody.toml"), "nobody.toml cannot be read"),
+        (("shop:app", "--users", "nobody:cast"), "nobody:cast cannot be called"),
+        (("shop:app", "--update-baseline"), "--update-baseline needs --baseline FILE"),
+        (("shop:app", "--baseline", "nowhere.json"), "nowhere.json cannot be read"),
+        (("not_there_at_all:app",), "No module named 'not_there_at_all'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line_and_no_traceback_of_ours(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = certify(*arguments)
+    assert result.exit_code == 2
+    *_, last = result.stderr.splitlines()
+    assert last.startswith("error: ")
+    assert said in last

@@ -1,0 +1,78 @@
+"""Whole runs on real servers: what is planted is found and shown by few steps, and what is clean is not accused."""
+
+import dataclasses
+
+import pytest
+
+from examples.gallery.certify import cast as gallery_cast
+from support.apps.certify_shops import KEYS
+from support.certifying import certified
+from ucm_middleware.certify.cast import Call, Cast, User
+from ucm_middleware.certify.certifying import Options, Result
+
+APPS = "support.apps.certify_shops"
+OUT = Call("/logout")
+
+SIGNING_IN = Cast(
+    tuple(
+        User(name, secrets=(key,), sign_in=Call("/login", body={"user": name}), sign_out=OUT)
+        for name, key in KEYS.items()
+    )
+)
+WITH_HEADERS = Cast(tuple(User(name, {"X-User": name}) for name in KEYS))
+
+
+def tried(
+    name: str, cast: Cast, *, seconds: float = 2.0, with_ucm: bool = False, shorten: float = 0.0, **more: object
+) -> Result:
+    options = Options(name, cast, factory=True, seconds=seconds, shorten=shorten, seed=1)
+    return certified(dataclasses.replace(options, **more), with_ucm=with_ucm)  # type: ignore[arg-type]
+
+
+def routes_of(result: Result) -> set[str]:
+    return {shown.finding.place.route for shown in result.shown}
+
+
+def test_a_session_that_is_mixed_up_is_found_and_shown_by_few_steps() -> None:
+    result = tried(f"{APPS}:sessions_mixed", SIGNING_IN, first=True, shorten=10.0)
+    assert routes_of(result) == {"GET /me"}
+    shortest = result.shown[0].shortest
+    assert shortest.reproduced
+    assert len(shortest.steps) <= 3
+    told = f"{result!r} {[str(step) for step in shortest.steps]}"
+    assert not any(secret in told for secret in (*KEYS.values(), "s-0-", "sid="))
+
+
+def test_sessions_that_are_kept_apart_are_not_accused() -> None:
+    result = tried(f"{APPS}:sessions_apart", SIGNING_IN)
+    assert routes_of(result) == set()
+    assert result.coverage.routes["GET /me"].users == {*KEYS}
+    assert result.coverage.routes["GET /me"].own > 0
+    assert result.coverage.routes["GET /me"].answers.keys() == {"2xx"}
+    assert result.coverage.routes["POST /logout"].problem == "users sign in or out by it, and that is tried as such"
+    assert "sign out and in" in result.coverage.drives
+    assert "sign out and in" not in result.coverage.without
+
+
+def test_an_id_that_is_all_it_takes_is_found() -> None:
+    assert "GET /notes/{note_id}" in routes_of(tried(f"{APPS}:ids_open", WITH_HEADERS))
+
+
+def test_ids_that_are_guarded_and_credentials_in_the_schema_are_not_accused() -> None:
+    result = tried(f"{APPS}:ids_closed", WITH_HEADERS)
+    assert routes_of(result) == set()
+    assert result.coverage.routes["GET /notes/{note_id}"].own > 0
+    assert "others' ids" not in result.coverage.without
+
+
+@pytest.mark.parametrize(("bug", "is_cured"), [("request_variable", True), ("global_cache", False)])
+def test_what_the_package_cures_is_shown(bug: str, is_cured: bool) -> None:
+    app = f"examples.gallery.{bug}:planted"
+    assert tried(app, gallery_cast()).shown
+    assert bool(tried(app, gallery_cast(), with_ucm=True).shown) is not is_cured
+
+
+def test_requests_that_are_multiplexed_are_tried() -> None:
+    result = tried("examples.gallery.global_cache:planted", gallery_cast(), kind="hypercorn")
+    assert result.shown
+    assert result.coverage.drives["HTTP/2"] > 0

@@ -1,0 +1,84 @@
+"""Small shops with users that sign in, each with something planted in it, and without."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import Cookie, FastAPI, Header, HTTPException, Response
+from pydantic import BaseModel
+
+KEYS = {name: f"the api key of {name}, 00{at}" for at, name in enumerate(("alice", "bob"))}
+
+
+class Login(BaseModel):
+    """Who signs in."""
+
+    user: str
+
+
+class Note(BaseModel):
+    """What a user writes down."""
+
+    text: str
+
+
+def with_sessions(*, planted: bool) -> FastAPI:
+    """A session in a cookie, that is to be refreshed; planted, whoever comes next is given the last one's."""
+    app, sessions, numbers = FastAPI(), dict[str, str](), itertools.count()
+    last: list[str] = []
+
+    @app.post("/login")
+    def login(login: Login, response: Response) -> None:
+        last[:] = [f"s-{next(numbers)}-{login.user}"]
+        sessions[last[0]] = login.user
+        response.set_cookie("sid", last[0], httponly=True)
+
+    @app.post("/logout")
+    def logout(response: Response, sid: Annotated[str | None, Cookie()] = None) -> None:
+        sessions.pop(sid or "", None)
+        response.delete_cookie("sid")
+
+    @app.get("/me")
+    def me(sid: Annotated[str | None, Cookie()] = None) -> dict[str, str]:
+        user = sessions.get((last[0] if planted and last else sid) or "")
+        if user is None:
+            raise HTTPException(401)
+        return {"user": user, "key": KEYS[user]}
+
+    return app
+
+
+Caller = Annotated[str, Header(alias="x-user")]
+
+
+def with_ids(*, planted: bool) -> FastAPI:
+    """Notes with ids, by a header that the schema names; planted, an id is all that it takes."""
+    app, notes, numbers = FastAPI(), dict[int, tuple[str, str]](), itertools.count(1000)
+
+    @app.post("/notes", status_code=201)
+    def add(note: Note, user: Caller) -> dict[str, Any]:
+        notes[number := next(numbers)] = user, note.text
+        return {"id": number, "text": note.text}
+
+    @app.get("/notes")
+    def mine(user: Caller) -> dict[str, Any]:
+        own = [{"id": number, "text": text} for number, (owner, text) in notes.items() if owner == user]
+        return {"notes": own[-20:]}
+
+    @app.get("/notes/{note_id}")
+    def one(note_id: int, user: Caller) -> dict[str, Any]:
+        owner, text = notes.get(note_id, ("", ""))
+        if not owner or (owner != user and not planted):
+            raise HTTPException(404)
+        return {"id": note_id, "text": text}
+
+    return app
+
+
+def _of(make: Callable[..., FastAPI], *, planted: bool) -> Callable[[], FastAPI]:
+    return partial(make, planted=planted)
+
+
+sessions_mixed, sessions_apart = _of(with_sessions, planted=True), _of(with_sessions, planted=False)
+ids_open, ids_closed = _of(with_ids, planted=True), _of(with_ids, planted=False)

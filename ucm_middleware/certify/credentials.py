@@ -1,0 +1,96 @@
+"""What users call with: their headers, the cookies that they were given, and the token of their last sign-in."""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlencode
+
+from ucm_middleware.certify.cast import Call, User
+from ucm_middleware.certify.lines.answer import Answer
+from ucm_middleware.certify.lines.request import Request
+
+
+class Credentials:
+    """Of one user."""
+
+    __slots__ = ("_cookies", "_token", "user")
+
+    def __init__(self, user: User) -> None:
+        self.user = user
+        self._cookies: dict[str, str] = {}
+        self._token: str | None = None
+
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """Those of the next request."""
+        made = {name.lower(): (name, value) for name, value in self.user.headers.items()}
+        if self._token is not None:
+            made["authorization"] = ("Authorization", f"Bearer {self._token}")
+        if self._cookies:
+            cookies = [f"{name}={value}" for name, value in self._cookies.items()]
+            if "cookie" in made:
+                cookies.insert(0, made["cookie"][1])
+            made["cookie"] = ("Cookie", "; ".join(cookies))
+        return tuple(made.values())
+
+    def keep(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Keep the cookies of an answer, as a browser does."""
+        for name, value in headers:
+            if name.lower() == b"set-cookie":
+                self._keep_cookie(value.decode("latin-1"))
+
+    def _keep_cookie(self, text: str) -> None:
+        pair, *attributes = text.split(";")
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not name:
+            return
+        if _is_over(attributes):
+            self._cookies.pop(name, None)
+        else:
+            self._cookies[name] = value
+
+    def signed_in(self, call: Call, answer: Answer) -> str | None:
+        """Keep what a sign-in brought. Returns what is wrong with the answer, or None."""
+        self.keep(answer.headers)
+        if not 200 <= answer.status < 400:
+            return f"is answered with {answer.status or 'nothing'}"
+        if call.token is None:
+            return None
+        try:
+            token = json.loads(answer.body)[call.token]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return f"has no {call.token!r} in its answer"
+        if not isinstance(token, str) or not token.isascii() or not token.isprintable():
+            return f"has under {call.token!r} something else than a text that can be sent in a header"
+        self._token = token
+        return None
+
+    def sign_out(self) -> None:
+        """Forget what the sign-in brought."""
+        self._token = None
+        self._cookies.clear()
+
+    def call(self, call: Call) -> Request:
+        """The request by which this user signs in or out."""
+        headers = [*self.headers()]
+        body = None
+        if call.form is not None:
+            headers.append(("Content-Type", "application/x-www-form-urlencoded"))
+            body = urlencode(call.form).encode()
+        elif call.body is not None:
+            headers.append(("Content-Type", "application/json"))
+            body = json.dumps(call.body).encode()
+        return Request(call.method, call.path, tuple(headers), body)
+
+
+def _is_over(attributes: Iterable[str]) -> bool:
+    """Whether a cookie's attributes say that it is to be forgotten. Max-Age goes before Expires."""
+    said = {name.strip().lower(): value.strip() for name, _, value in (each.partition("=") for each in attributes)}
+    with suppress(ValueError, TypeError):  # what cannot be read is as if it were not there
+        if "max-age" in said:
+            return int(said["max-age"]) <= 0
+        if "expires" in said:
+            until = parsedate_to_datetime(said["expires"])
+            return (until if until.tzinfo else until.replace(tzinfo=UTC)) <= datetime.now(UTC)
+    return False

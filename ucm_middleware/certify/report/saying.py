@@ -1,0 +1,92 @@
+"""What may be said in a report: no canary, no secret and no credential, and nothing that a terminal or a page obeys.
+
+Names of routes, headers, loggers and users come from the application that is tried, which may be hostile.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Final
+
+from ucm_middleware.certify.canaries import Canaries
+from ucm_middleware.certify.cast import SHORTEST_SECRET, Cast
+from ucm_middleware.certify.sightings import Place
+from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together
+
+CANARY: Final = "(canary)"
+SECRET: Final = "(secret)"
+
+_LONGEST: Final = 2000
+"""Characters of one text."""
+
+_CREDENTIAL: Final = re.compile("auth|cookie|token|key|secret|password|session", re.IGNORECASE)
+
+
+class Saying:
+    """Of one run: knows what it may not say."""
+
+    __slots__ = ("_made", "_names", "_secrets")
+
+    def __init__(self, cast: Cast, seed: int) -> None:
+        made = Canaries(cast, seed)
+        self._made = re.compile(f"{re.escape(made.mark)}(?:u[0-9a-f]{{0,2}}n?[0-9a-f]*)?", re.IGNORECASE)
+        hidden = {*made.patterns()[1:], *_secrets(cast), *_credentials(cast)} - set(cast.names)
+        self._secrets = _any_of(hidden)
+        self._names = re.compile(rf"(?<!\w)(?:{_any_of(cast.names).pattern})(?!\w)")
+
+    def text(self, text: str) -> str:
+        """The text without what may not be said, on one line, and with escapes for what cannot be seen."""
+        masked = self._made.sub(CANARY, self._secrets.sub(SECRET, text))
+        return visible(masked if len(masked) <= _LONGEST else f"{masked[:_LONGEST]}…")
+
+    def place(self, place: Place) -> Place:
+        """The same place, said so."""
+        return Place(place.channel, self.text(place.route), self.text(place.detail))
+
+    def step(self, step: Step) -> Step:
+        """The same step, said so."""
+        match step:
+            case Together():
+                return replace(step, asks=tuple(self._ask(ask) for ask in step.asks))
+            case Ask():
+                return self._ask(step)
+            case Connect() | Say():
+                return replace(step, route=self.text(step.route), socket=self.text(step.socket))
+            case HangUp():
+                return replace(step, socket=self.text(step.socket))
+            case SignIn() | SignOut() | Restart():
+                return step
+
+    def _ask(self, ask: Ask) -> Ask:
+        return replace(ask, route=self.text(ask.route))
+
+    def lasting(self, place: Place) -> Place:
+        """The place as it is called in every run: whoever takes part, nobody's name is in it."""
+        said = self.place(place)
+        return Place(said.channel, said.route, self._names.sub("*", said.detail))
+
+
+def visible(text: str) -> str:
+    """Printable characters as they are, others escaped: among them line ends, control characters, what turns the
+    direction of writing around, and lone surrogates, which no encoding has.
+    """
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Any of them, the longest first; no text matches nothing."""
+    longest_first = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _secrets(cast: Cast) -> set[str]:
+    return {secret for user in cast.users for secret in user.secrets}
+
+
+def _credentials(cast: Cast) -> set[str]:
+    """Values of headers that look like credentials, with and without the word before, such as Bearer."""
+    values = {value for user in cast.users for name, value in user.headers.items() if _CREDENTIAL.search(name)}
+    values |= {value.partition(" ")[2] for value in values}
+    return {value for value in values if len(value) >= SHORTEST_SECRET}

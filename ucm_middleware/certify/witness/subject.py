@@ -1,0 +1,50 @@
+"""What servers run: the application, watched, and where that is asked for in ``UserContextMiddleware``."""
+
+from contextvars import ContextVar
+from typing import Any
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp
+
+from ucm_middleware.certify.witness.asked import Asked, Marker
+from ucm_middleware.certify.witness.loading import headers_of, load, routes_of
+from ucm_middleware.certify.witness.reporter import Reporter
+from ucm_middleware.certify.witness.spans import provide, watch_spans
+from ucm_middleware.certify.witness.watching import Watch, watch_logs
+from ucm_middleware.certify.witness.wire import Order, Told
+from ucm_middleware.manager import UserContextManager
+from ucm_middleware.middleware import UserContextMiddleware
+
+
+def subject() -> ASGIApp:
+    """A factory for servers. It does what the runner's order says."""
+    reporter = Reporter()
+    variable: ContextVar[Asked | None] = ContextVar("ucm_certify", default=None)
+    watch = Watch(reporter, variable)
+    order = reporter.order
+    app: Any = load(order.app, factory=order.factory)
+    reporter.tell(Told("routes", routes=tuple(routes_of(app))))
+    watch_logs(watch.look_at_log)
+    if (why := watch_spans(watch.number, watch.look_at_span)) is not None:
+        reporter.tell(Told("unavailable", where="span", text=why))
+    return Marker(_with_the_package(app, order, variable), variable, provide)
+
+
+def _with_the_package(app: ASGIApp, order: Order, variable: ContextVar[Asked | None]) -> ASGIApp:
+    if order.users is None:
+        return app
+    # Who has the most headers first: what one has may be part of what another has.
+    users = sorted(order.users, key=lambda user: -len(user[1]))
+
+    def identify(connection: HTTPConnection) -> str | None:
+        headers = headers_of(connection.scope)
+        for name, own in users:
+            if own and all(headers.get(key.lower()) == value for key, value in own):
+                return name
+        return None
+
+    # As much of each user as the run asks for: limits are not what is compared.
+    manager = UserContextManager(
+        max_contexts_per_user=1_000_000, max_contexts=10_000_000, max_anonymous_contexts=1_000_000
+    )
+    return UserContextMiddleware(app, manager=manager, identify=identify, keep=(variable,))
