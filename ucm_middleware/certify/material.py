@@ -133,14 +133,16 @@ def _cases(operation: Any, seed: int) -> list[Case]:
 
 def _prepared(case: Any) -> Case:
     arguments = case.as_transport_kwargs(base_url=_ELSEWHERE)
-    request = requests.Request(
+    # Of what requests' types allow it makes texts and bytes of these.
+    request: Any = requests.Request(
         **{name: arguments[name] for name in _TAKEN if arguments.get(name) is not None}
     ).prepare()
     url = urlsplit(str(request.url))
     target = (url.path or "/").removesuffix("%23ws") + (f"?{url.query}" if url.query else "")
-    headers = tuple((name, value) for name, value in request.headers.items() if name.lower() not in _OURS)
-    body = request.body.encode() if isinstance(request.body, str) else request.body
-    if body is not None and (drawn := _BOUNDARY.search(request.headers.get("content-type", ""))) is not None:
+    sent: Mapping[str, str] = request.headers
+    headers = tuple((name, value) for name, value in sent.items() if name.lower() not in _OURS)
+    body: bytes | None = request.body.encode() if isinstance(request.body, str) else request.body
+    if body is not None and (drawn := _BOUNDARY.search(sent.get("content-type", ""))) is not None:
         # It is drawn at random, and not by the seed.
         body = body.replace(drawn[1].encode(), _OURS_BETWEEN.encode())
         headers = tuple((name, value.replace(drawn[1], _OURS_BETWEEN)) for name, value in headers)
