@@ -27,7 +27,14 @@ def secret_of(name: str) -> str:
 
 def cast_of(names: Sequence[str]) -> Cast:
     """Users with a credential and a secret each."""
-    return Cast(tuple(User(name, {"Authorization": f"Bearer token-of-{name}"}, (secret_of(name),)) for name in names))
+    return Cast(
+        tuple(User(name, {"Authorization": f"Bearer token-of-{_in_ascii(name)}"}, (secret_of(name),)) for name in names)
+    )
+
+
+def _in_ascii(name: str) -> str:
+    """As a header can have it."""
+    return name if name.isascii() and name.isalpha() else name.encode().hex()
 
 
 def shown(
