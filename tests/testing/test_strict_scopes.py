@@ -15,12 +15,6 @@ at_import = manager.create_isolated_context("of the import")
 """
 
 
-@pytest.fixture(autouse=True)
-def outside_of_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In CI pytest says the whole of an error twice."""
-    monkeypatch.delenv("CI", raising=False)
-
-
 def session(pytester: pytest.Pytester, source: str) -> pytest.RunResult:
     pytester.makefile(".toml", pytest="[pytest]\nstrict = true\nfilterwarnings = ['error']\n")
     pytester.makepyfile(PRELUDE + source)
