@@ -67,6 +67,18 @@ def test_an_application_that_answers_nobody_could_not_be_tried() -> None:
     assert "0 of 2 routes covered" in result.stdout
 
 
+def test_what_an_application_says_before_it_ends_has_no_credential_in_it(tmp_path: Path) -> None:
+    (tmp_path / "telling.py").write_text('print("token-of-alice"); raise SystemExit("it was token-of-alice")\n')
+    users = tmp_path / "users.toml"
+    users.write_text(
+        '[[users]]\nname = "alice"\nheaders = { Authorization = "Bearer token-of-alice" }\n[[users]]\nname = "bob"\n'
+    )
+    result = certify("telling:app", "--app-dir", str(tmp_path), "--users", str(users))
+    assert result.exit_code == 2
+    assert "it was (secret)" in result.stderr
+    assert "token-of-alice" not in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -38,7 +38,7 @@ def unheard(_: object) -> None:
 
 async def test_a_process_that_the_application_detached_does_not_keep_it_open(tmp_path: Path) -> None:
     (tmp_path / "detaching.py").write_text(DETACHING)
-    async with asyncio.timeout(25), start(subject("detaching:app", tmp_path), unheard, unheard):
+    async with asyncio.timeout(25), start(subject("detaching:app", tmp_path), unheard):
         pass
 
 
@@ -46,7 +46,7 @@ async def test_no_server_is_left_when_it_is_cancelled() -> None:
     is_up, pids = asyncio.Event(), list[int]()
 
     async def run() -> None:
-        async with start(subject("tests.certify.apps.bad_apps:hangs"), unheard, unheard) as process:
+        async with start(subject("tests.certify.apps.bad_apps:hangs"), unheard) as process:
             pids.append(process._process.pid)
             is_up.set()
             await asyncio.Event().wait()

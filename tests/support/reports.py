@@ -48,7 +48,7 @@ def shown(
     """A finding of these pairs of a viewer and an owner; without steps, by one shared connection."""
     viewer, owner = next(iter(pairs))
     taken = steps or (Ask(1, owner, place.route, 0, "proxy-1"), Ask(2, viewer, place.route, 0, "proxy-1"))
-    finding = Finding(Sighting(place, viewer, owner, 2, source), 5, sum(pairs.values()), dict(pairs))
+    finding = Finding(Sighting(place, viewer, owner, 2, source), 5, dict(pairs))
     return Shown(finding, Shortest(tuple(taken), reproduced, 3))
 
 

@@ -18,6 +18,9 @@ _DIGITS: Final = 6
 _LOOKED_AT: Final = 4 * 1024 * 1024
 """Bytes of one answer in which is looked."""
 
+MADE: Final = re.compile(r"qzx[0-9a-f]{8}(?:u[0-9a-f]{0,2}n?[0-9a-f]{0,6})?", re.IGNORECASE)
+"""Any canary that is made in any run, or the beginning of one."""
+
 _BASE64: Final = re.compile(rb"[A-Za-z0-9+/_-]{10,}")
 
 
@@ -94,6 +97,13 @@ class Canaries:
         """What stands in any text that has a canary in it, for a first look in the application's process."""
         forms = [*(form for _, form in self._secrets), *self._encoded]
         return (self.mark, *(form.decode(errors="replace") for form in forms))
+
+
+def forms_of_secrets(cast: Cast) -> tuple[str, ...]:
+    """Every form in which a secret of these users is looked for, base64 included."""
+    forms = {form for user in cast.users for secret in user.secrets for form in _forms(secret)}
+    encoded = {form for each in forms for form in _in_base64(each)}
+    return tuple(sorted(form.decode(errors="replace") for form in forms | encoded))
 
 
 def _forms(secret: str) -> set[bytes]:

@@ -172,7 +172,7 @@ async def _look(subject: Subject, options: Options, progress: Progress) -> tuple
             found.extend(Found(*route) for route in told.routes)
             has_told.set()
 
-    async with start(subject, hear, lambda _: None) as process:
+    async with start(subject, hear) as process:
         document, notes = await _document(process.port, options)
         await asyncio.wait_for(has_told.wait(), 5)
     try:

@@ -8,7 +8,7 @@ from typing import Final
 from ucm_middleware.certify.material import Material
 from ucm_middleware.certify.schema import Source
 from ucm_middleware.certify.stage import Outcome
-from ucm_middleware.certify.steps import Drive, Step
+from ucm_middleware.certify.steps import Drive
 
 _BY_CLASS: Final[Mapping[int, str]] = {
     0: "no answer",
@@ -103,8 +103,8 @@ class Coverage:
             }
         )
 
-    def step(self, drive: Drive, step: Step) -> None:
-        """One was taken."""
+    def step(self, drive: Drive) -> None:
+        """One of its steps was taken."""
         self.drives[drive] += 1
 
     def outcome(self, outcome: Outcome, *, is_own: bool) -> None:

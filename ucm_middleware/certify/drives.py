@@ -233,7 +233,7 @@ class Plan:
         """Everybody in the same place, then each says something; some hang up, or are gone."""
         route = self._route(self._sockets)
         case = self._random.randrange(len(self.material.cases[route.key]))
-        word: Word = "shared" if self._random.random() < 1 - _OF_ITS_OWN else "own"
+        word = self._word()
         users = self._everybody()
         for user in users:
             self._number += 1

@@ -64,7 +64,6 @@ class Process:
 
     def __init__(self, port: int, process: asyncio.subprocess.Process) -> None:
         self.port = port
-        self.lines = 0
         self.size = 0
         self._process = process
         self._tail: deque[str] = deque(maxlen=_TAIL)
@@ -79,7 +78,7 @@ class Process:
         """None while it runs."""
         return self._process.returncode
 
-    async def read_output(self, seen: Callable[[bytes], None]) -> None:
+    async def read_output(self) -> None:
         """Until it ends. A server whose output nobody reads would stand still."""
         assert self._process.stdout is not None
         rest = b""
@@ -89,9 +88,7 @@ class Process:
             if len(rest) > _LONGEST_LINE:
                 lines, rest = [*lines, rest], b""
             for line in lines:
-                self.lines += 1
                 self._tail.append(line[:500].decode(errors="replace"))
-                seen(line)
 
     async def wait_until_up(self) -> None:
         """Raises SubjectError when it ends before, or does not listen in time."""
@@ -142,10 +139,8 @@ class Process:
 
 
 @asynccontextmanager
-async def start(
-    subject: Subject, hear: Callable[[Told], None], see: Callable[[bytes], None]
-) -> AsyncGenerator[Process]:
-    """Run it, up and listening inside the block. ``hear`` is given what the witness tells, ``see`` each line of output.
+async def start(subject: Subject, hear: Callable[[Told], None]) -> AsyncGenerator[Process]:
+    """Run it, up and listening inside the block. ``hear`` is given what the witness tells.
 
     Raises ConfigurationError for a server that is not installed, SubjectError for an application that does not start.
     """
@@ -154,7 +149,7 @@ async def start(
     async with _listening(subject.order, hear) as where:
         with held_port() as port:
             process = Process(port, await _started(subject, port, where))
-            reading = asyncio.create_task(process.read_output(see))
+            reading = asyncio.create_task(process.read_output())
             try:
                 await process.wait_until_up()
                 yield process

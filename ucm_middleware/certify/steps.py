@@ -119,7 +119,7 @@ class HangUp:
 
 @dataclass(frozen=True, slots=True)
 class SignOut:
-    """A user signs out, and the other in on the same connection."""
+    """A user signs out."""
 
     user: str
     line: str

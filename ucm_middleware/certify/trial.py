@@ -43,7 +43,6 @@ class Finding:
 
     first: Sighting
     step: int
-    sightings: int = 1
     pairs: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     """How often, by viewer and owner."""
 
@@ -79,7 +78,7 @@ class Watcher:
         self._settings.begin(planned.step)
         at = len(self._trial.history)
         self._trial.history.append(planned.step)
-        self._trial.coverage.step(planned.drive, planned.step)
+        self._trial.coverage.step(planned.drive)
         if isinstance(planned.step, Connect):
             self._askers[planned.step.number] = planned.step.user, planned.step.route, None
             self._trial.coverage.connected(planned.step.route)
@@ -123,8 +122,7 @@ class Watcher:
         for one in sightings:
             found = findings.get(one.place)
             if found is None:
-                found = findings[one.place] = Finding(one, last if at is None else at, 0)
-            found.sightings += 1
+                found = findings[one.place] = Finding(one, last if at is None else at)
             pair = one.viewer, one.owner
             found.pairs[pair] = found.pairs.get(pair, 0) + 1
 
@@ -139,7 +137,6 @@ class House:
 
     subject: Subject
     hear: Callable[[Told], None]
-    see: Callable[[bytes], None]
     process: Process | None = None
     written: int = 0
     _open: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -147,7 +144,7 @@ class House:
     async def open(self) -> int:
         """Start it, or start it again. Returns its port. Raises SubjectError."""
         await self.aclose()
-        self.process = await self._open.enter_async_context(start(self.subject, self.hear, self.see))
+        self.process = await self._open.enter_async_context(start(self.subject, self.hear))
         return self.process.port
 
     async def aclose(self) -> None:
@@ -214,7 +211,7 @@ async def run_trial(
     trial = Trial(Coverage.of(plan.material))
     trial.coverage.without.update(plan.without)
     watcher = Watcher(trial, examiner)
-    house = House(subject, watcher.told, _unseen)
+    house = House(subject, watcher.told)
     async with staged(plan.cast, plan.material, canaries, house, watcher) as stage:
         try:
             await take_all(stage, _within(budget, plan.steps(), trial, tell), house, watcher, trial)
@@ -245,12 +242,8 @@ async def replay(
     """Take these steps on a server of their own. Raises SubjectError, SignInError."""
     trial = Trial(Coverage.of(material))
     watcher = Watcher(trial, examiner)
-    house = House(subject, watcher.told, _unseen)
+    house = House(subject, watcher.told)
     async with staged(cast, material, canaries, house, watcher) as stage:
         await take_all(stage, (Planned("tour", step) for step in steps), house, watcher, trial)
         await asyncio.sleep(_LAST_WORDS)
     return trial
-
-
-def _unseen(line: bytes) -> None:
-    """What the server writes belongs to no request."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
-from ucm_middleware.certify.canaries import Canaries
+from ucm_middleware.certify.canaries import MADE, forms_of_secrets
 from ucm_middleware.certify.cast import SHORTEST_SECRET, Cast
 from ucm_middleware.certify.sightings import Place
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together
@@ -23,20 +23,18 @@ _CREDENTIAL: Final = re.compile("auth|cookie|token|key|secret|password|session",
 
 
 class Saying:
-    """Of one run: knows what it may not say."""
+    """Knows what may not be said of these users."""
 
-    __slots__ = ("_made", "_names", "_secrets")
+    __slots__ = ("_names", "_secrets")
 
-    def __init__(self, cast: Cast, seed: int) -> None:
-        made = Canaries(cast, seed)
-        self._made = re.compile(f"{re.escape(made.mark)}(?:u[0-9a-f]{{0,2}}n?[0-9a-f]*)?", re.IGNORECASE)
-        hidden = {*made.patterns()[1:], *_secrets(cast), *_credentials(cast)} - set(cast.names)
+    def __init__(self, cast: Cast) -> None:
+        hidden = {*forms_of_secrets(cast), *_secrets(cast), *_credentials(cast)} - set(cast.names)
         self._secrets = _any_of(hidden)
         self._names = re.compile(rf"(?<!\w)(?:{_any_of(cast.names).pattern})(?!\w)")
 
     def text(self, text: str) -> str:
         """The text without what may not be said, on one line, and with escapes for what cannot be seen."""
-        masked = self._made.sub(CANARY, self._secrets.sub(SECRET, text))
+        masked = MADE.sub(CANARY, self._secrets.sub(SECRET, text))
         return visible(masked if len(masked) <= _LONGEST else f"{masked[:_LONGEST]}…")
 
     def place(self, place: Place) -> Place:

@@ -28,7 +28,7 @@ class Watch:
         return None if asked is None else asked.number
 
     def look_at_log(self, record: logging.LogRecord) -> None:
-        """A record as it is made, whatever handlers there are."""
+        """A record, whatever handlers there are."""
         number = self.number()
         if number is not None:
             self._look("log", number, record.name, _texts_of(record))

@@ -110,6 +110,7 @@ def certify(
 
 def _run(options: "Options", *, twice: bool) -> "list[Result]":
     from ucm_middleware.certify.certifying import certify as run
+    from ucm_middleware.certify.report.saying import Saying
     from ucm_middleware.certify.server import SubjectError
 
     async def run_all(shown: Bar) -> "list[Result]":
@@ -119,9 +120,10 @@ def _run(options: "Options", *, twice: bool) -> "list[Result]":
         try:
             return asyncio.run(run_all(shown))
         except SubjectError as error:
-            if error.output:
-                say(error.output, style="dim", err=True)
-            raise
+            saying = Saying(options.cast)  # applications write credentials too
+            for line in error.output.splitlines():
+                say(saying.text(line), style="dim", err=True)
+            raise ConfigurationError(saying.text(str(error))) from None
 
 
 def _kind(server: str) -> ServerKind:
