@@ -1,6 +1,7 @@
 """Use from FastAPI, as its users write it."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
@@ -19,9 +20,9 @@ from ucm_middleware import (
     bearer_token,
     create_isolated_execution_context,
     current_context,
-    user_context,
 )
 from ucm_middleware.fastapi import AuthenticatedContext, CurrentContext
+from ucm_middleware.fastapi import user_context as fastapi_context
 from ucm_middleware.testing import closing_contexts
 
 ALICE = {"authorization": "Bearer t-alice"}
@@ -139,6 +140,15 @@ def test_endpoints_of_both_kinds_have_it(desk: Desk, path: str) -> None:
     assert desk.client.get(path).json() == "anonymous"
 
 
+def test_to_ask_for_the_context_takes_no_thread(desk: Desk) -> None:
+    """FastAPI runs dependencies that are plain functions in threads of AnyIO's, which stay for more."""
+    with desk.client as client:
+        before = set(threading.enumerate())
+        assert client.get("/async", headers=ALICE).json() == "alice"
+        assert client.get("/private", headers=ALICE).json() == "alice"
+        assert set(threading.enumerate()) <= before
+
+
 def test_the_pool_of_threads_mixes_nobody_up(desk: Desk) -> None:
     with desk.client, ThreadPoolExecutor(8) as pool:
         asked = [(path, who) for path in ("/sync", "/async") for who in ("alice", "bob")] * 10
@@ -240,7 +250,7 @@ def test_no_parameter_of_ours_is_in_the_schema(desk: Desk) -> None:
 
 
 def test_an_override_stands_in_for_tests_of_an_app(desk: Desk) -> None:
-    desk.app.dependency_overrides[user_context] = lambda: create_isolated_execution_context("carol")
+    desk.app.dependency_overrides[fastapi_context] = lambda: create_isolated_execution_context("carol")
 
     @desk.app.get("/plain")
     async def plain(context: CurrentContext) -> str:

@@ -7,7 +7,7 @@ import types
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,32 @@ def test_a_survey_does_not_keep_what_a_thread_worked_on() -> None:
         gone = weakref.ref(context)
         del context, future
         wait_until(lambda: gone() is None, "the context is gone")
+
+
+def test_a_thread_that_is_through_with_a_job_is_not_named() -> None:
+    """It lets go of the job's Context a moment after who waits for the result is told."""
+    manager = UserContextManager(census=CensusPolicy(action="off"))
+    running, go_on, told, gate = (threading.Event() for _ in range(4))
+
+    def job() -> None:
+        running.set()
+        go_on.wait()
+
+    def tell(_: object) -> None:
+        told.set()
+        gate.wait()
+
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        stack.callback(gate.set)
+        context = manager.create_isolated_context("alice")
+        with managed_user_context(context):
+            future = pool.submit(contextvars.copy_context().run, job)
+        future.add_done_callback(tell)
+        running.wait()
+        assert [holder.kind for holder in survey([context])[context]] == ["thread"]
+        go_on.set()
+        told.wait()
+        assert survey([context]) == {}
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ def start_pgbouncer(database: Database, *, pool_size: int = 1, mode: str = "tran
             "auth_file": users,
             "pool_mode": mode,
             "default_pool_size": pool_size,
+            "query_wait_timeout": 10,  # seconds for a server connection to be free
             "ignore_startup_parameters": "extra_float_digits",
         }
         lines = ["[databases]", f"{database.name} = host={server.host} port={server.port}", "[pgbouncer]"]

@@ -163,7 +163,8 @@ def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
             values = list(variables.values())
             if type(variables) is dict:
                 variables.clear()
-            found.update(context for value in values if (context := whose(_variables_in(value))) is not None)
+            there_are = [one for value in values if (one := _variables_in(value)) is not None and _is_entered(one)]
+            found.update(context for one in there_are if (context := whose(one)) is not None)
         frame = frame.f_back
     return found
 
@@ -183,6 +184,17 @@ def _variables_in(value: Any) -> Context | None:
     if issubclass(type(value), threading.Thread):
         return _variables_in(_attributes_of(value).get("_target"))
     return None
+
+
+def _is_entered(variables: Context) -> bool:
+    """Whether something runs in them. A thread that is through with a job has its Context until it goes on, which may
+    be after the event loop has finished the request. To enter it, and call what is written in C, lets no other run.
+    """
+    try:
+        variables.run(int)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _of_the_application(top: FrameType) -> FrameType:

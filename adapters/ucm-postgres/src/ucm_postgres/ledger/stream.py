@@ -95,17 +95,19 @@ class Stream:
         start, chain = self._chain, self._chain.copy()
         hashes = [chain.append(subject, body) for subject, body in entries]
         self._unanswered.append(_Batch(rows, chain))
-        # All is sent at once, and answered at once; after an error nothing is done, the commit included, and this
-        # connection is not used again.
-        with errors_of(target), self._answered(connection), connection.pipeline():
-            connection.execute("BEGIN")
-            connection.execute(_SETTINGS, (f"{round(PATIENCE * 1000)}ms",))
-            if not start.size:
-                connection.execute(_BEGIN_STREAM, (self.name,))
-            for first, last in _parts(entries):
-                subjects, bodies = zip(*entries[first:last], strict=True)
-                values = (self.name, start.size + first, list(subjects), list(bodies), hashes[first:last])
-                connection.execute(_ADD, values)
+        # All but the commit is sent at once; after an error nothing is done, and this connection is not used again. The
+        # commit goes by itself: psycopg sends a Flush behind the end of a pipeline, and for one that reaches PgBouncer
+        # outside of a transaction it takes a server connection, which it then never gives back.
+        with errors_of(target), self._answered(connection):
+            with connection.pipeline():
+                connection.execute("BEGIN")
+                connection.execute(_SETTINGS, (f"{round(PATIENCE * 1000)}ms",))
+                if not start.size:
+                    connection.execute(_BEGIN_STREAM, (self.name,))
+                for first, last in _parts(entries):
+                    subjects, bodies = zip(*entries[first:last], strict=True)
+                    values = (self.name, start.size + first, list(subjects), list(bodies), hashes[first:last])
+                    connection.execute(_ADD, values)
             connection.execute("COMMIT")
         self._chain, self._unanswered = chain, []
 
