@@ -1,11 +1,14 @@
 """What is wrong with an application is said plainly, with what was and was not covered."""
 
+import re
+
 import pytest
 
 from support.certifying import certified
-from ucm_middleware.certify.cast import Cast, User, strangers
+from ucm_middleware.certify.cast import Call, Cast, User, strangers
 from ucm_middleware.certify.certifying import Options, Result
 from ucm_middleware.certify.server import SubjectError
+from ucm_middleware.certify.stage import SignInError
 
 APPS = "tests.certify.apps.bad_apps"
 
@@ -79,12 +82,17 @@ def test_one_that_logs_megabytes_is_read_all_the_same() -> None:
 
 
 def test_a_user_that_cannot_sign_in_is_named() -> None:
-    from ucm_middleware.certify.cast import Call
-    from ucm_middleware.certify.stage import SignInError
-
     users = (User("alice", sign_in=Call("/login", body={"password": "of alice"})), User("bob"))
     with pytest.raises(SignInError, match=r"the sign-in of alice \(POST /login\) is answered with 404"):
         certified(Options(f"{APPS}:hangs", Cast(users), seconds=1, shorten=0))
+
+
+def test_a_sign_in_that_fails_in_the_middle_ends_nothing_and_is_told_of() -> None:
+    users = tuple(User(name, sign_in=Call("/login", body={"name": name})) for name in ("alice", "bob"))
+    result = certified(Options(f"{APPS}:strict", Cast(users), seconds=2, shorten=0, seed=1))
+    said = result.coverage.without["sign out and in"]
+    assert re.fullmatch(r"in the middle of the run the sign-in of \w+ \(POST /login\) is answered with 429.*", said)
+    assert problem(result, "GET /me") is None
 
 
 def test_what_is_in_the_log_of_another_s_request_is_found() -> None:

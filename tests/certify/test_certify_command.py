@@ -1,6 +1,8 @@
 """``ucm certify`` as it is typed: its exit status, its files, and what it says when it is given something wrong."""
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from examples.gallery.common import TOKENS, USERS, api_key_of
 from support.certifying import ROOT
+from support.waiting import wait_until
 from ucm_middleware.cli.app import make_app
 
 CACHE = "examples.gallery.global_cache"
@@ -101,3 +104,33 @@ def test_what_is_wrong_is_said_in_a_line_and_no_traceback_of_ours(
     *_, last = result.stderr.splitlines()
     assert last.startswith("error: ")
     assert said in last
+
+
+HANGS = """
+import asyncio, os, pathlib
+
+async def app(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        pathlib.Path("pid").write_text(str(os.getpid()))
+        await receive()
+        await asyncio.Event().wait()  # it does not end when it is told to
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_who_breaks_it_off_leaves_no_server(times: int, tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text(HANGS)
+    (tmp_path / "schema.json").write_text('{"openapi": "3.1.0", "paths": {"/": {"get": {"responses": {}}}}}')
+    command = [str(Path(sys.executable).with_name("ucm")), "certify", "hanging:app", "--schema", "schema.json"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        pid = tmp_path / "pid"
+        wait_until(lambda: pid.is_file() and bool(pid.read_text()), "its server is up")
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[0].decode()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    server = Path("/proc", pid.read_text())
+    wait_until(lambda: not server.exists(), "its server is gone")

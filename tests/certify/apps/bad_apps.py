@@ -4,10 +4,12 @@ import asyncio
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Annotated
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Body, FastAPI, HTTPException, Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -120,3 +122,20 @@ async def say(text: str) -> dict[str, str]:
     logging.getLogger("shop.orders").warning("before: %s", LAST.get("text"))
     LAST["text"] = text
     return {"said": text}
+
+
+strict = FastAPI()
+SIGNED_IN: Counter[str] = Counter()
+
+
+@strict.post("/login")
+async def login(name: Annotated[str, Body(embed=True)]) -> dict[str, str]:
+    SIGNED_IN[name] += 1
+    if SIGNED_IN[name] > 1:
+        raise HTTPException(429)
+    return {"token": f"of {name}"}
+
+
+@strict.get("/me")
+async def me(request: Request) -> dict[str, str]:
+    return {"me": request.headers.get("authorization", "")}

@@ -4,6 +4,9 @@ import asyncio
 from collections.abc import Generator
 
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import RequestReceived
 
 from support.certifying import ROOT
 from ucm_middleware.certify.lines.answer import LARGEST
@@ -53,3 +56,37 @@ async def test_nothing_is_sent_over_one_that_is_over(port: int) -> None:
     assert (await line.answer(waiter, 20)).ending == "dropped"
     assert line.is_over
     assert (await line.answer(line.send(Request("GET", "/never", ())), 20)).ending == "refused"
+
+
+class Leaving(asyncio.Protocol):
+    """A server that takes two requests, answers the first, and goes."""
+
+    def __init__(self) -> None:
+        self._connection = H2Connection(H2Configuration(client_side=False))
+        self._taken = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._connection.initiate_connection()
+
+    def data_received(self, data: bytes) -> None:
+        self._taken += sum(isinstance(event, RequestReceived) for event in self._connection.receive_data(data))
+        if self._taken == 2:
+            self._taken = 0
+            self._connection.send_headers(1, [(":status", "200")])
+            self._connection.send_data(1, b"the last one", end_stream=True)
+            self._connection.close_connection(last_stream_id=1)
+        self._transport.write(self._connection.data_to_send())
+
+
+async def test_what_a_server_that_goes_does_not_answer_is_not_waited_for() -> None:
+    server = await asyncio.get_running_loop().create_server(Leaving, "127.0.0.1", 0)
+    async with server:
+        line = await MultiplexedLine.open(server.sockets[0].getsockname()[1])
+        first, second = (line.send(Request("GET", "/", ())) for _ in range(2))
+        assert (await line.answer(second, 20)).ending == "dropped"
+        answer = await line.answer(first, 20)
+        assert (answer.ending, answer.body) == ("complete", b"the last one")
+        assert line.is_over
+        line.close()

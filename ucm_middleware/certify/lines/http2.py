@@ -128,6 +128,11 @@ class MultiplexedLine(asyncio.Protocol):
         if data and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
+    def _drop_after(self, last: int | None) -> None:
+        """A server that goes says up to which stream it answers: there will be nothing on those behind it."""
+        for number in [number for number in self._streams if number > (last or 0)]:
+            self._settle(number, "dropped")
+
     def _end_all(self) -> None:
         for number in [*self._streams]:
             self._settle(number, "dropped")
@@ -149,6 +154,7 @@ class MultiplexedLine(asyncio.Protocol):
         for event in events:
             if isinstance(event, ConnectionTerminated):
                 self._is_told_to_go = True
+                self._drop_after(event.last_stream_id)
             self._take(event)
         self._flush()
 
