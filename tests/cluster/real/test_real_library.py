@@ -1,4 +1,4 @@
-"""Handlers of the websockets library, as tasks in one worker and as threads in another, share their users like all others."""
+"""Handlers of the websockets library, as tasks in one worker and as threads in another, share their users."""
 
 import asyncio
 import json
