@@ -14,7 +14,7 @@ import pytest
 from support.ledger_check import LedgerCheck, each_once
 from support.waiting import wait_until
 from ucm_middleware import LedgerFileError, LedgerUnavailableError
-from ucm_middleware.audit import AuditRecord, SQLiteLedger, database, file, queued, writer
+from ucm_middleware.audit import AuditRecord, SQLiteLedger, database, file, writer
 from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.secret import SecretRing
 
@@ -25,7 +25,6 @@ NOBODY_IN_PARTICULAR = 65534
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "PATIENCE", 0.05)
-    monkeypatch.setattr(queued, "STOP_PATIENCE", 0.05)
     monkeypatch.setattr(writer, "FIRST_PAUSE", 0.005)
     monkeypatch.setattr(writer, "LONGEST_PAUSE", 0.005)
 
