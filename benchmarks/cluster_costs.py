@@ -6,7 +6,6 @@ What a batch costs is taken from two sizes of it: so much for the command, and s
 
 import asyncio
 import secrets
-from base64 import b32encode
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ class Costs:
 
 def user() -> UserKey:
     """Anybody; in bucket 0."""
-    return UserKey(0, b32encode(secrets.token_bytes(17)).decode().lower()[:26])
+    return UserKey(0, secrets.token_hex(16))
 
 
 class Meter:

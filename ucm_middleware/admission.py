@@ -119,7 +119,7 @@ class Admission:
 
     def _checked(self, found: object) -> str:
         if isinstance(found, str):
-            return validate_id(found, "user_id")
+            return self.validated(found)
         raise ConfigurationError(
             f"{getattr(self._identify, '__qualname__', self._identify)} answered with a {type(found).__name__}; "
             "a resolver answers with a Principal, a user id as text, or None"

@@ -31,9 +31,7 @@ def session_at(url: str, *, prefix: str = PREFIX, seals: Sequence[str] = (SEAL,)
 
 def user(number: int = 0, bucket: int | None = None) -> UserKey:
     """One of many."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    digest = "".join(letters[number // 26**place % 26] for place in range(26))
-    return UserKey(number % 64 if bucket is None else bucket, digest)
+    return UserKey(number % 64 if bucket is None else bucket, f"{number:032x}")
 
 
 def slot(of: UserKey, number: int, tenancy: str = "w1-1", *, is_connection: bool = False) -> Slot:

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from weakref import ref
 
@@ -24,7 +25,7 @@ def boot_clock() -> Callable[[], float]:
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     if boot is None:
         return time.monotonic
-    return lambda: time.clock_gettime(boot)
+    return partial(time.clock_gettime, boot)
 
 
 def new_worker() -> str:

@@ -23,7 +23,7 @@ BUCKETS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class UserKey:
-    """Where a user stands in the store: ``bucket`` of 0 to 63, and 26 characters of ``a-z2-7``, a keyed hash."""
+    """Where a user stands in the store: ``bucket`` of 0 to 63, and 32 hexadecimal digits, a keyed hash."""
 
     bucket: int
     digest: str

@@ -12,7 +12,7 @@ from ucm_middleware.cluster.store import Keep, Order, Place, Release, Renewal, S
 from ucm_valkey.cluster import open_store
 
 INFO = b"# Server\r\nredis_version:7.2.4\r\nrun_id:" + b"a" * 40 + b"\r\nredis_mode:standalone\r\n"
-ANNA = UserKey(3, "a" * 26)
+ANNA = UserKey(3, "a" * 32)
 SLOT = Slot(ANNA, "w-1", 1, False)
 WORDS = (b"granted", b"refused", b"alive", b"late", b"gone", b"recovering", b"\xff\xfe", b"", b"1-1", b"x", b"12")
 ROUNDS = 40

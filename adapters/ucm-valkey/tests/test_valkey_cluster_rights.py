@@ -156,7 +156,7 @@ async def test_in_a_cluster_two_rights_more(library: LibraryName) -> None:
 async def test_only_digests_and_short_lives_are_in_the_store(valkey_server: ValkeyServer, library: LibraryName) -> None:
     session = session_at(url_of(library, valkey_server.port))
     await use_all(session)
-    forms = r"app|\{\d+\}:(engine|t:[\w-]+|f:[\w-]+|[uen]:[a-z2-7]{26}|probe)"
+    forms = r"app|\{\d+\}:(engine|t:[\w-]+|f:[\w-]+|[uen]:[0-9a-f]{32}|probe)"
     for key in valkey_server.admin.scan_iter("*"):
         assert re.fullmatch(rf"ucm:shop:({forms})", key.decode())
         assert key.endswith(b":engine") or 0 < valkey_server.admin.ttl(key) <= 86_400
