@@ -105,6 +105,19 @@ class TestLife:
         answers = [status_of(await exchange(middleware, http_scope())) for _ in ids]
         assert answers == [200, 400, 200, 400, 400, 200, 400]
 
+    async def test_a_text_of_another_class_does_not_pass_for_one_that_was_seen(self) -> None:
+        class Passing(str):
+            __slots__ = ()
+
+            def __hash__(self) -> int:
+                return hash("alice")
+
+        coming = iter(["alice", Passing("undefined"), Passing("bob")])
+        app = Remembering()
+        middleware = UserContextMiddleware(app, identify=lambda connection: next(coming))
+        assert [status_of(await exchange(middleware, http_scope())) for _ in range(3)] == [200, 400, 200]
+        assert [type(context._user_id) for context in app.contexts] == [str, str]  # pyright: ignore[reportPrivateUsage]
+
     async def test_a_response_that_a_task_is_about_to_begin_is_not_begun_twice(self) -> None:
         sending: list[asyncio.Future[None]] = []
 

@@ -118,8 +118,10 @@ class Admission:
         return user_id
 
     def _checked(self, found: object) -> str:
-        if isinstance(found, str):
+        if type(found) is str:
             return self.validated(found)
+        if isinstance(found, str):  # what hash() says of it is its class's to say
+            return validate_id(found, "user_id")
         raise ConfigurationError(
             f"{getattr(self._identify, '__qualname__', self._identify)} answered with a {type(found).__name__}; "
             "a resolver answers with a Principal, a user id as text, or None"
