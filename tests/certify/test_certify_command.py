@@ -131,6 +131,7 @@ def test_who_breaks_it_off_leaves_no_server(times: int, tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=30)[0].decode()
     assert process.returncode == 130
-    assert "Traceback" not in said
+    if times == 1:  # the second may come in the middle of anything
+        assert "Traceback" not in said
     server = Path("/proc", pid.read_text())
     wait_until(lambda: not server.exists(), "its server is gone")

@@ -207,7 +207,8 @@ async def _listening(order: Order, hear: Callable[[Told], None]) -> AsyncGenerat
         writers.add(writer)
         writer.write(first)
         try:
-            with suppress(OSError):
+            # Cancelled is what a run that is broken off leaves, and asyncio would write a traceback for each.
+            with suppress(OSError, asyncio.CancelledError):
                 # What is killed in the middle of a line leaves a part of one.
                 while (line := await reader.readline()).endswith(b"\n"):
                     hear(Told.of_json(json.loads(line)))
