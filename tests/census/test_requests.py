@@ -126,6 +126,7 @@ def test_a_thread_that_is_through_with_a_job_is_not_named() -> None:
 
     with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         stack.callback(gate.set)
+        stack.callback(go_on.set)
         context = manager.create_isolated_context("alice")
         with managed_user_context(context):
             future = pool.submit(contextvars.copy_context().run, job)

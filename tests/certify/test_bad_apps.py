@@ -89,7 +89,7 @@ def test_a_user_that_cannot_sign_in_is_named() -> None:
 
 def test_a_sign_in_that_fails_in_the_middle_ends_nothing_and_is_told_of() -> None:
     users = tuple(User(name, sign_in=Call("/login", body={"name": name})) for name in ("alice", "bob"))
-    result = certified(Options(f"{APPS}:strict", Cast(users), seconds=2, shorten=0, seed=1))
+    result = certified(Options(f"{APPS}:strict", Cast(users), seconds=5, shorten=0, seed=1))
     said = result.coverage.without["sign out and in"]
     assert re.fullmatch(r"in the middle of the run the sign-in of \w+ \(POST /login\) is answered with 429.*", said)
     assert problem(result, "GET /me") is None

@@ -119,12 +119,19 @@ async def app(scope, receive, send):
 """
 
 
+def hears_sigint() -> None:
+    """What is started in the background of a shell ignores it, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_who_breaks_it_off_leaves_no_server(times: int, tmp_path: Path) -> None:
     (tmp_path / "hanging.py").write_text(HANGS)
     (tmp_path / "schema.json").write_text('{"openapi": "3.1.0", "paths": {"/": {"get": {"responses": {}}}}}')
     command = [str(Path(sys.executable).with_name("ucm")), "certify", "hanging:app", "--schema", "schema.json"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_sigint
+    ) as process:
         pid = tmp_path / "pid"
         wait_until(lambda: pid.is_file() and bool(pid.read_text()), "its server is up")
         for _ in range(times):

@@ -163,7 +163,7 @@ def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
             values = list(variables.values())
             if type(variables) is dict:
                 variables.clear()
-            there_are = [one for value in values if (one := _variables_in(value)) is not None and _is_entered(one)]
+            there_are = [one for value in values if (one := _variables_in(value)) is not None and _is_used(value, one)]
             found.update(context for one in there_are if (context := whose(one)) is not None)
         frame = frame.f_back
     return found
@@ -186,10 +186,13 @@ def _variables_in(value: Any) -> Context | None:
     return None
 
 
-def _is_entered(variables: Context) -> bool:
-    """Whether something runs in them. A thread that is through with a job has its Context until it goes on, which may
-    be after the event loop has finished the request. To enter it, and call what is written in C, lets no other run.
+def _is_used(keeper: object, variables: Context) -> bool:
+    """Whether something runs in them, or will. A thread of a pool that is through with a job has its Context until it
+    goes on, which may be after the event loop has finished the request; a thread that was made for it lets go of it by
+    itself. To enter a Context, and call what is written in C, lets no other thread run.
     """
+    if issubclass(type(keeper), threading.Thread):
+        return True
     try:
         variables.run(int)
     except RuntimeError:

@@ -3,20 +3,11 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from django.db import (
-    InterfaceError,
-    OperationalError,
-    ProgrammingError,
-    close_old_connections,
-    connection,
-    transaction,
-)
+from django.db import InterfaceError, OperationalError, close_old_connections, connection, transaction
 from django.test import override_settings
 
 from django_notebook import bodies, owners, write
@@ -196,27 +187,3 @@ def test_behind_a_pooler_in_transaction_mode(
         else:
             assert in_thread(as_bob) == ("0", "Asia/Tokyo", "bob")
             assert in_thread(alone) == ["bob"]
-
-
-def test_nothing_is_sent_behind_a_transaction(database: Database, manager: UserContextManager, tmp_path: Path) -> None:
-    """For a message that reaches PgBouncer outside of a transaction, it takes a server connection: a Flush would keep
-    it.
-    """
-    seed(database, "alice")
-    trace = tmp_path / "trace"
-    with override_settings(UCM_RESET="begin"), on_database(database.app), running_as(manager, "alice"):
-        owners()
-        with trace.open("wb") as file:
-            connection.connection.pgconn.trace(file.fileno())
-            assert owners() == ["alice"]
-            with pytest.raises(ProgrammingError), connection.cursor() as cursor:
-                cursor.execute("SELECT nothing FROM nowhere")
-            assert owners() == ["alice"]
-            connection.connection.pgconn.untrace()
-    messages = [[part.strip() for part in line.split(b"\t")[1:]] for line in trace.read_bytes().splitlines()]
-    sent = [message for who, _, message, *_ in messages if who == b"F"]
-    answers = [status for _, _, message, *status in messages if message == b"ReadyForQuery"]
-    behind = [message for before, message in pairwise(sent) if before in {b"Sync", b"Query"}]
-    assert len(answers) == len(behind) + 1
-    assert b"Flush" in behind  # it still is as psycopg does it
-    assert [message for message, [status] in zip(behind, answers, strict=False) if status == b"I"].count(b"Flush") == 0

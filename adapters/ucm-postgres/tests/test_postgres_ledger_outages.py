@@ -134,7 +134,7 @@ def test_a_server_that_crashes_and_recovers_has_all_that_was_acknowledged(
 def test_a_commit_that_was_never_answered_is_not_written_twice(
     ledger: PostgresLedger, plain: Database, postgres_proxy: TcpProxy, more: int
 ) -> None:
-    postgres_proxy.hold("replies", after=1)  # that of the commit
+    postgres_proxy.hold("replies")
     ledger.append(row(number=2))
     postgres_proxy.wait_until_held("replies")
     wait_until(lambda: numbers(plain.app) == [1, 2], "it is committed")
@@ -253,7 +253,7 @@ def test_what_was_found_written_is_not_written_again_when_the_rest_fails_once_mo
     ledger: PostgresLedger, plain: Database, postgres_proxy: TcpProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "PATIENCE", 0.2)
-    postgres_proxy.hold("replies", after=1)  # that of the commit
+    postgres_proxy.hold("replies")
     ledger.append(row(number=2))
     postgres_proxy.wait_until_held("replies")
     wait_until(lambda: numbers(plain.app) == [1, 2], "it is committed")

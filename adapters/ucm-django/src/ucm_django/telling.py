@@ -1,12 +1,11 @@
 """Telling: what the server is told when a transaction begins, and when a connection changes hands."""
 
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Protocol
 
 import psycopg
-from psycopg.pq import TransactionStatus
 
 from ucm_django import conf
 from ucm_django.identity import Hands, Runner
@@ -94,10 +93,7 @@ class Telling:
         """Around what is to be sent in one round trip."""
         if not told or not (with_statement or self._resets_at_begin):
             return nullcontext()
-        connection = self._wrapper.connection
-        if with_statement and self._resets_at_begin and connection.autocommit:
-            return _transaction(connection)
-        pipeline: AbstractContextManager[object] = connection.pipeline()
+        pipeline: AbstractContextManager[object] = self._wrapper.connection.pipeline()
         return pipeline
 
     def is_in_hands(self, runner: Runner) -> bool:
@@ -110,18 +106,3 @@ class Telling:
         if last is not None and not last.are(self._hands) and not self._resets_at_begin:
             with self._wrapper.wrap_database_errors:
                 reset_connection(self._wrapper.connection, self._wrapper.configure)
-
-
-@contextmanager
-def _transaction(connection: psycopg.Connection[Any]) -> Generator[None]:
-    """All of a transaction, in two round trips: psycopg sends a Flush behind the end of a pipeline, and for one that
-    reaches PgBouncer outside of a transaction it takes a server connection, which it then does not give back.
-    """
-    try:
-        with connection.pipeline():
-            connection.execute("BEGIN")
-            yield
-        connection.commit()
-    finally:
-        if connection.info.transaction_status in {TransactionStatus.INTRANS, TransactionStatus.INERROR}:
-            connection.rollback()

@@ -15,6 +15,7 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_postgres.connecting import Target
 from ucm_postgres.ledger.opening import errors_of
 from ucm_postgres.ledger.schema import SCHEMA
+from ucm_postgres.ledger.together import Statement, bytea_array, run_together
 
 Entry = tuple[bytes, bytes]
 """Subject and body of a record."""
@@ -26,13 +27,13 @@ PATIENCE = 10.0
 """Seconds that one statement may take."""
 
 # A server may be set to answer before a record is on its disk. Stronger settings than "on" stay as they are.
-_SETTINGS: Final = b"""SELECT set_config('statement_timeout', %s, true), set_config('synchronous_commit',
+_SETTINGS: Final = b"""SELECT set_config('statement_timeout', $1, true), set_config('synchronous_commit',
     CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END,
     true)"""
-_BEGIN_STREAM: Final = f"INSERT INTO {SCHEMA}.streams (stream) VALUES (%s)".encode()
+_BEGIN_STREAM: Final = f"INSERT INTO {SCHEMA}.streams (stream) VALUES ($1)".encode()
 _ADD: Final = f"""INSERT INTO {SCHEMA}.records
-    SELECT %b, %b::bigint + number, subject, body, hash
-    FROM unnest(%b::bytea[], %b::bytea[], %b::bytea[]) WITH ORDINALITY AS new (subject, body, hash, number)""".encode()
+    SELECT $1, $2::bigint + number, subject, body, hash
+    FROM unnest($3::bytea[], $4::bytea[], $5::bytea[]) WITH ORDINALITY AS new (subject, body, hash, number)""".encode()
 _LAST: Final = f"""SELECT sequence, hash FROM {SCHEMA}.records
     WHERE stream = %s ORDER BY sequence DESC LIMIT 1""".encode()
 
@@ -95,20 +96,18 @@ class Stream:
         start, chain = self._chain, self._chain.copy()
         hashes = [chain.append(subject, body) for subject, body in entries]
         self._unanswered.append(_Batch(rows, chain))
-        # All but the commit is sent at once; after an error nothing is done, and this connection is not used again. The
-        # commit goes by itself: psycopg sends a Flush behind the end of a pipeline, and for one that reaches PgBouncer
-        # outside of a transaction it takes a server connection, which it then never gives back.
+        # All is sent at once, and answered at once; after an error nothing is done, the commit included, and this
+        # connection is not used again.
+        name = self.name.encode()
+        statements: list[Statement] = [(b"BEGIN", ()), (_SETTINGS, (b"%dms" % round(PATIENCE * 1000),))]
+        if not start.size:
+            statements.append((_BEGIN_STREAM, (name,)))
+        for first, last in _parts(entries):
+            columns = [bytea_array(each) for each in (*zip(*entries[first:last], strict=True), hashes[first:last])]
+            statements.append((_ADD, (name, b"%d" % (start.size + first), *columns)))
+        statements.append((b"COMMIT", ()))
         with errors_of(target), self._answered(connection):
-            with connection.pipeline():
-                connection.execute("BEGIN")
-                connection.execute(_SETTINGS, (f"{round(PATIENCE * 1000)}ms",))
-                if not start.size:
-                    connection.execute(_BEGIN_STREAM, (self.name,))
-                for first, last in _parts(entries):
-                    subjects, bodies = zip(*entries[first:last], strict=True)
-                    values = (self.name, start.size + first, list(subjects), list(bodies), hashes[first:last])
-                    connection.execute(_ADD, values)
-            connection.execute("COMMIT")
+            run_together(connection, statements)
         self._chain, self._unanswered = chain, []
 
     @contextmanager

@@ -214,10 +214,10 @@ def pack(command: Command, run: str) -> bytes:
             data = word.encode()
         elif isinstance(word, int):
             data = b"%d" % word
-        elif isinstance(word, bytes):
-            data = word
-        else:
+        elif isinstance(word, _Run):
             data = run.encode()
+        else:
+            data = word
         packed.append(b"$%d\r\n%b\r\n" % (len(data), data))
     return b"".join(packed)
 
