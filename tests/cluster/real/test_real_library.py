@@ -100,9 +100,11 @@ async def test_an_event_reaches_the_user_in_both_and_nobody_else(two: Two, by: s
     others = [await two.connect(url, "bob") for url in two.urls]
     manager: UserContextManager = getattr(two, by)
     with manager.privileged(reason="the test", users=["alice", "bob"]):
-        await manager.send_event("alice", "message", "for alice")
-        await manager.send_event("bob", "message", "for bob")
-    for connections, text in ((mine, "for alice"), (others, "for bob")):
+        for text in ("for {}", "the last for {}"):
+            for user in ("alice", "bob"):
+                await manager.send_event(user, "message", text.format(user))
+    for connections, user in ((mine, "alice"), (others, "bob")):
         for connection in connections:
             async with asyncio.timeout(PATIENCE):
-                assert json.loads(await connection.recv())["data"] == text
+                came = [json.loads(await connection.recv())["data"] for _ in range(2)]
+            assert came == [f"for {user}", f"the last for {user}"]
