@@ -215,8 +215,10 @@ class TestTimes:
 
     def test_the_certifier(self, tmp_path: Path) -> None:
         found = figures("certify", "--seconds", "1", folder=tmp_path)
-        for app in ("examples.quickstart_fastapi:app", "examples.helpdesk.app:app"):
+        for app in ("quickstart_starlette:app", "quickstart_fastapi:app", "helpdesk.app:app"):
+            app = f"examples.{app}"
             assert found[app]["sent"] > 0
+            assert found[app]["served"] > 0
             assert found[app]["total"] > found[app]["trying"] > 0
 
     def test_the_walk(self, tmp_path: Path) -> None:

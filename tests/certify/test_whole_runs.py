@@ -72,6 +72,12 @@ def test_what_the_package_cures_is_shown(bug: str, is_cured: bool) -> None:
     assert bool(tried(app, gallery_cast(), with_ucm=True).shown) is not is_cured
 
 
+def test_the_package_knows_users_however_they_sign_in() -> None:
+    route = tried(f"{APPS}:contexts_shown", SIGNING_IN, with_ucm=True).coverage.routes["GET /context"]
+    assert route.users == {*KEYS}
+    assert route.own > 0
+
+
 def test_requests_that_are_multiplexed_are_tried() -> None:
     result = tried("examples.gallery.global_cache:planted", gallery_cast(), kind="hypercorn")
     assert result.shown

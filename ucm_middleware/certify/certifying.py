@@ -157,8 +157,7 @@ def _passed(clock: Callable[[], float], until: float) -> Callable[[], bool]:
 
 
 def _subject(options: Options, canaries: Canaries, with_ucm: bool) -> Subject:
-    users = tuple((user.name, tuple(user.headers.items())) for user in options.cast.users) if with_ucm else None
-    order = Order(options.app, options.factory, canaries.patterns(), users)
+    order = Order(options.app, options.factory, canaries.patterns(), options.cast.names if with_ucm else None)
     return Subject(order, options.kind, options.app_dir, options.env, options.database)
 
 

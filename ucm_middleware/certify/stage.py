@@ -18,7 +18,7 @@ from ucm_middleware.certify.lines.sockets import Sockets
 from ucm_middleware.certify.material import SHARED, Case, Material
 from ucm_middleware.certify.schema import Route
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together, Word
-from ucm_middleware.certify.witness.wire import NUMBER
+from ucm_middleware.certify.witness.wire import NUMBER, USER
 from ucm_middleware.errors import ConfigurationError
 
 _PENDING: Final = (202, 404)
@@ -217,7 +217,8 @@ class Stage:
         own = self._credentials[user].headers()
         names = {name.lower() for name, _ in own}
         made = (each for each in case.headers if each[0].lower() not in names)
-        return (*made, *own, (NUMBER, str(number)))
+        who = [(USER, str(self._cast.names.index(user)))] if own else []
+        return (*made, *own, (NUMBER, str(number)), *who)
 
     def _word(self, user: str, word: Word, number: int, choice: int) -> str:
         return self._canaries.make(user, number) if word == "own" else SHARED[choice % len(SHARED)]

@@ -163,7 +163,7 @@ class Spans:
             where, link = self._place(self._open.get(record.context))
         attributes = attributes_of(record, self._pseudonyms)
         span = self._start(name or f"ucm {record.event}", where, attributes, record, link)
-        self._end(span, attributes, record.event, record=record)
+        self._end(span, {}, record.event, record=record)
         return span
 
     def _place(self, traced: Traced | None) -> tuple[Context | None, Link | None]:
@@ -301,7 +301,8 @@ def _core_of(request_id: object) -> Core:
 
 
 def _end(span: Span, attributes: Mapping[str, str | int], record: AuditRecord | None) -> Literal[True]:
-    span.set_attributes(attributes)
+    if attributes:
+        span.set_attributes(attributes)
     if record is not None and record.outcome == "failed":
         span.set_status(Status(StatusCode.ERROR))
     span.end(None if record is None else _nanoseconds(record.at))

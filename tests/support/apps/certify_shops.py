@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from fastapi import Cookie, FastAPI, Header, HTTPException, Response
 from pydantic import BaseModel
 
+from ucm_middleware import current_context
+
 KEYS = {name: f"the api key of {name}, 00{at}" for at, name in enumerate(("alice", "bob"))}
 
 
@@ -45,6 +47,28 @@ def with_sessions(*, planted: bool) -> FastAPI:
         if user is None:
             raise HTTPException(401)
         return {"user": user, "key": KEYS[user]}
+
+    return app
+
+
+def contexts_shown() -> FastAPI:
+    """It has sessions, and shows whose context the package has made of a request."""
+    app, numbers = FastAPI(), itertools.count()
+
+    @app.post("/login")
+    def login(login: Login, response: Response) -> None:
+        response.set_cookie("sid", f"s-{next(numbers)}-{login.user}", httponly=True)
+
+    @app.post("/logout")
+    def logout(response: Response) -> None:
+        response.delete_cookie("sid")
+
+    @app.get("/context")
+    def context() -> dict[str, str]:
+        user = current_context().user_id
+        if user not in KEYS:
+            raise HTTPException(401)
+        return {"key": KEYS[user]}
 
     return app
 

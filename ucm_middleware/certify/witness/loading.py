@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 from starlette.types import ASGIApp
@@ -58,8 +58,3 @@ def _routes(prefix: str, routes: Iterable[Any]) -> Iterable[tuple[str, tuple[str
 
 def _is_documentation(route: Any) -> bool:
     return getattr(route, "include_in_schema", True) is False
-
-
-def headers_of(scope: Mapping[str, Any]) -> dict[str, str]:
-    """The headers of a connection, by their names in lower case."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}

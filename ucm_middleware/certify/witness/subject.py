@@ -7,11 +7,11 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 
 from ucm_middleware.certify.witness.asked import Asked, Marker
-from ucm_middleware.certify.witness.loading import headers_of, load, routes_of
+from ucm_middleware.certify.witness.loading import load, routes_of
 from ucm_middleware.certify.witness.reporter import Reporter
 from ucm_middleware.certify.witness.spans import provide, watch_spans
 from ucm_middleware.certify.witness.watching import Watch, watch_logs
-from ucm_middleware.certify.witness.wire import Order, Told
+from ucm_middleware.certify.witness.wire import USER, Order, Told
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.middleware import UserContextMiddleware
 
@@ -33,15 +33,11 @@ def subject() -> ASGIApp:
 def _with_the_package(app: ASGIApp, order: Order, variable: ContextVar[Asked | None]) -> ASGIApp:
     if order.users is None:
         return app
-    # Who has the most headers first: what one has may be part of what another has.
-    users = sorted(order.users, key=lambda user: -len(user[1]))
+    users = order.users
 
     def identify(connection: HTTPConnection) -> str | None:
-        headers = headers_of(connection.scope)
-        for name, own in users:
-            if own and all(headers.get(key.lower()) == value for key, value in own):
-                return name
-        return None
+        place = connection.headers.get(USER)
+        return None if place is None else users[int(place)]
 
     # As much of each user as the run asks for: limits are not what is compared.
     manager = UserContextManager(

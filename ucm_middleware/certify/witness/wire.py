@@ -9,20 +9,22 @@ SOCKET: Final = "UCM_CERTIFY_SOCKET"
 NUMBER: Final = "x-ucm-certify"
 """The header that says which request it is."""
 
+USER: Final = "x-ucm-certify-user"
+"""The header that says who is asking, by their place in the order; it is left out while they are signed out."""
+
 Kind = Literal["routes", "log", "span", "unavailable"]
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the witness is told first: the application, what canaries look like, and with ``users`` to add the package.
-
-    ``users`` has pairs of a user's name and their headers.
+    """What the witness is told first: the application, what canaries look like, and with ``users``, which has their
+    names, to add the package.
     """
 
     app: str
     factory: bool
     patterns: tuple[str, ...] = field(repr=False)
-    users: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] | None = field(default=None, repr=False)
+    users: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Lists for tuples."""
@@ -32,14 +34,7 @@ class Order:
     def of_json(cls, table: dict[str, Any]) -> "Order":
         """The inverse."""
         users = table["users"]
-        return cls(
-            table["app"],
-            table["factory"],
-            tuple(table["patterns"]),
-            None
-            if users is None
-            else tuple((name, tuple((key, value) for key, value in headers)) for name, headers in users),
-        )
+        return cls(table["app"], table["factory"], tuple(table["patterns"]), None if users is None else tuple(users))
 
 
 @dataclass(frozen=True, slots=True)
