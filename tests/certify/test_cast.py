@@ -46,6 +46,15 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: Cast((User("alice", {"Authorization": VALUE}), User("bob", {"authorization": VALUE}))),
         "alice and bob have the same Authorization, so they are one user",
     ),
+    "one credential in the query": (
+        lambda: Cast((User("alice", query={"token": VALUE}), User("bob", query={"token": VALUE}))),
+        "alice and bob have the same token, so they are one user",
+    ),
+    "a number in the query": (
+        lambda: User("alice", query={VALUE: 1}),  # type: ignore[dict-item]
+        "query of alice: names and values must be texts",
+    ),
+    "a header of the certifier's": (lambda: User("alice", {"X-UCM-Certify-User": "1"}), "is made for each request"),
     "one sign-in": (
         lambda: Cast((User("alice", sign_in=Call("/in", body=VALUE)), User("bob", sign_in=Call("/in", body=VALUE)))),
         "alice and bob sign in as the same user",
@@ -62,7 +71,8 @@ def test_what_is_wrong_is_said_and_what_is_secret_is_not(make: Callable[[], obje
 
 
 def test_nothing_secret_is_shown() -> None:
-    user = User("alice", {"X-Key": VALUE}, (VALUE,), Call("/in", body=VALUE), Call("/out", form={"a": VALUE}))
+    calls = Call("/in", body=VALUE), Call("/out", form={"a": VALUE})
+    user = User("alice", {"X-Key": VALUE}, (VALUE,), *calls, {"token": VALUE})
     assert VALUE not in repr(Cast((user, User("bob"))))
 
 

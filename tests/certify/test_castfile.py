@@ -14,6 +14,7 @@ public = ["GET /feed"]
 [[users]]
 name = "alice"
 headers = { Authorization = "Bearer of-alice" }
+query = { token = "of-alice" }
 secrets = ["the key of alice"]
 sign_in = { path = "/login", form = { user = "alice", password = "hush" } }
 sign_out = { path = "/logout", method = "GET" }
@@ -44,6 +45,7 @@ WRONG = {
     "headers": (TWO.format("headers = 'hush-hush'"), "users[0].headers must be a dict, not a str"),
     "a header": (TWO.format("headers = { X = 45067 }"), "the values of users[0].headers must be texts"),
     "a header's value": (TWO.format("headers = { X = 'hush-hushé' }"), "the value of X must be"),
+    "the query": (TWO.format("query = { token = 45067 }"), "the values of users[0].query must be texts"),
     "secrets": (TWO.format("secrets = [45067]"), "users[0].secrets must be a list of texts"),
     "sign_in": (TWO.format("sign_in = 'hush-hush'"), "users[0].sign_in must be a dict, not a str"),
     "sign_in without a path": (TWO.format("sign_in = { token = 'hush-hush' }"), "users[0].sign_in lacks 'path'"),
@@ -72,6 +74,7 @@ def test_all_that_it_may_say_is_read(tmp_path: Path) -> None:
                 ("the key of alice",),
                 Call("/login", form={"user": "alice", "password": "hush"}),
                 Call("/logout", "GET"),
+                {"token": "of-alice"},
             ),
             User("bob", sign_in=Call("/login", body={"user": "bob"}, token="access_token")),
         ),

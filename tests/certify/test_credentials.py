@@ -51,6 +51,19 @@ def test_a_token_is_sent_in_place_of_the_header_and_cookies_with_the_user_s_own(
 
 
 @pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/live", "/live?token=a%26b&v=2"),
+        ("/live?room=x", "/live?room=x&token=a%26b&v=2"),
+        ("/live?token=made+up&%74oken=too&room=x&v=", "/live?room=x&token=a%26b&v=2"),
+    ],
+)
+def test_the_user_s_own_query_goes_in_place_of_what_the_schema_makes_up(target: str, sent: str) -> None:
+    assert Credentials(User("alice", query={"token": "a&b", "v": "2"})).target(target) == sent
+    assert Credentials(User("bob")).target(target) == target
+
+
+@pytest.mark.parametrize(
     ("answer", "said"),
     [
         (Answer("complete", 401), "is answered with 401"),

@@ -19,6 +19,7 @@ SIGNING_IN = Cast(
         for name, key in KEYS.items()
     )
 )
+WITH_QUERIES = Cast(tuple(User(name, secrets=(key,), query={"token": name}) for name, key in KEYS.items()))
 WITH_HEADERS = Cast(tuple(User(name, {"X-User": name}) for name in KEYS))
 
 
@@ -52,6 +53,16 @@ def test_sessions_that_are_kept_apart_are_not_accused() -> None:
     assert result.coverage.routes["POST /logout"].problem == "users sign in or out by it, and that is tried as such"
     assert "sign out and in" in result.coverage.drives
     assert "sign out and in" not in result.coverage.without
+
+
+def test_users_may_be_known_by_the_query() -> None:
+    result = tried(f"{APPS}:queries_apart", WITH_QUERIES)
+    assert routes_of(result) == set()
+    assert {key: route.users for key, route in result.coverage.routes.items()} == {
+        "GET /me": {*KEYS},
+        "WS /live": {*KEYS},
+    }
+    assert routes_of(tried(f"{APPS}:queries_mixed", WITH_QUERIES)) == {"WS /live"}
 
 
 def test_an_id_that_is_all_it_takes_is_found() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Final, Literal
 
+from ucm_middleware.certify.witness.wire import NUMBER, USER
 from ucm_middleware.errors import ConfigurationError
 
 SHORTEST_SECRET: Final = 8
@@ -15,12 +16,13 @@ SHORTEST_SECRET: Final = 8
 _MOST_USERS: Final = 256
 """As many as a canary has numbers for."""
 
-_OURS: Final = frozenset({"connection", "content-length", "transfer-encoding", "content-type", "x-ucm-certify"})
+_OURS: Final = frozenset({"connection", "content-length", "transfer-encoding", "content-type", NUMBER, USER})
 """Headers that are made for each request."""
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 _CREDENTIALS: Final = frozenset({"authorization", "cookie", "x-api-key"})
+_QUERY_CREDENTIALS: Final = frozenset({"token", "access_token", "api_key", "key"})
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 METHODS: Final[tuple[Method, ...]] = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -58,7 +60,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user of the application that is tried. ``headers`` go with each request, credentials for example.
+    """A user of the application that is tried. ``headers`` go with each request, credentials for example; so do the
+    names and values of ``query``, in the request's query.
 
     ``secrets`` are canaries that the application has already: texts that this user may see, and no other one.
 
@@ -70,6 +73,7 @@ class User:
     secrets: tuple[str, ...] = field(default=(), repr=False)
     sign_in: Call | None = None
     sign_out: Call | None = None
+    query: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
     def __post_init__(self) -> None:
         if not self.name.isprintable() or not self.name:
@@ -81,6 +85,8 @@ class User:
             )
         for name, value in self.headers.items():
             _check_header(self.name, name, value)
+        if not all(_is_text(each) for pair in self.query.items() for each in pair):
+            raise ConfigurationError(f"users: query of {self.name}: names and values must be texts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,10 @@ def _check_method(where: str, method: str) -> None:
         raise ConfigurationError(f"{where} must be one of {', '.join(METHODS)}, not {method!r}")
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
 def _check_header(user: str, name: str, value: object) -> None:
     """Never says the value: it is a credential."""
     if not _TOKEN.fullmatch(name):
@@ -177,6 +187,9 @@ def _check_apart(one: User, other: User) -> None:
     theirs = {name.lower(): value for name, value in other.headers.items()}
     for name, value in one.headers.items():
         if name.lower() in _CREDENTIALS and theirs.get(name.lower()) == value:
+            raise ConfigurationError(f"users: {one.name} and {other.name} have the same {name}, so they are one user")
+    for name, value in one.query.items():
+        if name.lower() in _QUERY_CREDENTIALS and other.query.get(name) == value:
             raise ConfigurationError(f"users: {one.name} and {other.name} have the same {name}, so they are one user")
     if one.sign_in is not None and one.sign_in == other.sign_in:
         raise ConfigurationError(f"users: {one.name} and {other.name} sign in as the same user")

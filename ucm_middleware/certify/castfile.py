@@ -11,7 +11,7 @@ from ucm_middleware.certify.plain import is_object
 from ucm_middleware.errors import ConfigurationError
 
 _CALL: Final = {"path": str, "method": str, "body": object, "form": dict, "token": str}
-_USER: Final = {"name": str, "headers": dict, "secrets": list, "sign_in": dict, "sign_out": dict}
+_USER: Final = {"name": str, "headers": dict, "query": dict, "secrets": list, "sign_in": dict, "sign_out": dict}
 _ROUTE: Final = {
     "path": str,
     "method": str,
@@ -71,6 +71,7 @@ def _user(where: str, table: Any) -> User:
     return User(
         name=table["name"],
         headers=_mapping(f"{where}.headers", table.get("headers", {})),
+        query=_mapping(f"{where}.query", table.get("query", {})),
         secrets=_texts(f"{where}.secrets", table.get("secrets", ())),
         sign_in=_call(f"{where}.sign_in", table.get("sign_in")),
         sign_out=_call(f"{where}.sign_out", table.get("sign_out")),

@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from ucm_middleware.certify.canaries import Canaries
 from ucm_middleware.certify.cast import Cast
 from ucm_middleware.certify.coverage import Coverage
+from ucm_middleware.certify.credentials import Credentials
 from ucm_middleware.certify.drives import Plan
 from ucm_middleware.certify.lines.http1 import Line
 from ucm_middleware.certify.lines.request import Request
@@ -225,8 +226,8 @@ async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | No
             raise SubjectError(f"--schema {options.schema} cannot be read: {error}") from None
     path = options.schema or _SCHEMA
     line = await Line.open(port)
-    headers = tuple(options.cast.users[0].headers.items())
-    answer = await line.answer(line.send(Request("GET", path, headers)))
+    first = Credentials(options.cast.users[0])
+    answer = await line.answer(line.send(Request("GET", first.target(path), first.headers())))
     line.close()
     try:
         document = json.loads(answer.body) if answer.is_success else None

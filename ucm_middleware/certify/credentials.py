@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from urllib.parse import urlencode
+from urllib.parse import unquote_plus, urlencode
 
 from ucm_middleware.certify.cast import Call, User
 from ucm_middleware.certify.lines.answer import Answer
@@ -33,6 +33,15 @@ class Credentials:
                 cookies.insert(0, made["cookie"][1])
             made["cookie"] = ("Cookie", "; ".join(cookies))
         return tuple(made.values())
+
+    def target(self, target: str) -> str:
+        """Where a request goes, with the user's own in the query, and nothing else under those names."""
+        own = self.user.query
+        if not own:
+            return target
+        path, _, query = target.partition("?")
+        made = [pair for pair in query.split("&") if pair and unquote_plus(pair.partition("=")[0]) not in own]
+        return f"{path}?{'&'.join([*made, urlencode(own)])}"
 
     def keep(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Keep the cookies of an answer, as a browser does."""

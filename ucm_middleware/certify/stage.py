@@ -210,14 +210,15 @@ class Stage:
         if ask.padding and body is not None:
             body += b" " * ask.padding
         headers = self._headers(case, ask.user, ask.number)
-        return Request(route.method, case.target, headers, body, ask.manner)
+        return Request(route.method, self._credentials[ask.user].target(case.target), headers, body, ask.manner)
 
     def _headers(self, case: Case, user: str, number: int) -> tuple[tuple[str, str], ...]:
         """A user's own go before those that the schema has: a made-up credential would make one user of all."""
-        own = self._credentials[user].headers()
+        credentials = self._credentials[user]
+        own = credentials.headers()
         names = {name.lower() for name, _ in own}
         made = (each for each in case.headers if each[0].lower() not in names)
-        who = [(USER, str(self._cast.names.index(user)))] if own else []
+        who = [(USER, str(self._cast.names.index(user)))] if own or credentials.user.query else []
         return (*made, *own, (NUMBER, str(number)), *who)
 
     def _word(self, user: str, word: Word, number: int, choice: int) -> str:
@@ -237,7 +238,8 @@ class Stage:
         word = self._word(step.user, step.word, step.number, step.case)
         case = self._material.cases[step.route][step.case].filled(word, self._ids.of(step.user, route, step.case))
         headers = self._headers(case, step.user, step.number)
-        if not await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{case.target}", headers):
+        target = self._credentials[step.user].target(case.target)
+        if not await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{target}", headers):
             self._refused(step)
 
     def _said(self, step: Say) -> str:

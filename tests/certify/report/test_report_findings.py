@@ -98,6 +98,12 @@ def test_no_secret_credential_or_canary_is_said() -> None:
     assert saying("alice", "bob").text(text) == "(canary) (secret) (secret) and (canary) cut off"
 
 
+def test_no_credential_of_a_query_is_said() -> None:
+    cast = Cast((User("alice", query={"access_token": "hush-hush", "version": "2026-11-30"}), User("bob")))
+
+    assert Saying(cast).text("hush-hush 2026-11-30") == "(secret) 2026-11-30"
+
+
 def test_a_name_is_said_even_where_it_is_a_credential_too() -> None:
     cast = Cast((User("visitor-one", {"X-Auth-User": "visitor-one"}), User("visitor-two")))
 

@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import Cookie, FastAPI, Header, HTTPException, Response
+from fastapi import Cookie, FastAPI, Header, HTTPException, Response, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel
 
 from ucm_middleware import current_context
@@ -73,6 +74,30 @@ def contexts_shown() -> FastAPI:
     return app
 
 
+def with_queries(*, planted: bool) -> FastAPI:
+    """Users are known by what stands in the query, as browsers have it for WebSockets; planted, the first one who
+    connects is everybody.
+    """
+    app, first = FastAPI(), list[str]()
+
+    @app.get("/me")
+    def me(token: str) -> dict[str, str]:
+        if token not in KEYS:
+            raise HTTPException(401)
+        return {"key": KEYS[token]}
+
+    @app.websocket("/live")
+    async def live(websocket: WebSocket, token: str) -> None:
+        await websocket.accept()
+        first.append(token)
+        await websocket.send_text(KEYS[first[0] if planted else token])
+        with suppress(WebSocketDisconnect):
+            while True:
+                await websocket.receive_text()
+
+    return app
+
+
 Caller = Annotated[str, Header(alias="x-user")]
 
 
@@ -106,3 +131,4 @@ def _of(make: Callable[..., FastAPI], *, planted: bool) -> Callable[[], FastAPI]
 
 sessions_mixed, sessions_apart = _of(with_sessions, planted=True), _of(with_sessions, planted=False)
 ids_open, ids_closed = _of(with_ids, planted=True), _of(with_ids, planted=False)
+queries_mixed, queries_apart = _of(with_queries, planted=True), _of(with_queries, planted=False)

@@ -84,7 +84,10 @@ def _secrets(cast: Cast) -> set[str]:
 
 
 def _credentials(cast: Cast) -> set[str]:
-    """Values of headers that look like credentials, with and without the word before, such as Bearer."""
-    values = {value for user in cast.users for name, value in user.headers.items() if _CREDENTIAL.search(name)}
+    """Values of headers and of the query that look like credentials, with and without the word before, such as
+    Bearer.
+    """
+    given = [one for user in cast.users for one in (*user.headers.items(), *user.query.items())]
+    values = {value for name, value in given if _CREDENTIAL.search(name)}
     values |= {value.partition(" ")[2] for value in values}
     return {value for value in values if len(value) >= SHORTEST_SECRET}
