@@ -147,8 +147,9 @@ def test_what_a_context_leaves_open_is_rolled_back_for_the_next(
     assert all_notes(notebook) == [("bob", "his")]
 
 
-def test_transactions_by_hand_are_tied_each(notebook: Database, manager: UserContextManager) -> None:
-    with running_as(manager, "alice"), connection.cursor() as cursor:
+@pytest.mark.parametrize("reset", ["change", "begin"])
+def test_transactions_by_hand_are_tied_each(notebook: Database, manager: UserContextManager, reset: str) -> None:
+    with override_settings(UCM_RESET=reset), running_as(manager, "alice"), connection.cursor() as cursor:
         transaction.set_autocommit(False)
         write("one")
         transaction.commit()

@@ -10,6 +10,7 @@ import psycopg
 from ucm_django import conf
 from ucm_django.identity import Hands, Runner
 from ucm_django.reset import reset_connection
+from ucm_django.together import together
 from ucm_postgres import RESET, Binding
 
 Told = Sequence[tuple[str, str]]
@@ -93,8 +94,7 @@ class Telling:
         """Around what is to be sent in one round trip."""
         if not told or not (with_statement or self._resets_at_begin):
             return nullcontext()
-        pipeline: AbstractContextManager[object] = self._wrapper.connection.pipeline()
-        return pipeline
+        return together(self._wrapper.connection)
 
     def is_in_hands(self, runner: Runner) -> bool:
         """Whether nobody else has used the connection last."""
