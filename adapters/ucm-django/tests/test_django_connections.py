@@ -113,24 +113,75 @@ def test_after_a_killed_backend_the_next_user_has_a_connection(
     assert told[0]["outcome"] == "failed"
 
 
+def in_atomic(lose: Callable[[], None]) -> None:
+    with transaction.atomic():
+        write("hers")
+        lose()
+
+
+def by_hand(lose: Callable[[], None]) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        write("hers")
+        lose()
+        cursor.execute("COMMIT")
+
+
+def by_itself(lose: Callable[[], None]) -> None:
+    lose()
+    write("hers")
+
+
+def in_the_middle(lose: Callable[[], None]) -> None:
+    with transaction.atomic():
+        write("hers")
+        lose()
+        write("hers, too")
+
+
+def in_the_middle_by_hand(lose: Callable[[], None]) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        lose()
+        write("hers")
+
+
+@pytest.mark.parametrize(
+    ("work", "phase"),
+    [
+        (in_atomic, "unknown"),
+        (by_hand, "unknown"),
+        (by_itself, "unknown"),
+        (in_the_middle, "rollback"),
+        (in_the_middle_by_hand, "rollback"),
+    ],
+)
 def test_a_commit_whose_answer_is_lost_is_on_record_as_unknown(
-    database: Database, manager: UserContextManager, postgres_proxy: TcpProxy
+    database: Database,
+    manager: UserContextManager,
+    postgres_proxy: TcpProxy,
+    work: Callable[[Callable[[], None]], None],
+    phase: str,
 ) -> None:
-    def commit() -> None:
-        with running_as(manager, "alice"), pytest.raises(OperationalError), transaction.atomic():
-            write("hers")
-            postgres_proxy.hold("replies")
+    def lose_the_next_answer() -> None:
+        postgres_proxy.hold("replies")
+
+    def run() -> None:
+        with running_as(manager, "alice"):
+            connection.ensure_connection()
+            with pytest.raises(OperationalError):
+                work(lose_the_next_answer)
         connection.close()
 
     with on_database(database.app.at(postgres_proxy.port)), ThreadPoolExecutor(1) as executor:
-        committing = executor.submit(commit)
+        running = executor.submit(run)
         postgres_proxy.wait_until_held("replies")
         postgres_proxy.cut()
         postgres_proxy.release("replies")  # for the connection that Django makes after that
-        committing.result()
+        running.result()
     begin, end = events(manager, "alice", "transaction")
     assert (begin["phase"], begin["bound_by"]) == ("begin", "app.user_id")
-    assert (end["phase"], end["outcome"]) == ("unknown", "failed")
+    assert (end["phase"], end["outcome"]) == (phase, "failed")
 
 
 def test_the_project_s_own_reset_comes_first(database: Database, manager: UserContextManager) -> None:

@@ -1,6 +1,7 @@
 """How the transactions of one of Django's connections are tied to users, in one process and one thread."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from django.db import DatabaseError, connection, transaction
@@ -208,6 +209,20 @@ def test_transactions_are_on_record(notebook: Database, manager: UserContextMana
         ("ok", "commit", 1, None),
     ]
     assert "forged" not in repr(events(manager, "alice", "transaction"))
+
+
+def test_a_statement_that_is_interrupted_may_have_been_committed(
+    notebook: Database, manager: UserContextManager
+) -> None:
+    def interrupted(execute: Callable[..., Any], *args: Any) -> None:
+        execute(*args)
+        raise KeyboardInterrupt
+
+    with running_as(manager, "alice"):
+        with pytest.raises(KeyboardInterrupt), connection.execute_wrapper(interrupted):
+            write("kept")
+        assert [each["phase"] for each in events(manager, "alice", "transaction")] == ["begin", "unknown"]
+    assert all_notes(notebook) == [("alice", "kept")]
 
 
 def test_a_transaction_that_passes_over_a_failed_statement_is_not_taken_for_committed(

@@ -13,7 +13,7 @@ from ucm_django import conf
 from ucm_django.begun import Begun
 from ucm_django.identity import Runner, runner_here
 from ucm_django.running import noted
-from ucm_django.statements import is_rollback, is_set_transaction, is_single
+from ucm_django.statements import is_commit, is_rollback, is_set_transaction, is_single
 from ucm_django.telling import Telling, Wrapper
 from ucm_middleware import ConfigurationError, CrossUserAccessError, UserContextError
 from ucm_middleware.transactions import TransactionLog
@@ -182,13 +182,14 @@ class Binder:
             self._is_untied = True
             return run()
         context = runner.context
+        commits = is_commit(sql) or self._is_alone()
         try:
             with nullcontext() if context is None else noted(context, runner.user_id, self._wrapper.connection):
                 result = self._run_tied(runner, run, can_go_along)
         except BaseException as error:
-            self._notice_end(sql, error)
+            self._notice_end(sql, error, commits=commits)
             raise
-        self._notice_end(sql, None)
+        self._notice_end(sql, None, commits=commits)
         return result
 
     def _run_tied(self, runner: Runner, run: Callable[[], Any], can_go_along: bool) -> Any:
@@ -200,10 +201,15 @@ class Binder:
             self._begun.count()
         return run()
 
-    def _notice_end(self, sql: Any, error: BaseException | None) -> None:
-        """A statement by itself is over, and so is a transaction by COMMIT or ROLLBACK."""
-        if self._begun is not None and self._status is TransactionStatus.IDLE:
-            self.ended(error, rolled_back=is_rollback(sql))
+    def _notice_end(self, sql: Any, error: BaseException | None, *, commits: bool) -> None:
+        """A statement by itself is over, and so is a transaction by COMMIT or ROLLBACK, or with its connection."""
+        if self._begun is None:
+            return
+        status = self._status
+        if status in (TransactionStatus.IDLE, TransactionStatus.UNKNOWN):
+            # Whoever is interrupted has not looked at the answer.
+            is_answered = error is None or (status is TransactionStatus.IDLE and isinstance(error, Exception))
+            self.ended(error, rolled_back=is_rollback(sql), is_unknown=commits and not is_answered)
 
     def _goes_on_for(self, runner: Runner) -> bool:
         """Whether a transaction is under way that is tied to who the statement runs for; False where one begins."""
