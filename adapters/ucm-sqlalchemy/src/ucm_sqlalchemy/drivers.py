@@ -9,7 +9,7 @@ from ucm_middleware import ConfigurationError, UserExecutionContext
 
 if TYPE_CHECKING:
     from ucm_postgres import Binding
-    from ucm_sqlalchemy.at_once import Waiting
+    from ucm_postgres.together import Waiting
 
 Reset = Literal["return", "begin"]
 """When a connection is brought back to a clean state: on its return to the pool, or where a transaction begins."""
@@ -145,31 +145,34 @@ class Psycopg(Postgres):
         require_transaction(connection)
         dbapi_connection = cast("Any", connection.connection.dbapi_connection)
         try:
-            if self._begin_at_once(dbapi_connection, settings):
-                return
-        except connection.dialect.loaded_dbapi.Error:
+            self._begin_at_once(dbapi_connection, settings)
+        except connection.dialect.loaded_dbapi.Error as error:
             if not dbapi_connection.closed:
-                dbapi_connection.close()  # who knows in the middle of what
+                if error.sqlstate is None:
+                    dbapi_connection.close()  # who knows in the middle of what
+                else:
+                    dbapi_connection.rollback()
         else:
-            dbapi_connection.rollback()
+            return
         # Once more, one after the other. It fails again, as SQLAlchemy's error, unless something in between knows no
         # pipelines.
         self.tell(connection, settings)
 
-    def _begin_at_once(self, connection: Any, settings: Settings) -> bool:
+    def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         with connection.lock:
-            return bool(connection.wait(self._beginning(connection, settings)))
+            connection.wait(self._beginning(connection, settings))
 
-    def _beginning(self, connection: Any, settings: Settings) -> "Waiting":
-        from ucm_sqlalchemy.at_once import begin_at_once, begin_command
+    def _beginning(self, connection: Any, settings: Settings) -> "Waiting[None]":
+        from ucm_postgres.together import together
 
-        commands = [begin_command(connection)]
+        commands = [_begin_command(connection)]
         if not self._resets_at_return:
             commands += [statement.encode() for statement in self._reset]
         places = iter(range(1, 2 * len(settings) + 1))
         calls = ", ".join(f"set_config(${next(places)}, ${next(places)}, true)" for _ in settings)
         parameters = [part.encode(connection.info.encoding) for setting in settings for part in setting]
-        return begin_at_once(connection.pgconn, commands, f"select {calls}".encode(), parameters)
+        statements = [*((command, ()) for command in commands), (f"select {calls}".encode(), parameters)]
+        return together(connection, statements)
 
     def send_reset(self, dbapi_connection: Any) -> None:
         before = dbapi_connection.autocommit
@@ -181,12 +184,12 @@ class Psycopg(Postgres):
 class AsyncPsycopg(Psycopg):
     """The same through SQLAlchemy's adapted connection."""
 
-    def _begin_at_once(self, connection: Any, settings: Settings) -> bool:
-        async def begin(driver: Any) -> bool:
+    def _begin_at_once(self, connection: Any, settings: Settings) -> None:
+        async def begin(driver: Any) -> None:
             async with driver.lock:
-                return bool(await driver.wait(self._beginning(driver, settings)))
+                await driver.wait(self._beginning(driver, settings))
 
-        return bool(connection.run_async(begin))
+        connection.run_async(begin)
 
     def send_reset(self, dbapi_connection: Any) -> None:
         async def send(driver: Any) -> None:
@@ -196,6 +199,18 @@ class AsyncPsycopg(Psycopg):
             await driver.set_autocommit(before)
 
         dbapi_connection.run_async(send)
+
+
+def _begin_command(connection: Any) -> bytes:
+    """What begins a transaction with the connection's settings: SQLAlchemy puts isolation levels there."""
+    words = ["BEGIN"]
+    if connection.isolation_level is not None:
+        words.append(f"ISOLATION LEVEL {connection.isolation_level.name.replace('_', ' ')}")
+    if connection.read_only is not None:
+        words.append("READ ONLY" if connection.read_only else "READ WRITE")
+    if connection.deferrable is not None:
+        words.append("DEFERRABLE" if connection.deferrable else "NOT DEFERRABLE")
+    return " ".join(words).encode()
 
 
 def driver_for(engine: Engine, binding: "Binding | None", reset: Reset) -> Driver:

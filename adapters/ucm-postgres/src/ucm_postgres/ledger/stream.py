@@ -15,7 +15,7 @@ from ucm_middleware.forking import renewed_after_fork
 from ucm_postgres.connecting import Target
 from ucm_postgres.ledger.opening import errors_of
 from ucm_postgres.ledger.schema import SCHEMA
-from ucm_postgres.ledger.together import Statement, bytea_array, run_together
+from ucm_postgres.together import Statement, bytea_array, together
 
 Entry = tuple[bytes, bytes]
 """Subject and body of a record."""
@@ -107,7 +107,7 @@ class Stream:
             statements.append((_ADD, (name, b"%d" % (start.size + first), *columns)))
         statements.append((b"COMMIT", ()))
         with errors_of(target), self._answered(connection):
-            run_together(connection, statements)
+            connection.wait(together(connection, statements))
         self._chain, self._unanswered = chain, []
 
     @contextmanager

@@ -1,13 +1,13 @@
-"""Statements that are sent together, and answered together: one round trip.
+"""Statements that are sent together by psycopg, and answered together: one round trip.
 
-psycopg's own pipelines end with a Flush behind their Sync. For one that reaches PgBouncer outside of a transaction it
-takes a server connection, which it then does not give back. So this hands them to libpq, by psycopg's interface to it
-(``psycopg.pq``), in what ``Connection.wait`` runs.
+psycopg's own pipelines wait for the answer to a BEGIN, and end with a Flush behind their Sync. For one that reaches
+PgBouncer outside of a transaction it takes a server connection, which it then does not give back. So this hands them to
+libpq, by psycopg's interface to it (``psycopg.pq``), in what ``Connection.wait`` and ``AsyncConnection.wait`` run.
 """
 
 from collections.abc import Generator, Sequence
 from struct import pack
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import errors
@@ -17,6 +17,11 @@ from psycopg.waiting import Ready, Wait
 
 Statement = tuple[bytes, Sequence[bytes]]
 """With ``$1`` and so on, and their values: each as text, or an array as ``bytea_array`` makes it."""
+
+AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
+
+T = TypeVar("T")
+Waiting = Generator[Wait, Ready | int, T]
 
 _FINE: Final = frozenset({ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK})
 _BYTEA: Final = 17
@@ -37,13 +42,13 @@ def bytea_array(values: Sequence[bytes]) -> BinaryArray:
     return BinaryArray(b"".join(parts))
 
 
-def run_together(connection: psycopg.Connection[Any], statements: Sequence[Statement]) -> None:
-    """Run them, on a connection in autocommit mode. Raises the psycopg.Error of the first that fails; those behind it
-    are not run.
+def together(connection: AnyConnection, statements: Sequence[Statement]) -> Waiting[None]:
+    """Run them and nothing else, for the connection's ``wait``: ``connection.wait(together(connection, statements))``.
+    psycopg adds no BEGIN. Raises the psycopg.Error of the first that fails; those behind it are not run.
     """
     failed: list[PGresult] = []
     try:
-        connection.wait(_run(connection.pgconn, statements, failed))
+        yield from _run(connection.pgconn, statements, failed)
     except psycopg.OperationalError:
         if not failed:  # else the server has said why it ended the connection
             raise
@@ -51,7 +56,7 @@ def run_together(connection: psycopg.Connection[Any], statements: Sequence[State
         raise errors.error_from_result(failed[0], encoding=connection.info.encoding)
 
 
-def _run(pgconn: PGconn, statements: Sequence[Statement], failed: list[PGresult]) -> Generator[Wait, Ready | int, None]:
+def _run(pgconn: PGconn, statements: Sequence[Statement], failed: list[PGresult]) -> Waiting[None]:
     pgconn.enter_pipeline_mode()
     for command, values in statements:
         formats = [Format.BINARY if isinstance(value, BinaryArray) else Format.TEXT for value in values]
@@ -66,14 +71,14 @@ def _run(pgconn: PGconn, statements: Sequence[Statement], failed: list[PGresult]
     pgconn.exit_pipeline_mode()
 
 
-def _result(pgconn: PGconn) -> Generator[Wait, Ready | int, PGresult | None]:
+def _result(pgconn: PGconn) -> Waiting[PGresult | None]:
     while pgconn.is_busy():
         yield from _until(Wait.R)
         pgconn.consume_input()
     return pgconn.get_result()
 
 
-def _until(what: Wait) -> Generator[Wait, Ready | int, Ready | int]:
+def _until(what: Wait) -> Waiting[Ready | int]:
     while not (ready := (yield what)):  # it also comes back to look for signals
         continue
     return ready
