@@ -117,9 +117,52 @@ async def parent():
 asyncio.run(parent())
 """
 
+INSIDE_OF_A_CONTEXT = """
+from ucm_middleware import ContextClosedError, ContextNotFoundError, current_context
+
+released = []
+parent = os.getpid()
+
+def raises(error, work):
+    try:
+        work()
+    except error:
+        return True
+    raise AssertionError("the child may do it")
+
+def fork_inside():
+    context = manager.create_isolated_context("alice")
+    context.agent_context["secret"] = "hush"
+    with managed_user_context(context):
+        context.callback(lambda: released.append(os.getpid()))
+        with managed_user_context(context.create_child_context("part")) as part:
+            part.callback(lambda: released.append(os.getpid()))
+            with manager.privileged(reason="a test", users=["bob"]):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)
+                    raises(ContextNotFoundError, current_context)
+                    for one in (context, part):
+                        assert one.lifetime.reason == "forked"
+                        raises(ContextClosedError, lambda: one.agent_context)
+                        one.close()
+    if child == 0:
+        with managed_user_context(manager.create_isolated_context("alice")):
+            assert current_context().user_id == "alice"
+    return child
+
+child = fork_inside()
+if child == 0:
+    os._exit(len(released))
+assert released == [parent, parent]
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
 
 @pytest.mark.parametrize(
-    "script", [WITH_LOCKS_HELD, WITH_CONTEXTS, WITH_A_RUN], ids=["with locks held", "with contexts", "with a run"]
+    "script",
+    [WITH_LOCKS_HELD, WITH_CONTEXTS, WITH_A_RUN, INSIDE_OF_A_CONTEXT],
+    ids=["with locks held", "with contexts", "with a run", "inside of a context"],
 )
 def test_a_child_begins_anew(script: str) -> None:
     done = subprocess.run(

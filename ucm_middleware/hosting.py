@@ -129,7 +129,7 @@ class Hosting:
         self.census = None if action == "off" else Census(census, action, self._trail)
         self._catalog = AgentCatalog()
         self._launcher = Launcher(agents, self._catalog, self.agents, self._guard, self.hooks, self._trail)
-        self.after_fork()
+        self._start_idle()
         renewed_after_fork(self)
         weakref.finalize(self, self._sweeper.stop).atexit = False
         weakref.finalize(self, self._trail.tell_counted)  # also when the interpreter ends
@@ -138,6 +138,11 @@ class Hosting:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: what is under way in the parent ends there."""
+        for context in self._closing:
+            context.leave_to_parent()
+        self._start_idle()
+
+    def _start_idle(self) -> None:
         self._draining = False
         self._closing: set[UserExecutionContext] = set()
         self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []

@@ -60,6 +60,7 @@ CloseReason = Literal[
     "disconnected",
     "slow",
     "lost",
+    "forked",
 ]
 
 HANDLER_GRACE: Final = 5.0
@@ -315,6 +316,13 @@ class Lifetime(Timed):
         for waiter in waiters:
             with contextlib.suppress(RuntimeError):  # the waiter's loop has gone, and the waiter with it
                 waiter.get_loop().call_soon_threadsafe(wake, waiter)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: closed, and nothing is released. What it holds is the parent's."""
+        if self.state is not CLOSED:
+            self.state = CLOSED
+            self.reason = "forked"
+            self.task = None
 
     def _closing(self) -> Closing:
         """The teardown's record, also when the context ended without one."""

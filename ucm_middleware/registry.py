@@ -103,6 +103,9 @@ class Registry:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child: the contexts, and the connections they hold, are the parent's."""
+        tables = [*(population.lone.values() for population in self._populations), *self._by_owner.values()]
+        for context in [context for table in tables for context in table]:
+            context.leave_to_parent()
         self._start_empty()
 
     def _start_empty(self) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 
 from ucm_middleware.current import ambient
 from ucm_middleware.errors import ContextClosedError, ContextLimitError
+from ucm_middleware.forking import leave_to_parent, renewed_after_fork
 from ucm_middleware.lifetime import CLOSED, CLOSING, HANDLER_GRACE, INTERRUPTING, CloseReason, Lifetime, Releasing
 from ucm_middleware.resources import ReleaseFailure
 from ucm_middleware.waiting import Cancelled, in_background, loop_is_live, running_loop
@@ -116,6 +117,17 @@ class Closable:
             self._tear_down_at_home(error)
             await lifetime.wait_closed()
         return lifetime.failures
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: nothing in the tree that this belongs to is usable any more, and nothing released here."""
+        root = self
+        while root._parent is not None:
+            root = root._parent
+        leave_to_parent(root)
+        nodes = [root]
+        for node in nodes:
+            node._lifetime.leave_to_parent()
+            nodes += node._children or ()
 
     # What a context adds.
 
@@ -331,6 +343,21 @@ class Closable:
         self._say_closed(metadata)
         if stop is not None:
             raise stop
+
+
+class _AmbientOfFork:
+    """What the code that forked belongs to: the child goes on outside of it, as do the tasks that it starts."""
+
+    def after_fork(self) -> None:
+        value = ambient.get()
+        if value is not None:
+            ambient.set(None)
+            if value.context is not None:
+                value.context.leave_to_parent()
+
+
+_ambient_of_fork = _AmbientOfFork()
+renewed_after_fork(_ambient_of_fork)
 
 
 def close_apart(node: Closable, reason: CloseReason) -> None:

@@ -214,3 +214,13 @@ def test_the_next_request_on_the_connection_finds_the_context_of_the_last_one_go
     assert first != second
     for request_id in (first, second):
         assert desk.wait_until_closed("alice", request_id)["reason"] == "finished"
+
+
+def test_a_process_that_a_request_forks_is_nobody_s(server_kind: str, module_server_factory: ServerFactory) -> None:
+    with client(module_server_factory(server_kind, "promise_forks:app")) as fresh:
+        for user in ("alice", "bob"):
+            assert fresh.get("/job", headers=token_of(user)).json() == {
+                "user": user,
+                "job": "nobody",
+                "here": f"the secret of {user}",
+            }
