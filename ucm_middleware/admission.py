@@ -101,6 +101,15 @@ class Admission:
                 raise
         return context
 
+    def settle(self, found: object, context: UserExecutionContext) -> None:
+        """Let whom the resolver found in to a context that is open already. Raises what ``bind`` raises, and
+        UnauthenticatedError for nobody where a user is required.
+        """
+        if found is not None:
+            context.bind(found if isinstance(found, Principal) else self._checked(found))
+        elif self._require_identity and (self._identify is not None or context.is_anonymous):
+            raise UnauthenticatedError("a user is required here")
+
     def open(
         self, user_id: str | None, variables: Context | None, websocket: bool, lease: Lease | None = None
     ) -> UserExecutionContext:

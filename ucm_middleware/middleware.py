@@ -82,6 +82,10 @@ class UserContextMiddleware:
     Of WebSockets: ``allowed_origins`` are the sites, besides the one that is asked, whose pages may open one with
     cookies. A message of more than ``max_message_size`` bytes, and more than ``message_rate`` messages a second in the
     long run, close the connection. With ``context_per_message``, each message is handled in a child context of its own.
+
+    Inside of another one with the same manager, as in a mounted app, there is one context, to which the outer one's
+    settings apply. What ``identify`` answers here is bound to it, which is refused with 409 where it is another user;
+    ``require_identity`` and ``allowed_origins`` hold here too.
     """
 
     def __init__(
@@ -172,7 +176,7 @@ class UserContextMiddleware:
             spans.let_in(None if outside is None else outside.run)
         if CONTEXT in scope:
             if scope[CONTEXT].host is self.manager:
-                return self.app(scope, receive, send)
+                return self._serve_inside(scope[CONTEXT], scope, receive, send)
             # Another manager's context: the app between the two middlewares goes on seeing its own.
             scope = {**scope, "state": dict(scope["state"])}
         try:
@@ -195,6 +199,20 @@ class UserContextMiddleware:
         except REFUSED as error:
             return self._refuse(error, scope, send)
         return self._run(context, scope, receive, send, sent)
+
+    async def _serve_inside(self, context: UserExecutionContext, scope: Scope, receive: Receive, send: Send) -> None:
+        """Inside of another one with the same manager, as in a mounted app: the same context, for whom this one lets
+        in.
+        """
+        try:
+            if scope["type"] == "websocket":
+                self._origins.require(scope["headers"], is_secure=scope.get("scheme") == "wss")
+            found = None if self.identify is None else self.identify(HTTPConnection(scope))
+            self._admission.settle(await found if isawaitable(found) else found, context)
+        except REFUSED as error:
+            await self._refuse(error, scope, send)
+        else:
+            await self.app(scope, receive, send)
 
     async def _serve_when_identified(
         self,

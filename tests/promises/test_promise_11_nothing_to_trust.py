@@ -117,6 +117,23 @@ def test_where_a_user_is_required_strangers_are_refused(desk: Observer) -> None:
     assert who(desk, "/strict/who", token("alice"))["user_id"] == "alice"
 
 
+def test_what_an_inner_one_requires_holds_inside_of_another(desk: Observer) -> None:
+    assert_refused(desk, "/inside-unresolved/who", {}, 401)
+    assert_refused(desk, "/inside-unresolved/who", {"Authorization": "Bearer 00ff"}, 401)
+    assert who(desk, "/inside-unresolved/who", token("alice"))["user_id"] == "alice"
+    assert who_by_websocket(desk, "/inside-unresolved/who", token("alice"))["user_id"] == "alice"
+
+
+def test_an_inner_one_goes_by_its_own_resolver(desk: Observer) -> None:
+    def also(user: str) -> Headers:
+        return {"X-Token": token(user)["Authorization"].removeprefix("Bearer ")}
+
+    assert_refused(desk, "/inside-open/who", token("alice"), 401)
+    assert_refused(desk, "/inside-open/who", token("alice") | also("bob"), 409)
+    assert who(desk, "/inside-open/who", token("alice") | also("alice"))["user_id"] == "alice"
+    assert who(desk, "/inside-open/who", also("alice"))["user_id"] == "alice"
+
+
 def test_where_a_handshake_cannot_be_answered_it_is_closed(desk: Observer) -> None:
     with pytest.raises(InvalidStatus) as denied, connect(desk.server.ws_url + "/without-denial/who"):
         pass

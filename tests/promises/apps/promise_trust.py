@@ -103,6 +103,12 @@ def served(*middleware: Middleware) -> Starlette:
 
 
 by_token: dict[str, Any] = {"manager": manager, "identify": bearer_token(verify)}
+by_another_token = Middleware(
+    UserContextMiddleware,
+    manager=manager,
+    identify=lambda connection: verify(connection.headers.get("x-token", "")),
+    require_identity=True,
+)
 strictly = Middleware(UserContextMiddleware, **by_token, require_identity=True)
 app = Starlette(
     routes=[
@@ -110,6 +116,8 @@ app = Starlette(
         Mount("/strict", served(strictly)),
         Mount("/without-denial", served(Middleware(WithoutDenialResponses), strictly)),
         Mount("/unresolved", served(Middleware(UserContextMiddleware, manager=manager))),
+        Mount("/inside-unresolved", served(Middleware(UserContextMiddleware, manager=manager), strictly)),
+        Mount("/inside-open", served(Middleware(UserContextMiddleware, **by_token), by_another_token)),
         Mount(
             "/session",
             served(
