@@ -56,6 +56,8 @@ MISTAKES: list[Exception] = [
     ContextClosedError("r-1", "app.py:7", "finished"),
     InvalidContextError("agent_context['carol@example.com']", "lock cannot be copied", "make it copyable"),
     InvalidContextError("ttl_seconds", "is -1", "give seconds"),
+    ExceptionGroup("", [CrossUserAccessError("not yours"), LookupError("of the app")]),
+    ExceptionGroup("", [CrossUserAccessError("not yours"), UnauthenticatedError("who are you")]),
 ]
 
 
@@ -158,8 +160,19 @@ class TestRaised:
         assert caught.value is error
         assert [message["type"] for message in sent] == ["http.response.start"]
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ExceptionGroup("", [CrossUserAccessError("not yours")]),
+            ExceptionGroup("", [CrossUserAccessError("a"), ExceptionGroup("", [CrossUserAccessError("b")])]),
+        ],
+        ids=["one", "groups"],
+    )
+    async def test_a_group_is_answered_as_all_that_is_in_it(self, error: Exception) -> None:
+        assert status_of(await exchange(UserContextMiddleware(raising(error)), http_scope())) == 403
+
     @pytest.mark.parametrize("scope", [http_scope(), websocket_scope()], ids=["http", "websocket"])
-    @pytest.mark.parametrize("error", MISTAKES, ids=str)
+    @pytest.mark.parametrize("error", MISTAKES, ids=repr)
     async def test_a_mistake_of_the_application_goes_out_as_it_is(self, scope: Scope, error: Exception) -> None:
         for app in (UserContextMiddleware(raising(error)), UserContextMiddleware(never, identify=resolving(error))):
             with pytest.raises(type(error)) as caught:

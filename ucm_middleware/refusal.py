@@ -77,7 +77,13 @@ _BY_SCOPE: Final = {
 
 
 def refusal_for(error: BaseException) -> Refusal | None:
-    """The answer to an error; None for those that are the application's own fault, which it must see as they are."""
+    """The answer to an error; None for those that are the application's own fault, which it must see as they are.
+
+    A group, as of an ``asyncio.TaskGroup``, has the answer that all of its errors have.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        first, *others = (refusal_for(one) for one in error.exceptions)
+        return first if all(other == first for other in others) else None
     if isinstance(error, InvalidContextError):
         # Only what a client can have given: data that cannot be copied, say, is the application's own, and so are its
         # keys.

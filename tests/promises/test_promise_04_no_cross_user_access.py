@@ -96,7 +96,7 @@ def test_a_reference_to_bobs_context_opens_nothing(desk: Observer, bobs: str, ac
     assert denials(desk)[-1][1] == "bob"
 
 
-PLACES = ["in-thread", "in-dependency", "in-task", "in-child"]
+PLACES = ["in-thread", "in-dependency", "in-task", "in-group", "in-child"]
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -145,11 +145,12 @@ def test_it_is_refused_by_a_websocket_before_it_accepts(desk: Observer, bobs: st
     assert looks[0][0] == 403
 
 
-def test_it_is_refused_by_a_websocket_after_it_accepted(desk: Observer, bobs: str) -> None:
+@pytest.mark.parametrize("when", ["after", "in-group"])
+def test_it_is_refused_by_a_websocket_after_it_accepted(desk: Observer, bobs: str, when: str) -> None:
     looks = []
     for user in ("bob", "ghost"):
         with (
-            desk.websocket("alice", f"/ws/after/get-pair{about(user, bobs)}") as websocket,
+            desk.websocket("alice", f"/ws/{when}/get-pair{about(user, bobs)}") as websocket,
             pytest.raises(ConnectionClosed) as closed,
         ):
             websocket.recv()

@@ -130,6 +130,17 @@ async def act_in_task(action: str, user: str, request_id: str) -> Any:
     return await asyncio.create_task(act(action, user, request_id))
 
 
+async def act_in_group(action: str, user: str, request_id: str) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(act(action, user, request_id))
+        group.create_task(asyncio.Event().wait())
+
+
+@app.get("/in-group/{action}")
+async def act_in_group_here(action: str, user: str, request_id: str) -> None:
+    await act_in_group(action, user, request_id)
+
+
 @app.get("/in-child/{action}")
 async def act_in_child(action: str, user: str, request_id: str, context: CurrentContext) -> Any:
     async with managed_user_context(context.create_child_context("part of the work")):
@@ -162,6 +173,8 @@ async def act_on_websocket(websocket: WebSocket, when: str, action: str, user: s
     await websocket.accept()
     if when == "after":
         await act(action, user, request_id)
+    if when == "in-group":
+        await act_in_group(action, user, request_id)
     await websocket.send_text("done")
 
 
