@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import logging
 import re
 import threading
 import warnings
@@ -156,6 +157,22 @@ async def test_cancel_ends_the_task_of_a_block(make_manager: MakeManager) -> Non
             await task
     await looked()
     assert len(outlived(manager)) == 1
+
+
+@pytest.mark.parametrize("action", ["record", "warn", "cancel"])
+async def test_it_is_in_the_log_and_no_user_is(
+    make_manager: MakeManager, caplog: pytest.LogCaptureFixture, action: Any
+) -> None:
+    manager = make_manager(census=CensusPolicy(action=action))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        async with managed_user_context(manager.create_isolated_context("alice")):
+            task = asyncio.create_task(asyncio.sleep(3600))
+        await looked()
+    task.cancel()
+    [line] = [line for line in caplog.records if line.levelno == logging.WARNING]
+    assert "is closed and still held by task asyncio.tasks.sleep" in line.getMessage()
+    assert "alice" not in line.getMessage()
 
 
 async def test_warn_is_what_one_gets_outside_of_production(make_manager: MakeManager) -> None:

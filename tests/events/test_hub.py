@@ -9,7 +9,7 @@ from support.clock import Clock
 from support.contexts import MakeManager, events
 from support.events import connect, settled
 from support.waiting import wait_until
-from ucm_middleware import ContextNotFoundError, EventPolicy, InvalidContextError
+from ucm_middleware import ContextNotFoundError, EventPolicy, InvalidContextError, managed_user_context
 from ucm_middleware.events.channel import MAX_FOLLOWED
 from ucm_middleware.sweeper import Sweeper
 
@@ -287,6 +287,14 @@ async def test_of_those_who_have_gone_nothing_is_left(make_manager: MakeManager)
     assert len(hub._channels) == 20
     clock.advance(0.1)
     assert (hub._channels, hub._keeping, hub._kept_size, hub.next_wake()) == ({}, {}, 0, None)
+
+
+async def test_of_an_anonymous_user_nothing_is_kept_that_takes_the_place_of_others(make_manager: MakeManager) -> None:
+    manager = make_manager()
+    context, client, _ = connect(manager, None)
+    async with managed_user_context(context):
+        assert not (await manager.send_event(context.user_id, "message", 1)).kept
+    assert (manager._hub._channels, manager._hub._kept_size, client.data) == ({}, 0, [1])
 
 
 async def test_without_keeping_nothing_is_left_at_once(make_manager: MakeManager) -> None:

@@ -164,10 +164,9 @@ class Census:
                 cancel()
         try:
             self._trail.outlived(context, [holder.kind for holder in holders], texts)
-            if self.action == "warn":
-                about = (
-                    f"context {context.request_id}, opened by {context.lifetime.where()}, is closed and still held by"
-                )
+            about = f"context {context.request_id}, opened by {context.lifetime.where()}, is closed and still held by"
+            logger.warning("%s %s", about, "; ".join(texts))
+            if self.action == "warn":  # which Python shows where it is told to, and tests make an error of
                 warnings.warn(f"{about} {'; '.join(texts)}", ResourceWarning, stacklevel=2)
         except Exception:  # the ledger's, and a warning that is an error: the request is over
             logger.exception("what still holds a context could not be told")

@@ -392,6 +392,8 @@ class Hub:
 
     def _keep(self, user_id: str, channel: Channel, event: Event) -> bool:
         policy = self.policy
+        if is_anonymous_id(user_id):  # nobody can come back as this one
+            return False
         if policy.keep_events == 0 or event.size > min(policy.keep_bytes, policy.keep_total_bytes):
             return False
         self._kept_size -= channel.drop_before(event.at - policy.keep_seconds)

@@ -4,9 +4,9 @@ import asyncio
 from typing import Any
 
 import pytest
-from pydantic_ai import Agent, DeferredToolRequests, RunContext
+from pydantic_ai import Agent, DeferredToolRequests, RunContext, UsageLimits
 from pydantic_ai.conversation_store import InMemoryConversationStore
-from pydantic_ai.exceptions import CallDeferred, ModelRetry, UnexpectedModelBehavior
+from pydantic_ai.exceptions import CallDeferred, ModelRetry, UnexpectedModelBehavior, UsageLimitExceeded
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -72,6 +72,32 @@ async def test_a_conversation_goes_on(manager: UserContextManager, plugin: Pydan
         assert plugin.conversations is not None
         listed = await plugin.conversations.list_conversations()
         assert [record.conversation_id for record in listed] == ["c2", "c1"]
+
+
+async def test_a_conversation_has_no_end(manager: UserContextManager) -> None:
+    for turn in range(60):
+        assert (await say(manager, "alice", f"{turn}")).split()[-1] == f"{turn}"
+
+
+async def test_limits_that_are_given_are_for_the_whole_conversation(manager: UserContextManager) -> None:
+    limits = UsageLimits(request_limit=2)
+    for turn in ("one", "two"):
+        await say(manager, "alice", turn, usage_limits=limits)
+    with pytest.raises(UsageLimitExceeded):
+        await say(manager, "alice", "three", usage_limits=limits)
+
+
+async def test_one_run_may_make_as_many_requests_as_the_framework_lets_it(manager: UserContextManager) -> None:
+    async def again(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        return ModelResponse(parts=[ToolCallPart("more", {})])
+
+    async def more() -> str:
+        return "there is more"
+
+    manager.register_agent("never", lambda context: Agent(FunctionModel(again), tools=[more]))
+    await say(manager, "alice", "one")
+    with pytest.raises(UsageLimitExceeded, match="51"):
+        await manager.execute_with_agent("alice", "never", {"prompt": "go on", "conversation_id": "c1"})
 
 
 async def test_turns_at_once_go_on_one_after_another(manager: UserContextManager) -> None:

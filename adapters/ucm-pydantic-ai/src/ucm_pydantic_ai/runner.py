@@ -5,9 +5,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, ClassVar, Final, cast
 from weakref import WeakValueDictionary
 
+from pydantic_ai import UsageLimits
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.conversation import Conversation
 from pydantic_ai.conversation_store import ConversationStore
@@ -139,6 +141,16 @@ def _prepared(agent: object) -> Prepared | None:
     return Prepared(cast("Any", agent)) if isinstance(agent, AbstractAgent) else None
 
 
+def _limits_after(conversation: Conversation) -> UsageLimits:
+    """The framework's default, for this run: it counts the requests of the whole conversation, which would end at the
+    fiftieth.
+    """
+    default = UsageLimits()
+    if default.request_limit is None:
+        return default
+    return replace(default, request_limit=default.request_limit + conversation.usage.requests)
+
+
 def _arguments(
     run: AgentRun, prepared: Prepared, asked: Asked, conversation: Conversation | None, capabilities: list[Any]
 ) -> dict[str, Any]:
@@ -149,6 +161,8 @@ def _arguments(
     arguments["infer_name"] = False  # the variable of ours that it stands in tells nothing
     if conversation is not None:
         arguments["conversation"] = conversation
+        if arguments.get("usage_limits") is None:
+            arguments["usage_limits"] = _limits_after(conversation)
     if capabilities:
         arguments["capabilities"] = [*arguments.get("capabilities", ()), *capabilities]
     return arguments
