@@ -11,7 +11,6 @@ from mcp import Client
 from mcp.server.mcpserver import MCPServer
 
 from support.waiting import wait_until
-from ucm_mcp import MCP
 from ucm_middleware import (
     ContextClosedError,
     UserContextManager,
@@ -19,6 +18,7 @@ from ucm_middleware import (
     current_context,
     managed_user_context,
 )
+from ucm_middleware_mcp import MCP
 
 LATE = ("tool", "resource", "template", "prompt")
 

@@ -31,14 +31,6 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Mount, Route
 
 from raw_mcp import ACCEPT, INITIALIZE, RawMCP, call
-from ucm_mcp import MCP, UserEventStore, UserSubscriptionBus
-from ucm_mcp import library as library_module
-from ucm_mcp.fast import UserStateStore
-from ucm_mcp.gate import SessionGate, SseGate
-from ucm_mcp.identity import Identity
-from ucm_mcp.outbound import OwnedChannel
-from ucm_mcp.plugin import _principal  # pyright: ignore[reportPrivateUsage]
-from ucm_mcp.sessions import Session, Sessions, serving
 from ucm_middleware import (
     ConfigurationError,
     ContextNotFoundError,
@@ -49,6 +41,14 @@ from ucm_middleware import (
     current_context,
     managed_user_context,
 )
+from ucm_middleware_mcp import MCP, UserEventStore, UserSubscriptionBus
+from ucm_middleware_mcp import library as library_module
+from ucm_middleware_mcp.fast import UserStateStore
+from ucm_middleware_mcp.gate import SessionGate, SseGate
+from ucm_middleware_mcp.identity import Identity
+from ucm_middleware_mcp.outbound import OwnedChannel
+from ucm_middleware_mcp.plugin import _principal  # pyright: ignore[reportPrivateUsage]
+from ucm_middleware_mcp.sessions import Session, Sessions, serving
 
 SECRET = "q0Zk3-Vb8hTt5yLx_7RrNn2cWwPp9sJd"
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from ucm_mcp.fast import UserStateStore
+from ucm_middleware_mcp.fast import UserStateStore
 
 
 class Answer(BaseModel):

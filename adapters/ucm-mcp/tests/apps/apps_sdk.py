@@ -12,7 +12,7 @@ from pydantic import AnyHttpUrl, BaseModel
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from ucm_mcp import UserSubscriptionBus
+from ucm_middleware_mcp import UserSubscriptionBus
 
 
 class Answer(BaseModel):

@@ -14,9 +14,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
-from ucm_mcp import MCP, UserEventStore
 from ucm_middleware import EVERYONE, UserContextManager, UserContextMiddleware
 from ucm_middleware.identity import Identified
+from ucm_middleware_mcp import MCP, UserEventStore
 
 FRAMEWORK = os.environ["NOTES_FRAMEWORK"]
 GUARDED = os.environ["NOTES_GUARDED"] == "1"

@@ -7,8 +7,8 @@ from typing import Any
 from apps_fast import fast_server
 from apps_sdk import sdk_server
 
-from ucm_mcp import MCP
 from ucm_middleware import UserContextManager
+from ucm_middleware_mcp import MCP
 
 mcp = MCP()
 manager = UserContextManager(plugins=[mcp])

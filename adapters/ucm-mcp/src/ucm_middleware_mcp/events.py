@@ -5,8 +5,8 @@ from typing import Final
 from mcp.server.streamable_http import EventCallback, EventId, EventMessage, EventStore, StreamId
 from mcp_types import JSONRPCMessage
 
-from ucm_mcp.sessions import Session, serving
 from ucm_middleware import ConfigurationError, current_context
+from ucm_middleware_mcp.sessions import Session, serving
 
 _SEPARATOR: Final = "."
 

@@ -18,10 +18,10 @@ from fastmcp.tools import Tool
 from fastmcp.utilities.versions import VersionSpec
 from key_value.aio.protocols import AsyncKeyValue
 
-from ucm_mcp.library import FASTMCP_FLOOR, require
-from ucm_mcp.serving import Served, Transport
-from ucm_mcp.threads import watch
 from ucm_middleware import ConfigurationError, current_context
+from ucm_middleware_mcp.library import FASTMCP_FLOOR, require
+from ucm_middleware_mcp.serving import Served, Transport
+from ucm_middleware_mcp.threads import watch
 
 require("fastmcp", FASTMCP_FLOOR)
 

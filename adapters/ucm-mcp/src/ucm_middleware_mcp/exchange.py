@@ -9,7 +9,7 @@ import anyio
 
 from ucm_middleware.types import Scope
 
-EXCHANGE: Final = "ucm_mcp.exchange"
+EXCHANGE: Final = "ucm_middleware_mcp.exchange"
 """The scope key of the exchange."""
 
 TURNS: Final = 16

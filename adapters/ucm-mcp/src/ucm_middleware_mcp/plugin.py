@@ -15,14 +15,6 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.subscriptions import InMemorySubscriptionBus, ListenHandler
 from starlette.applications import Starlette
 
-from ucm_mcp.bus import UserSubscriptionBus
-from ucm_mcp.calls import UserCalls
-from ucm_mcp.events import UserEventStore
-from ucm_mcp.gate import SessionGate, SseGate
-from ucm_mcp.identity import Identity, Resolve
-from ucm_mcp.library import MCP_FLOOR, require
-from ucm_mcp.serving import Transport, put_gates, sdk_server, served_by_framework, threads_of
-from ucm_mcp.sessions import Sessions
 from ucm_middleware import (
     ConfigurationError,
     UserContextManager,
@@ -32,6 +24,14 @@ from ucm_middleware import (
 )
 from ucm_middleware.host import ContextHost
 from ucm_middleware.types import ASGIApp
+from ucm_middleware_mcp.bus import UserSubscriptionBus
+from ucm_middleware_mcp.calls import UserCalls
+from ucm_middleware_mcp.events import UserEventStore
+from ucm_middleware_mcp.gate import SessionGate, SseGate
+from ucm_middleware_mcp.identity import Identity, Resolve
+from ucm_middleware_mcp.library import MCP_FLOOR, require
+from ucm_middleware_mcp.serving import Transport, put_gates, sdk_server, served_by_framework, threads_of
+from ucm_middleware_mcp.sessions import Sessions
 
 require("mcp", MCP_FLOOR)
 

@@ -15,10 +15,6 @@ from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.shared.exceptions import MCPError
 from mcp_types import INVALID_REQUEST, REQUEST_TIMEOUT, CallToolResult
 
-from ucm_mcp.exchange import Exchange, exchange_of
-from ucm_mcp.outbound import OwnedChannel
-from ucm_mcp.sessions import Sessions, serving
-from ucm_mcp.threads import Look, under_way
 from ucm_middleware import (
     AgentTimeoutError,
     ContextNotFoundError,
@@ -31,6 +27,10 @@ from ucm_middleware import (
 )
 from ucm_middleware.agents import ToolCall
 from ucm_middleware.refusal import refusal_for
+from ucm_middleware_mcp.exchange import Exchange, exchange_of
+from ucm_middleware_mcp.outbound import OwnedChannel
+from ucm_middleware_mcp.sessions import Sessions, serving
+from ucm_middleware_mcp.threads import Look, under_way
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ HANDSHAKE: Final = frozenset(
 connection.
 """
 
-_OWNER: Final = "ucm_mcp.owner"
+_OWNER: Final = "ucm_middleware_mcp.owner"
 _NAME: Final = re.compile(r"[\w./:-]{1,128}")
 
 

@@ -17,6 +17,6 @@ def require(distribution: str, floor: tuple[int, int]) -> None:
     if numbers < floor:
         needed = ".".join(map(str, floor))
         raise ConfigurationError(
-            f"{distribution} {found} is installed, and ucm-mcp needs {needed} or later: "
+            f"{distribution} {found} is installed, and ucm-middleware-mcp needs {needed} or later: "
             f"pip install '{distribution}>={needed}'"
         )

@@ -11,9 +11,9 @@ from mcp.server.mcpserver import MCPServer
 from starlette.applications import Starlette
 from starlette.routing import Mount, Route
 
-from ucm_mcp.threads import Look, nothing_to_watch, watch_registered
 from ucm_middleware import ConfigurationError
 from ucm_middleware.types import ASGIApp
+from ucm_middleware_mcp.threads import Look, nothing_to_watch, watch_registered
 
 Transport = Literal["http", "sse"]
 
@@ -30,7 +30,7 @@ class Served:
 def served_by_framework(server: Any, transport: Transport, options: dict[str, Any]) -> Served:
     """The application as the framework makes it. Raises ConfigurationError for what has none."""
     if hasattr(server, "http_app"):
-        from ucm_mcp.fast import served_by_fastmcp
+        from ucm_middleware_mcp.fast import served_by_fastmcp
 
         return served_by_fastmcp(server, transport, options)
     if transport == "http":
@@ -79,7 +79,7 @@ def threads_of(server: Any) -> Look:
     if isinstance(server, MCPServer):
         return partial(watch_registered, server)
     if hasattr(server, "http_app"):
-        from ucm_mcp.fast import watch_threads
+        from ucm_middleware_mcp.fast import watch_threads
 
         watch_threads(server)
     return nothing_to_watch

@@ -16,9 +16,6 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from starlette.exceptions import HTTPException
 
-from ucm_mcp.exchange import EXCHANGE, Exchange
-from ucm_mcp.identity import Identity
-from ucm_mcp.sessions import Session, Sessions, serving
 from ucm_middleware import (
     CrossUserAccessError,
     UnauthenticatedError,
@@ -27,6 +24,9 @@ from ucm_middleware import (
 )
 from ucm_middleware.refusal import refusal_for, refusal_for_starlette, send_refusal
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
+from ucm_middleware_mcp.exchange import EXCHANGE, Exchange
+from ucm_middleware_mcp.identity import Identity
+from ucm_middleware_mcp.sessions import Session, Sessions, serving
 
 SESSION_HEADER: Final = b"mcp-session-id"
 VERSION_HEADER: Final = b"mcp-protocol-version"
