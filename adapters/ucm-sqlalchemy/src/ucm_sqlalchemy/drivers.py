@@ -1,13 +1,17 @@
 """What each driver does to tie a transaction of SQLAlchemy's to its user, and to reset a connection."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from sqlalchemy import Connection, Engine, TextClause, text
+from sqlalchemy.util import await_
 
 from ucm_middleware import ConfigurationError, UserExecutionContext
 
 if TYPE_CHECKING:
+    from psycopg.pq import TransactionStatus
+
     from ucm_postgres import Binding
     from ucm_postgres.together import Waiting
 
@@ -15,6 +19,9 @@ Reset = Literal["return", "begin"]
 """When a connection is brought back to a clean state: on its return to the pool, or where a transaction begins."""
 
 Settings = Sequence[tuple[str, str]]
+
+_WATCH: Final = "ucm_sqlalchemy.watch"
+"""Where the ``info`` of a connection of asyncpg's has what hears of its statements."""
 
 
 class Driver(Protocol):
@@ -31,6 +38,14 @@ class Driver(Protocol):
 
     def outcome_is_unknown(self, error: BaseException) -> bool:
         """Whether a commit that ended in this error may have been done all the same."""
+        ...
+
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        """Whether the transaction that was begun is under way no more, as far as the driver knows without asking."""
+        ...
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        """Whether a statement that SQLAlchemy knows nothing of, on the driver's own connection, may have failed."""
         ...
 
     def begin(self, connection: Connection, settings: Settings) -> None:
@@ -53,6 +68,12 @@ class Unbound:
         return ()
 
     def outcome_is_unknown(self, error: BaseException) -> bool:
+        return False
+
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        return False
+
+    def may_have_failed(self, connection: Connection) -> bool:
         return False
 
     def begin(self, connection: Connection, settings: Settings) -> None:
@@ -85,6 +106,12 @@ class Postgres:
 
     def outcome_is_unknown(self, error: BaseException) -> bool:
         return self._is_unknown(error)
+
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        raise NotImplementedError
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        raise NotImplementedError
 
     def begin(self, connection: Connection, settings: Settings) -> None:
         require_transaction(connection)
@@ -119,8 +146,34 @@ class Postgres:
         raise NotImplementedError
 
 
+class _Watch:
+    """Hears from asyncpg of the statements on its own connection."""
+
+    def __init__(self) -> None:
+        self.saw_error = False
+
+    def hear(self, query: Any) -> None:
+        self.saw_error = self.saw_error or query.exception is not None
+
+
 class Asyncpg(Postgres):
     """asyncpg: its prepared statements survive the reset."""
+
+    def begin(self, connection: Connection, settings: Settings) -> None:
+        super().begin(connection, settings)
+        watch: _Watch = connection.info.setdefault(_WATCH, _Watch())
+        watch.saw_error = False
+        driver = cast("Any", connection.connection.dbapi_connection).driver_connection
+        driver.add_query_logger(watch.hear)  # of which asyncpg keeps one
+
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        driver = dbapi_connection.driver_connection
+        return not driver.is_closed() and not driver.is_in_transaction()
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        # asyncpg keeps from everybody whether a transaction has failed, and lets loggers know in the loop's next turn.
+        await_(asyncio.sleep(0))
+        return bool(connection.info[_WATCH].saw_error)
 
     def reset_inside(self, connection: Connection) -> None:
         first, *rest = self._reset
@@ -141,6 +194,12 @@ class Asyncpg(Postgres):
 class Psycopg(Postgres):
     """psycopg 3: what begins the transaction and what binds it go out together."""
 
+    def __init__(self, binding: "Binding", reset: Reset) -> None:
+        from psycopg.pq import TransactionStatus
+
+        super().__init__(binding, reset)
+        self._statuses = TransactionStatus
+
     def begin(self, connection: Connection, settings: Settings) -> None:
         require_transaction(connection)
         dbapi_connection = cast("Any", connection.connection.dbapi_connection)
@@ -157,6 +216,15 @@ class Psycopg(Postgres):
         # Once more, one after the other. It fails again, as SQLAlchemy's error, unless something in between knows no
         # pipelines.
         self.tell(connection, settings)
+
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        return bool(self._status(dbapi_connection) == self._statuses.IDLE)
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        return bool(self._status(connection.connection.dbapi_connection) == self._statuses.INERROR)
+
+    def _status(self, dbapi_connection: Any) -> "TransactionStatus":
+        return cast("TransactionStatus", dbapi_connection.pgconn.transaction_status)
 
     def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         with connection.lock:
@@ -183,6 +251,9 @@ class Psycopg(Postgres):
 
 class AsyncPsycopg(Psycopg):
     """The same through SQLAlchemy's adapted connection."""
+
+    def _status(self, dbapi_connection: Any) -> "TransactionStatus":
+        return super()._status(dbapi_connection.driver_connection)
 
     def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         async def begin(driver: Any) -> None:
