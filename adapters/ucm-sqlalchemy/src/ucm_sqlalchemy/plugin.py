@@ -7,7 +7,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, hookimpl
 from ucm_sqlalchemy.criteria import UserOwned, scope_session
@@ -126,8 +126,8 @@ def _require_bindable(engine: object) -> None:
             "the engine is made from another by execution_options(), and that one's transactions would stay unbound; "
             "give that one, and derive from it what you like"
         )
-    if isinstance(engine.pool, StaticPool) and engine.dialect.name != "sqlite":
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool) and engine.dialect.name != "sqlite":
         raise ConfigurationError(
-            "the engine's pool is a StaticPool, which gives one connection to all users at once; use another, such as "
-            "QueuePool"
+            f"the engine's pool is a {type(engine.pool).__name__}, which gives one connection to several at once; "
+            "use another, such as QueuePool"
         )
