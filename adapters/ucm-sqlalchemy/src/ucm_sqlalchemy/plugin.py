@@ -15,7 +15,7 @@ from ucm_sqlalchemy.database import Database
 from ucm_sqlalchemy.drivers import Reset, driver_for
 from ucm_sqlalchemy.engines import EngineBinding
 from ucm_sqlalchemy.sessions import AnyEngine
-from ucm_sqlalchemy.shared import driver_types
+from ucm_sqlalchemy.shared import driver_types, owned_types
 
 if TYPE_CHECKING:
     from ucm_postgres import Binding
@@ -100,12 +100,17 @@ class SQLAlchemy(Database[S]):
         self._is_sqlite = sync_engine.dialect.name == "sqlite"
         driver = driver_for(sync_engine, binding, reset)
         self._driver_types = driver_types(sync_engine.dialect)
+        self._owned_types = owned_types(sync_engine.dialect)
         sync_engine.update_execution_options(**{_TAKEN: name})
         EngineBinding(sync_engine, driver, name)
 
     @hookimpl
     def ucm_shared_types(self) -> tuple[type, ...]:
         return (*super().ucm_shared_types(), *self._driver_types)
+
+    @hookimpl
+    def ucm_owned_types(self) -> tuple[type, ...]:
+        return self._owned_types
 
     def _engine(self, context: UserExecutionContext, isolation_level: IsolationLevel | None) -> AnyEngine:
         level = None if self._is_sqlite else isolation_level  # SQLite's transactions are serializable all the same
