@@ -65,7 +65,8 @@ def remember_asyncpg(connection: Any) -> Restore:
     callbacks = (connection._query_loggers, connection._log_listeners, connection._termination_listeners)
     callbacks_before = [set(each) for each in callbacks]
     codec_of = connection._protocol.get_settings().get_data_codec
-    codecs_before = [*map(codec_of, BUILTIN_TYPE_NAME_MAP.values())]
+    types = list(BUILTIN_TYPE_NAME_MAP.values())  # a copy: what is kept of a connection refers to nothing of others
+    codecs_before = [*map(codec_of, types)]
     asked: list[str] = []
 
     def look(query: Any) -> None:
@@ -78,7 +79,7 @@ def remember_asyncpg(connection: Any) -> Restore:
         for each, before in zip(callbacks, callbacks_before, strict=True):
             each.clear()
             each.update(before)
-        if asked or [*map(codec_of, BUILTIN_TYPE_NAME_MAP.values())] != codecs_before:
+        if asked or [*map(codec_of, types)] != codecs_before:
             raise ClientStateError("a type codec was set on the connection, and asyncpg takes none back")
 
     connection.add_query_logger(look)

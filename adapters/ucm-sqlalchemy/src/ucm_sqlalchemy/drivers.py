@@ -1,7 +1,7 @@
 """What each driver does to tie a transaction of SQLAlchemy's to its user, and to reset a connection."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from sqlalchemy import Connection, Engine, TextClause, text
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from psycopg.pq import TransactionStatus
 
     from ucm_postgres import Binding
+    from ucm_postgres.client_state import Restore
     from ucm_postgres.together import Waiting
 
 Reset = Literal["return", "begin"]
@@ -20,8 +21,17 @@ Reset = Literal["return", "begin"]
 
 Settings = Sequence[tuple[str, str]]
 
+Info = MutableMapping[Any, Any]
+"""What SQLAlchemy keeps with a connection."""
+
+_RESTORE: Final = "ucm_sqlalchemy.restore"
+"""Where the ``info`` of a connection that is lent has what gives it back what it held."""
+
 _WATCH: Final = "ucm_sqlalchemy.watch"
 """Where the ``info`` of a connection of asyncpg's has what hears of its statements."""
+
+_MODES: Final = ("autocommit", "isolation_level", "read_only", "deferrable")
+"""How psycopg's connections begin transactions."""
 
 
 class Driver(Protocol):
@@ -52,7 +62,11 @@ class Driver(Protocol):
         """Begin the transaction and tell the database, in SQLAlchemy's event ``begin``."""
         ...
 
-    def reset(self, dbapi_connection: Any) -> None:
+    def lend(self, dbapi_connection: Any, info: Info) -> None:
+        """Remember what the driver's connection holds, in the pool's event ``checkout``."""
+        ...
+
+    def reset(self, dbapi_connection: Any, info: Info) -> None:
         """Bring a connection back to a clean state, in the pool's event ``reset``."""
         ...
 
@@ -79,7 +93,10 @@ class Unbound:
     def begin(self, connection: Connection, settings: Settings) -> None:
         """Leave it to the driver."""
 
-    def reset(self, dbapi_connection: Any) -> None:
+    def lend(self, dbapi_connection: Any, info: Info) -> None:
+        """Leave it as it is: the connection to a user's file is not lent again."""
+
+    def reset(self, dbapi_connection: Any, info: Info) -> None:
         """Leave it to the pool, which rolls back."""
 
 
@@ -136,10 +153,20 @@ class Postgres:
         for statement in self._reset:
             connection.exec_driver_sql(statement)
 
-    def reset(self, dbapi_connection: Any) -> None:
+    def lend(self, dbapi_connection: Any, info: Info) -> None:
+        info[_RESTORE] = self.remember(dbapi_connection)
+
+    def remember(self, dbapi_connection: Any) -> "Restore":
+        """Remember what the driver's connection holds on this side of the line."""
+        raise NotImplementedError
+
+    def reset(self, dbapi_connection: Any, info: Info) -> None:
         dbapi_connection.rollback()
         if self._resets_at_return:
             self.send_reset(dbapi_connection)
+        restore: Restore | None = info.pop(_RESTORE, None)  # none for what SQLAlchemy gets to know first
+        if restore is not None:
+            restore()
 
     def send_reset(self, dbapi_connection: Any) -> None:
         """Send the reset as one query, outside of a transaction."""
@@ -174,6 +201,11 @@ class Asyncpg(Postgres):
         # asyncpg keeps from everybody whether a transaction has failed, and lets loggers know in the loop's next turn.
         await_(asyncio.sleep(0))
         return bool(connection.info[_WATCH].saw_error)
+
+    def remember(self, dbapi_connection: Any) -> "Restore":
+        from ucm_postgres.client_state import remember_asyncpg
+
+        return remember_asyncpg(dbapi_connection.driver_connection)
 
     def reset_inside(self, connection: Connection) -> None:
         first, *rest = self._reset
@@ -223,8 +255,27 @@ class Psycopg(Postgres):
     def may_have_failed(self, connection: Connection) -> bool:
         return bool(self._status(connection.connection.dbapi_connection) == self._statuses.INERROR)
 
+    def remember(self, dbapi_connection: Any) -> "Restore":
+        from ucm_postgres.client_state import remember_psycopg
+
+        driver = self._driver_of(dbapi_connection)
+        restore = remember_psycopg(driver)
+        modes = {name: getattr(driver, name) for name in _MODES}
+
+        def restore_all() -> None:
+            # Those that SQLAlchemy has set itself it takes back too, but later.
+            for name, mode in modes.items():
+                if getattr(driver, name) != mode:
+                    getattr(dbapi_connection, f"set_{name}")(mode)
+            restore()
+
+        return restore_all
+
+    def _driver_of(self, dbapi_connection: Any) -> Any:
+        return dbapi_connection
+
     def _status(self, dbapi_connection: Any) -> "TransactionStatus":
-        return cast("TransactionStatus", dbapi_connection.pgconn.transaction_status)
+        return cast("TransactionStatus", self._driver_of(dbapi_connection).pgconn.transaction_status)
 
     def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         with connection.lock:
@@ -252,8 +303,8 @@ class Psycopg(Postgres):
 class AsyncPsycopg(Psycopg):
     """The same through SQLAlchemy's adapted connection."""
 
-    def _status(self, dbapi_connection: Any) -> "TransactionStatus":
-        return super()._status(dbapi_connection.driver_connection)
+    def _driver_of(self, dbapi_connection: Any) -> Any:
+        return dbapi_connection.driver_connection
 
     def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         async def begin(driver: Any) -> None:

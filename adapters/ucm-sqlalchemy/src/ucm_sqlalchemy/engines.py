@@ -172,19 +172,20 @@ class EngineBinding:
 
     def _checked_out(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
         record.info[IN_USE] = True
+        self._driver.lend(dbapi_connection, record.info)
 
     def _invalidated(self, dbapi_connection: Any, record: ConnectionPoolEntry, error: BaseException | None) -> None:
         self._end(record.info, error or ConnectionError("the connection was invalidated"))
 
     def _reset(self, dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
-        if record is None:
+        if record is None:  # it is detached, and will be closed
             detached = self._detached.pop(id(dbapi_connection), None)
             if detached is not None:
                 detached.end()
-        else:
-            self._end(record.info, ConnectionError("the connection was left behind") if state.terminate_only else None)
+            return
+        self._end(record.info, ConnectionError("the connection was left behind") if state.terminate_only else None)
         if state.asyncio_safe and not state.terminate_only:
-            self._driver.reset(dbapi_connection)
+            self._driver.reset(dbapi_connection, record.info)
 
     @staticmethod
     def _end(info: dict[Any, Any], error: BaseException | None = None) -> None:
