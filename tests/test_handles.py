@@ -28,6 +28,7 @@ from ucm_middleware import (
     UserContextManager,
     UserExecutionContext,
     create_isolated_execution_context,
+    hookimpl,
     managed_user_context,
     revoke_handle,
 )
@@ -549,6 +550,27 @@ class TestWhatComesOut:
             assert type(rows) is list
             with running_as(manager, "bob"), pytest.raises(CrossUserAccessError):
                 connection.run()
+
+    def test_what_a_plugin_names_is_owned(self) -> None:
+        class Statement:
+            def run(self) -> str:
+                return "ran"
+
+        class Connection:
+            statement = Statement()
+
+        class Names:
+            @hookimpl
+            def ucm_owned_types(self) -> list[type]:
+                return [Statement]
+
+        manager = UserContextManager(plugins=[Names()])
+        statement = manager.create_isolated_context("alice").own(Connection()).statement
+        assert isinstance(statement, Statement)
+        assert statement.run() == "ran"
+        with running_as(manager, "bob"), pytest.raises(CrossUserAccessError):
+            statement.run()
+        manager.cleanup_all_contexts()
 
     def test_plain_data_is_given_as_it_is(self, handle: Session, session: Session) -> None:
         assert handle.calls is session.calls

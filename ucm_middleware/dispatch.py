@@ -197,8 +197,8 @@ class BindSession(tuple[Implementation, ...]):
                 raise implementation.wrong(found, "None, at once, and raises an error to refuse the session")
 
 
-class SharedTypes(tuple[Implementation, ...]):
-    """``ucm_shared_types``: those of all of them."""
+class NamedTypes(tuple[Implementation, ...]):
+    """``ucm_shared_types`` and ``ucm_owned_types``: those of all of them."""
 
     __slots__ = ()
 
@@ -244,7 +244,8 @@ class Hooks:
     around_resource: "Around[UserExecutionContext, str]"
     around_agent_run: "Around[UserExecutionContext, str, Any]"
     bind_session: BindSession
-    shared_types: SharedTypes
+    shared_types: NamedTypes
+    owned_types: NamedTypes
     context_opened: "Notify[UserExecutionContext]"
     context_bound: "Notify[UserExecutionContext, str]"
     context_closed: "Notify[UserExecutionContext, CloseReason]"
@@ -265,7 +266,8 @@ class Hooks:
             around_resource=Around(found.get("ucm_around_resource", ())),
             around_agent_run=Around(found.get("ucm_around_agent_run", ())),
             bind_session=BindSession(found.get("ucm_bind_session", ())),
-            shared_types=SharedTypes(found.get("ucm_shared_types", ())),
+            shared_types=NamedTypes(found.get("ucm_shared_types", ())),
+            owned_types=NamedTypes(found.get("ucm_owned_types", ())),
             context_opened=Notify(found.get("ucm_context_opened", ())),
             context_bound=Notify(found.get("ucm_context_bound", ())),
             context_closed=Notify(found.get("ucm_context_closed", ())),

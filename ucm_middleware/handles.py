@@ -6,6 +6,7 @@ writing attributes, calls, special methods, each step of what is lazy. What come
 - the target itself: its handle;
 - a method, an awaitable, an iterator, a context manager or another callable: owned like the handle it came from;
 - what a context manager gives on entering: likewise, unless it is plain data;
+- an object of a type that a plugin names in ``ucm_owned_types``: likewise;
 - anything else: as it is.
 """
 
@@ -195,7 +196,10 @@ def give(handle: Handle, value: Any, *, entered: bool = False) -> Any:
         if cell.target is value:
             return node
         node = cast("Handle | None", cell.parent)
-    return _handle(_cell_of(handle).ownership, value, handle) if entered or _is_lazy[kind] else value
+    ownership = _cell_of(handle).ownership
+    if entered or _is_lazy[kind] or issubclass(kind, ownership.also):
+        return _handle(ownership, value, handle)
+    return value
 
 
 class OwnedMethod:

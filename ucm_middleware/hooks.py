@@ -135,6 +135,16 @@ def ucm_shared_types() -> "Iterable[type]":
     return ()
 
 
+@hookspec
+def ucm_owned_types() -> "Iterable[type]":
+    """The types whose objects work for one user, as a driver's connection does, though their classes do not say so.
+
+    What of them comes out of an owned handle is owned like it, as is what can be called, awaited, iterated or entered.
+    Their subclasses are meant too. Asked once, when the manager is made.
+    """
+    return ()
+
+
 # Notifications: called in whichever thread it happens, after it happened.
 
 

@@ -34,6 +34,7 @@ class ContextHost(Protocol):
     ids: UnifiedIDManager
     keys: OwnerKeys
     hooks: "Hooks"
+    owned_types: tuple[type, ...]
     telemetry: "Telemetry"
 
     @property

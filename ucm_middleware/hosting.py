@@ -111,6 +111,7 @@ class Hosting:
         )
         """This worker, where several share their users; None where it stands alone."""
         self._leasing = None if self.cluster is None else Leasing(self.cluster, self._registry, self._trail)
+        self.owned_types = tuple(self.hooks.owned_types())
         self._inspector = Inspector(isolation, self.hooks.shared_types(), self._registry.live, self._trail)
         self.closing_inspector: ClosingInspector | None = self._inspector if isolation.sample > 0 else None
         self._hub = Hub(events, clock, self._sweeper.plan)

@@ -24,7 +24,7 @@ class Ownership:
     was made of: that must be of use too.
     """
 
-    __slots__ = ("_cells", "_host", "_made_at", "_outer", "insider", "is_revoked", "lifetime", "name", "owner")
+    __slots__ = ("_cells", "_host", "_made_at", "_outer", "also", "insider", "is_revoked", "lifetime", "name", "owner")
 
     def __init__(self, owner: "UserExecutionContext", name: str, outer: "Ownership | None" = None) -> None:
         self.owner = owner
@@ -32,6 +32,8 @@ class Ownership:
         # A child ends with its parents' deadlines too, which is the closer look.
         self.insider: object = owner if owner.operation_depth == 0 and outer is None else _NOBODY
         self.name = name
+        # What plugins have named, to be owned where it comes out of a use.
+        self.also: tuple[type, ...] = () if owner.host is None else owner.host.owned_types
         self.is_revoked = False
         self._outer = outer
         self._cells: dict[int, Cell] = {}

@@ -189,6 +189,19 @@ def test_a_trail_shows_the_newest_and_counts_the_older(ledger: PostgresLedger) -
     assert [record.record_id for record in trail.records] == list(range(201, 1201))
 
 
+@pytest.mark.parametrize("encoding", ["UTF8", "LATIN1", "SQL_ASCII"])
+def test_what_is_in_a_record_keeps_no_trail_from_being_read(postgres_server: PostgresServer, encoding: str) -> None:
+    """Not a NUL, which no text of PostgreSQL's has, nor a character that the database's encoding lacks."""
+    with postgres_server.database(notes=False, encoding=encoding) as database:
+        make_ledger(database)
+        with closing(started(database.app.dsn)) as ledger:
+            for number, user in enumerate(("zo\u00eb", "\u732b"), 1):
+                ledger.append(row(user, number, reason="a\0b", data=(("note", "\0 \u732b"),)))
+                trail = ledger.trail(user)
+                assert trail is not None
+                assert [(record.user_id, record.reason) for record in trail.records] == [(user, "a\0b")]
+
+
 def test_a_sealed_ledger_shows_nobody_to_whoever_reads_the_tables(sealed: Database, tmp_path: Path) -> None:
     with closing(started(sealed.app.dsn, keys=tmp_path / "keys.db")) as ledger:
         ledger.append(row("alice", 1, reason="very private", data=(("user_id", UserMention("bob")),)))

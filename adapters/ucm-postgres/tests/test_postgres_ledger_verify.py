@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ledger_support import SECRET, make_ledger, ring, row, started
-from support.postgres import Database
+from support.postgres import Database, PostgresServer
 from ucm_middleware.audit import SQLiteLedger
 from ucm_middleware.cli.app import make_app
 
@@ -70,6 +70,18 @@ def test_a_good_ledger_is_verified_stream_by_stream_and_together(two: Database) 
     assert (said["verified"], said["records"], said["problems"]) == (True, 8, [])
     assert [ledger["stream"] for ledger in said["ledgers"]] == [first, second]
     assert said["ledgers"][0]["first"] == "1970-01-01T00:16:41+00:00"
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_of_another_encoding_has_ledgers_too(postgres_server: PostgresServer, encoding: str) -> None:
+    with postgres_server.database(notes=False, encoding=encoding) as database:
+        make_ledger(database)
+        with closing(started(database.app.dsn)) as ledger:
+            ledger.append(row("\u732b"))
+            ledger.flush()
+        assert "verified: " in ucm("verify", database.app.dsn).stdout
+        assert json.loads(ucm("export", database.app.dsn).stdout)["user"] == "\u732b"
+        signed(database)
 
 
 def test_checkpoints_are_of_each_stream(two: Database) -> None:

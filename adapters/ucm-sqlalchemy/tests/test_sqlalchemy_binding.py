@@ -391,16 +391,6 @@ async def test_the_drivers_own_connection_outside_of_a_transaction_is_nobodys(
         assert await greenlet_spawn(read, await engine.raw_connection()) == []
 
 
-async def test_after_a_commit_in_sql_the_rest_is_nobodys(
-    database: Database, engine: AsyncEngine, manager: UserContextManager
-) -> None:
-    async with running(manager, "alice"):
-        async with engine.connect() as connection:
-            await connection.execute(text("commit"))
-            assert await by_text_on(connection) == []
-        assert await by_text(engine) == ["a1"]
-
-
 async def test_settings_of_the_connection_survive_the_reset(database: Database, driver: str) -> None:
     settings = {"server_settings": {"work_mem": "5MB"}} if driver == "asyncpg" else {"options": "-c work_mem=5MB"}
     for reset in ("return", "begin"):

@@ -257,8 +257,8 @@ async def test_a_context_that_asks_for_no_session_has_none(
 ) -> None:
     """The adapter has no hook in the life of contexts, so that such a request pays nothing."""
     hooks = {name for name in dir(bound) if name.startswith("ucm_")}
-    # Of a unit of work, and of the manager: what the checker passes over is asked once.
-    assert hooks == {"ucm_open_transaction", "ucm_shared_types"}
+    # Of a unit of work, and of the manager: what the checker passes over, and what handles give, is asked once.
+    assert hooks == {"ucm_open_transaction", "ucm_shared_types", "ucm_owned_types"}
     async with running(manager, "alice") as context:
         assert not context.lifetime.has_resources
     assert in_use(engine) == 0
@@ -449,6 +449,43 @@ async def test_functions_that_cannot_be_transactional_are_refused(bound: SQLAlch
         bound.unit_of_work(cast("Any", "CHAOS"))
     with pytest.raises(ConfigurationError, match="async with"), cast("Any", bound.unit_of_work()):
         pass
+
+
+# The driver's own connection.
+
+
+async def test_the_drivers_connection_that_a_session_gives_is_owned(
+    engine: AsyncEngine, bound: SQLAlchemy[AsyncSession], manager: UserContextManager, driver: str
+) -> None:
+    async def read(connection: Any) -> list[str]:
+        if driver == "asyncpg":
+            async with connection.transaction():
+                assert [row["body"] async for row in connection.cursor("select body from notes")] == ["a1"]
+            assert await (await connection.prepare("select body from notes")).fetchval() == "a1"
+            return [row["body"] for row in await connection.fetch("select body from notes")]
+        return [row[0] for row in await (await connection.execute("select body from notes")).fetchall()]
+
+    async with running(manager, "alice"):
+        async with bound.unit_of_work() as session:
+            proxied = await (await session.connection()).get_raw_connection()
+            connection: Any = proxied.driver_connection
+            kept = [proxied, proxied.dbapi_connection, connection]
+            if driver == "asyncpg":
+                kept.append(await connection.prepare("select body from notes"))
+            else:
+                kept.append(connection.cursor())
+            assert isinstance(connection, type(connection))
+            assert await read(connection) == ["a1"]
+        for each in kept:
+            with pytest.raises(HandleRevokedError):
+                getattr(each, "anything", None)
+    alice = manager.create_context_with_transaction("alice")
+    connection = (await (await alice.db_session.connection()).get_raw_connection()).driver_connection
+    assert await read(connection) == ["a1"]
+    async with running(manager, "bob"):
+        with pytest.raises(CrossUserAccessError):
+            await read(connection)
+    await alice.aclose()
 
 
 # The manager's transactions.

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from ucm_middleware import ConfigurationError, PluginError, UserContextManager
 from ucm_postgres import Binding
@@ -18,6 +18,10 @@ URL = "postgresql+psycopg://nobody@127.0.0.1:1/nowhere"  # nothing connects to i
 MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
     "no engine": (lambda: SQLAlchemy(cast("Any", "postgresql://")), "engine is a str"),
     "one connection for all": (lambda: SQLAlchemy(create_engine(URL, poolclass=StaticPool)), "StaticPool"),
+    "one connection for all of a thread": (
+        lambda: SQLAlchemy(create_engine(URL, poolclass=SingletonThreadPool)),
+        "SingletonThreadPool",
+    ),
     "derived": (lambda: SQLAlchemy(create_async_engine(URL).execution_options(tag=1)), "would stay unbound"),
     "reset": (lambda: SQLAlchemy(create_engine(URL), reset=cast("Any", "never")), "reset is 'never'"),
     "binding of SQLite": (lambda: SQLAlchemy(create_engine("sqlite://"), binding=Binding()), "SQLitePerUser"),

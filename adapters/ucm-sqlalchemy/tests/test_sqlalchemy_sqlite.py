@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, delete, insert, select, text, update
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -122,6 +123,25 @@ async def test_savepoints_and_rollbacks_are_real(tmp_path: Path) -> None:
     assert [each["phase"] for each in events(manager, "alice", "transaction")] == (
         ["begin", "commit", "begin", "rollback", "begin", "commit", "begin", "commit"]
     )
+
+
+async def test_what_a_statement_has_ended_cannot_be_committed(tmp_path: Path) -> None:
+    """SQLite rolls back by itself where a conflict is said to, or the disk is full."""
+    files = SQLitePerUser(tmp_path / "async", metadata=Base.metadata)
+    sync_files = SQLitePerUser(tmp_path / "sync", metadata=Base.metadata, is_async=False)
+    manager = UserContextManager(plugins=[files, sync_files])
+    conflict = text("insert or rollback into pages (body) values ('a1')")
+    async with running(manager, "alice"):
+        with pytest.raises(InvalidRequestError, match="ended"):
+            async with files.unit_of_work() as session:
+                await session.execute(conflict)
+                with pytest.raises(IntegrityError):
+                    await session.execute(conflict)
+        with pytest.raises(InvalidRequestError, match="ended"), sync_files.unit_of_work() as session:
+            session.execute(conflict)
+            with pytest.raises(IntegrityError):
+                session.execute(conflict)
+    assert [each["phase"] for each in events(manager, "alice", "transaction")] == ["begin", "unknown"] * 2
 
 
 async def test_no_transaction_of_another_users_begins_on_a_file(tmp_path: Path) -> None:

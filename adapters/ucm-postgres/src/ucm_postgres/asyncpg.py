@@ -12,6 +12,7 @@ from ucm_middleware import ConfigurationError, IsolationLevel, StatementResult, 
 from ucm_postgres.binding import Binding
 from ucm_postgres.blocks import ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
 from ucm_postgres.checks import ResetMode, checked_reset
+from ucm_postgres.client_state import Restore, remember_asyncpg
 from ucm_postgres.reset import RESET_QUERY
 from ucm_postgres.shared import asyncpg_types
 from ucm_postgres.transaction import GRACE, UserTransaction, UserTransactions
@@ -80,6 +81,7 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         self._pool = pool
         self._reset_first = reset_first
         self._block: Transaction | None = None
+        self._restore: Restore | None = None
         self._saw_error = False
 
     async def _acquire(self) -> Any:
@@ -92,6 +94,7 @@ class _AsyncpgTransaction(UserTransaction[Any]):
             await connection.execute(RESET_QUERY)
         calls = ", ".join(f"set_config(${number}, ${number + 1}, true)" for number in range(1, 2 * len(settings), 2))
         await connection.execute(f"SELECT {calls}", *[part for setting in settings for part in setting])
+        self._restore = remember_asyncpg(connection)
         connection.add_query_logger(self._count)
 
     async def _run(self, connection: Any, statement: object, parameters: object) -> StatementResult:
@@ -135,6 +138,8 @@ class _AsyncpgTransaction(UserTransaction[Any]):
         await self._block.rollback()
 
     async def _give_back(self, connection: Any) -> None:
+        if self._restore is not None:
+            self._restore()
         await self._pool.release(connection, timeout=GRACE)  # the reset is a question too
 
     def _cut(self, connection: Any) -> None:

@@ -11,6 +11,7 @@ from psycopg_pool import AsyncConnectionPool
 from ucm_middleware import IsolationLevel, StatementResult, UserExecutionContext, hookimpl
 from ucm_postgres.binding import Binding
 from ucm_postgres.checks import ResetMode, checked_reset
+from ucm_postgres.client_state import Restore, drop_notifications, remember_psycopg
 from ucm_postgres.counting import StatementCounter
 from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
@@ -28,6 +29,7 @@ async def reset(connection: AsyncConnection[Any]) -> None:
     autocommit = connection.autocommit
     await connection.set_autocommit(True)  # it asks the server nothing: only that no BEGIN goes before
     await connection.execute(RESET_QUERY.encode(), prepare=False)
+    drop_notifications(connection)
     await connection.set_autocommit(autocommit)
 
 
@@ -83,6 +85,7 @@ class _PsycopgTransaction(UserTransaction[C]):
         self._level_before: PsycopgLevel | None = None
         self._autocommit_before: bool | None = None
         self._block: AsyncTransaction | None = None
+        self._restore: Restore | None = None
 
     async def _acquire(self) -> C:
         return await self._pool.getconn()
@@ -100,6 +103,7 @@ class _PsycopgTransaction(UserTransaction[C]):
                 await connection.execute(statement.encode(), prepare=False)
             await connection.execute(*bind_query(settings))
         self._counter.begin(connection, self.log)
+        self._restore = remember_psycopg(connection)
 
     async def _run(self, connection: C, statement: object, parameters: object) -> StatementResult:
         async with connection.cursor(row_factory=dict_row) as cursor:
@@ -127,6 +131,8 @@ class _PsycopgTransaction(UserTransaction[C]):
             raise RuntimeError("the transaction could not be rolled back")
 
     async def _give_back(self, connection: C) -> None:
+        if self._restore is not None:
+            self._restore()
         if self.isolation_level is not None and connection.isolation_level is not self._level_before:
             await connection.set_isolation_level(self._level_before)
         if self._autocommit_before is not None:

@@ -23,6 +23,7 @@ from ucm_middleware import (
 from ucm_postgres.binding import Binding
 from ucm_postgres.blocks import Nesting, inside, is_same, outcome_is_unknown, revoke
 from ucm_postgres.checks import ResetMode, check_isolation_level, check_savepoint_level, checked_reset, role_error
+from ucm_postgres.client_state import ClientStateError, Restore, drop_notifications, remember_psycopg
 from ucm_postgres.counting import StatementCounter
 from ucm_postgres.leftovers import Leftovers
 from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
@@ -43,6 +44,7 @@ def reset(connection: Connection[Any]) -> None:
     autocommit = connection.autocommit
     connection.autocommit = True  # it asks the server nothing: only that no BEGIN goes before
     connection.execute(RESET_QUERY.encode(), prepare=False)
+    drop_notifications(connection)
     connection.autocommit = autocommit
 
 
@@ -127,6 +129,7 @@ class PsycopgThreadPool(Generic[C]):
             connection.execute(*bind_query(settings))
         lent.handle = context.own(connection, name="transaction")
         self._counter.begin(connection, lent.log)
+        lent.client_state = remember_psycopg(connection)
         lent.is_begun = True
 
     def _commit(self, lent: "_Lent[C]") -> None:
@@ -195,7 +198,7 @@ class PsycopgThreadPool(Generic[C]):
     def _give_back(self, lent: "_Lent[C]") -> None:
         try:
             lent.restore()
-        except Error:
+        except (Error, ClientStateError):
             logger.warning("a connection could not be given its settings back, and is closed", exc_info=True)
             self._discard(lent.connection)
         else:
@@ -231,6 +234,7 @@ class _Lent(Generic[C]):
         self.isolation_level: IsolationLevel | None = isolation_level
         self.log = TransactionLog(context, name, isolation_level=isolation_level, **binding.about)
         self.block: Transaction | None = None
+        self.client_state: Restore | None = None
         self.nesting = Nesting()
         self.is_begun = False
         self._is_over = False
@@ -251,7 +255,9 @@ class _Lent(Generic[C]):
         return connection
 
     def restore(self) -> None:
-        """Give the connection the settings of its own that it came with. The server is not asked."""
+        """Give the connection what it came with on this side of the line. The server is not asked."""
+        if self.client_state is not None:
+            self.client_state()
         self.connection.autocommit, self.connection.isolation_level = self._before
 
     def claim(self) -> bool:

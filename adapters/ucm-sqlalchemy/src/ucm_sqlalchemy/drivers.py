@@ -1,20 +1,37 @@
 """What each driver does to tie a transaction of SQLAlchemy's to its user, and to reset a connection."""
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
 
 from sqlalchemy import Connection, Engine, TextClause, text
+from sqlalchemy.util import await_
 
 from ucm_middleware import ConfigurationError, UserExecutionContext
 
 if TYPE_CHECKING:
+    from psycopg.pq import TransactionStatus
+
     from ucm_postgres import Binding
+    from ucm_postgres.client_state import Restore
     from ucm_postgres.together import Waiting
 
 Reset = Literal["return", "begin"]
 """When a connection is brought back to a clean state: on its return to the pool, or where a transaction begins."""
 
 Settings = Sequence[tuple[str, str]]
+
+Info = MutableMapping[Any, Any]
+"""What SQLAlchemy keeps with a connection."""
+
+_RESTORE: Final = "ucm_sqlalchemy.restore"
+"""Where the ``info`` of a connection that is lent has what gives it back what it held."""
+
+_WATCH: Final = "ucm_sqlalchemy.watch"
+"""Where the ``info`` of a connection of asyncpg's has what hears of its statements."""
+
+_MODES: Final = ("autocommit", "isolation_level", "read_only", "deferrable")
+"""How psycopg's connections begin transactions."""
 
 
 class Driver(Protocol):
@@ -33,11 +50,23 @@ class Driver(Protocol):
         """Whether a commit that ended in this error may have been done all the same."""
         ...
 
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        """Whether the transaction that was begun is under way no more, as far as the driver knows without asking."""
+        ...
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        """Whether a statement that SQLAlchemy knows nothing of, on the driver's own connection, may have failed."""
+        ...
+
     def begin(self, connection: Connection, settings: Settings) -> None:
         """Begin the transaction and tell the database, in SQLAlchemy's event ``begin``."""
         ...
 
-    def reset(self, dbapi_connection: Any) -> None:
+    def lend(self, dbapi_connection: Any, info: Info) -> None:
+        """Remember what the driver's connection holds, in the pool's event ``checkout``."""
+        ...
+
+    def reset(self, dbapi_connection: Any, info: Info) -> None:
         """Bring a connection back to a clean state, in the pool's event ``reset``."""
         ...
 
@@ -55,10 +84,19 @@ class Unbound:
     def outcome_is_unknown(self, error: BaseException) -> bool:
         return False
 
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        return False
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        return False
+
     def begin(self, connection: Connection, settings: Settings) -> None:
         """Leave it to the driver."""
 
-    def reset(self, dbapi_connection: Any) -> None:
+    def lend(self, dbapi_connection: Any, info: Info) -> None:
+        """Leave it as it is: the connection to a user's file is not lent again."""
+
+    def reset(self, dbapi_connection: Any, info: Info) -> None:
         """Leave it to the pool, which rolls back."""
 
 
@@ -86,6 +124,12 @@ class Postgres:
     def outcome_is_unknown(self, error: BaseException) -> bool:
         return self._is_unknown(error)
 
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        raise NotImplementedError
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        raise NotImplementedError
+
     def begin(self, connection: Connection, settings: Settings) -> None:
         require_transaction(connection)
         self.tell(connection, settings)
@@ -109,18 +153,59 @@ class Postgres:
         for statement in self._reset:
             connection.exec_driver_sql(statement)
 
-    def reset(self, dbapi_connection: Any) -> None:
+    def lend(self, dbapi_connection: Any, info: Info) -> None:
+        info[_RESTORE] = self.remember(dbapi_connection)
+
+    def remember(self, dbapi_connection: Any) -> "Restore":
+        """Remember what the driver's connection holds on this side of the line."""
+        raise NotImplementedError
+
+    def reset(self, dbapi_connection: Any, info: Info) -> None:
         dbapi_connection.rollback()
         if self._resets_at_return:
             self.send_reset(dbapi_connection)
+        restore: Restore | None = info.pop(_RESTORE, None)  # none for what SQLAlchemy gets to know first
+        if restore is not None:
+            restore()
 
     def send_reset(self, dbapi_connection: Any) -> None:
         """Send the reset as one query, outside of a transaction."""
         raise NotImplementedError
 
 
+class _Watch:
+    """Hears from asyncpg of the statements on its own connection."""
+
+    def __init__(self) -> None:
+        self.saw_error = False
+
+    def hear(self, query: Any) -> None:
+        self.saw_error = self.saw_error or query.exception is not None
+
+
 class Asyncpg(Postgres):
     """asyncpg: its prepared statements survive the reset."""
+
+    def begin(self, connection: Connection, settings: Settings) -> None:
+        super().begin(connection, settings)
+        watch: _Watch = connection.info.setdefault(_WATCH, _Watch())
+        watch.saw_error = False
+        driver = cast("Any", connection.connection.dbapi_connection).driver_connection
+        driver.add_query_logger(watch.hear)  # of which asyncpg keeps one
+
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        driver = dbapi_connection.driver_connection
+        return not driver.is_closed() and not driver.is_in_transaction()
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        # asyncpg keeps from everybody whether a transaction has failed, and lets loggers know in the loop's next turn.
+        await_(asyncio.sleep(0))
+        return bool(connection.info[_WATCH].saw_error)
+
+    def remember(self, dbapi_connection: Any) -> "Restore":
+        from ucm_postgres.client_state import remember_asyncpg
+
+        return remember_asyncpg(dbapi_connection.driver_connection)
 
     def reset_inside(self, connection: Connection) -> None:
         first, *rest = self._reset
@@ -141,6 +226,12 @@ class Asyncpg(Postgres):
 class Psycopg(Postgres):
     """psycopg 3: what begins the transaction and what binds it go out together."""
 
+    def __init__(self, binding: "Binding", reset: Reset) -> None:
+        from psycopg.pq import TransactionStatus
+
+        super().__init__(binding, reset)
+        self._statuses = TransactionStatus
+
     def begin(self, connection: Connection, settings: Settings) -> None:
         require_transaction(connection)
         dbapi_connection = cast("Any", connection.connection.dbapi_connection)
@@ -157,6 +248,34 @@ class Psycopg(Postgres):
         # Once more, one after the other. It fails again, as SQLAlchemy's error, unless something in between knows no
         # pipelines.
         self.tell(connection, settings)
+
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        return bool(self._status(dbapi_connection) == self._statuses.IDLE)
+
+    def may_have_failed(self, connection: Connection) -> bool:
+        return bool(self._status(connection.connection.dbapi_connection) == self._statuses.INERROR)
+
+    def remember(self, dbapi_connection: Any) -> "Restore":
+        from ucm_postgres.client_state import remember_psycopg
+
+        driver = self._driver_of(dbapi_connection)
+        restore = remember_psycopg(driver)
+        modes = {name: getattr(driver, name) for name in _MODES}
+
+        def restore_all() -> None:
+            # Those that SQLAlchemy has set itself it takes back too, but later.
+            for name, mode in modes.items():
+                if getattr(driver, name) != mode:
+                    getattr(dbapi_connection, f"set_{name}")(mode)
+            restore()
+
+        return restore_all
+
+    def _driver_of(self, dbapi_connection: Any) -> Any:
+        return dbapi_connection
+
+    def _status(self, dbapi_connection: Any) -> "TransactionStatus":
+        return cast("TransactionStatus", self._driver_of(dbapi_connection).pgconn.transaction_status)
 
     def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         with connection.lock:
@@ -183,6 +302,9 @@ class Psycopg(Postgres):
 
 class AsyncPsycopg(Psycopg):
     """The same through SQLAlchemy's adapted connection."""
+
+    def _driver_of(self, dbapi_connection: Any) -> Any:
+        return dbapi_connection.driver_connection
 
     def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         async def begin(driver: Any) -> None:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from sqlalchemy import Connection, Engine, ExceptionContext, event
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from ucm_middleware import ConfigurationError, TransactionLog, UserExecutionContext
@@ -16,22 +18,40 @@ BEGUN: Final = "ucm_sqlalchemy.begun"
 IN_USE: Final = "ucm_sqlalchemy.in_use"
 """Is in the ``info`` of connections that the pool has given out, unlike those that SQLAlchemy gets to know first."""
 
+_ENDED: Final = (
+    "a statement, or the driver, has ended the transaction behind SQLAlchemy's back, so that what comes after it would "
+    "run for no user, and what became of its work is not known; leave its end to commit() and rollback(), and use "
+    "begin_nested() for savepoints"
+)
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Begun:
     """A transaction: whose it is, and what is put on record of it."""
 
     owner: UserExecutionContext
     log: TransactionLog
     driver: Driver
+    dbapi_connection: Any
     is_bound: bool = False
     is_committing: bool = False
     has_failed: bool = False  # a statement, after which a server may answer COMMIT with a rollback, and say nothing
     error: BaseException | None = None
     lease: Lease | None = None
+    is_lost: bool = False  # something other than SQLAlchemy has ended it
+
+    def find_lost(self) -> bool:
+        """Whether something other than SQLAlchemy has ended it. The end is on record as unknown then."""
+        if self.is_bound and not self.is_committing and not self.is_lost:
+            self.is_lost = self.driver.has_ended(self.dbapi_connection)
+            if self.is_lost:
+                self._lose(InvalidRequestError(_ENDED))
+        return self.is_lost
 
     def end(self, error: BaseException | None = None) -> None:
         """Put the end on record: it was committed when that was asked for and nothing went wrong."""
+        if self.find_lost():
+            return
         if self.is_committing and self.error is None and error is None:
             self.log.commit()
             if self.lease is not None:
@@ -39,22 +59,27 @@ class Begun:
             return
         error = self.error or error
         if self.is_committing and error is not None and self.driver.outcome_is_unknown(error):
-            self.log.lost(error)
-            if self.lease is not None:
-                self.lease.has_committed = True  # perhaps: it must not be done again
+            self._lose(error)
         else:
             self.log.rollback(error)
+
+    def _lose(self, error: BaseException) -> None:
+        self.log.lost(error)
+        if self.lease is not None:
+            self.lease.has_committed = True  # perhaps: it must not be done again
 
 
 class EngineBinding:
     """The listeners on one engine. They hold for the engines that are derived from it, and after ``dispose()``."""
 
-    __slots__ = ("_action", "_driver", "_name")
+    __slots__ = ("_action", "_detached", "_driver", "_name")
 
     def __init__(self, engine: Engine, driver: Driver, name: str) -> None:
         self._driver = driver
         self._name = name
         self._action = f"connection to {name}"
+        # What commits on a connection that the pool knows no more, by what it will name when that is closed.
+        self._detached: WeakValueDictionary[int, Begun] = WeakValueDictionary()
         event.listen(engine, "begin", self._begin)
         event.listen(engine, "begin_twophase", self._refuse_twophase)
         event.listen(engine, "before_cursor_execute", self._statement)
@@ -76,7 +101,8 @@ class EngineBinding:
             settings = self._driver.settings(owner)
             log = TransactionLog(owner, self._name, **self._driver.about)
             log.begin()
-            begun = info[BEGUN] = Begun(owner, log, self._driver, lease=options.get(LEASE))
+            dbapi_connection = connection.connection.dbapi_connection
+            begun = info[BEGUN] = Begun(owner, log, self._driver, dbapi_connection, lease=options.get(LEASE))
             if begun.lease is not None:
                 begun.lease.take(connection)
             self._driver.begin(connection, settings)
@@ -113,16 +139,20 @@ class EngineBinding:
             )
         if begun.is_bound:
             require_access(begun.owner, self._action)
+            _require_under_way(begun)
             begun.log.statements += 1
 
     def _commit(self, connection: Connection) -> None:
         begun = _begun_on(connection)
         if begun is not None:
             require_access(begun.owner, self._action)
-            if begun.has_failed:  # then this is an error, in a transaction that the failure has ended
-                connection.exec_driver_sql("SELECT 1")
+            _require_under_way(begun)
+            if begun.has_failed or self._driver.may_have_failed(connection):
+                connection.exec_driver_sql("SELECT 1")  # an error, in a transaction that the failure has ended
             # Whether it succeeds is known when the connection goes back, or begins another.
             begun.is_committing = True
+            if connection.connection.is_detached:
+                self._detached[id(begun.dbapi_connection)] = begun
 
     def _rollback(self, connection: Connection) -> None:
         if _begun_on(connection) is not None:
@@ -142,15 +172,20 @@ class EngineBinding:
 
     def _checked_out(self, dbapi_connection: Any, record: ConnectionPoolEntry, proxy: Any) -> None:
         record.info[IN_USE] = True
+        self._driver.lend(dbapi_connection, record.info)
 
     def _invalidated(self, dbapi_connection: Any, record: ConnectionPoolEntry, error: BaseException | None) -> None:
         self._end(record.info, error or ConnectionError("the connection was invalidated"))
 
     def _reset(self, dbapi_connection: Any, record: ConnectionPoolEntry | None, state: PoolResetState) -> None:
-        if record is not None:
-            self._end(record.info, ConnectionError("the connection was left behind") if state.terminate_only else None)
+        if record is None:  # it is detached, and will be closed
+            detached = self._detached.pop(id(dbapi_connection), None)
+            if detached is not None:
+                detached.end()
+            return
+        self._end(record.info, ConnectionError("the connection was left behind") if state.terminate_only else None)
         if state.asyncio_safe and not state.terminate_only:
-            self._driver.reset(dbapi_connection)
+            self._driver.reset(dbapi_connection, record.info)
 
     @staticmethod
     def _end(info: dict[Any, Any], error: BaseException | None = None) -> None:
@@ -162,3 +197,8 @@ class EngineBinding:
 def _begun_on(connection: Connection) -> Begun | None:
     """What is under way on a connection; None on one that is closed or thrown away, whose end is on record already."""
     return None if connection.closed or connection.invalidated else connection.info.get(BEGUN)
+
+
+def _require_under_way(begun: Begun) -> None:
+    if begun.find_lost():
+        raise InvalidRequestError(_ENDED)

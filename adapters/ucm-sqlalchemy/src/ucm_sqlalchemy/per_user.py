@@ -156,6 +156,10 @@ class _UsersFile(Unbound):
     def begin(self, connection: Connection, settings: Settings) -> None:
         connection.exec_driver_sql("BEGIN")
 
+    def has_ended(self, dbapi_connection: Any) -> bool:
+        driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)  # of aiosqlite, or Python's own
+        return not driver.in_transaction
+
 
 def _bind(engine: Engine, user_id: str, name: str) -> None:
     # Python's driver begins transactions late and not for every statement, which breaks savepoints: SQLAlchemy's

@@ -7,7 +7,7 @@ from sqlalchemy import Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, hookimpl
 from ucm_sqlalchemy.criteria import UserOwned, scope_session
@@ -15,7 +15,7 @@ from ucm_sqlalchemy.database import Database
 from ucm_sqlalchemy.drivers import Reset, driver_for
 from ucm_sqlalchemy.engines import EngineBinding
 from ucm_sqlalchemy.sessions import AnyEngine
-from ucm_sqlalchemy.shared import driver_types
+from ucm_sqlalchemy.shared import driver_types, owned_types
 
 if TYPE_CHECKING:
     from ucm_postgres import Binding
@@ -100,12 +100,17 @@ class SQLAlchemy(Database[S]):
         self._is_sqlite = sync_engine.dialect.name == "sqlite"
         driver = driver_for(sync_engine, binding, reset)
         self._driver_types = driver_types(sync_engine.dialect)
+        self._owned_types = owned_types(sync_engine.dialect)
         sync_engine.update_execution_options(**{_TAKEN: name})
         EngineBinding(sync_engine, driver, name)
 
     @hookimpl
     def ucm_shared_types(self) -> tuple[type, ...]:
         return (*super().ucm_shared_types(), *self._driver_types)
+
+    @hookimpl
+    def ucm_owned_types(self) -> tuple[type, ...]:
+        return self._owned_types
 
     def _engine(self, context: UserExecutionContext, isolation_level: IsolationLevel | None) -> AnyEngine:
         level = None if self._is_sqlite else isolation_level  # SQLite's transactions are serializable all the same
@@ -126,8 +131,8 @@ def _require_bindable(engine: object) -> None:
             "the engine is made from another by execution_options(), and that one's transactions would stay unbound; "
             "give that one, and derive from it what you like"
         )
-    if isinstance(engine.pool, StaticPool) and engine.dialect.name != "sqlite":
+    if isinstance(engine.pool, StaticPool | SingletonThreadPool) and engine.dialect.name != "sqlite":
         raise ConfigurationError(
-            "the engine's pool is a StaticPool, which gives one connection to all users at once; use another, such as "
-            "QueuePool"
+            f"the engine's pool is a {type(engine.pool).__name__}, which gives one connection to several at once; "
+            "use another, such as QueuePool"
         )

@@ -1,11 +1,11 @@
-"""What users share by design of SQLAlchemy: there the isolation report stops.
+"""What users share by design of SQLAlchemy: there the isolation report stops. And what handles own besides.
 
-Sessions, connections, transactions, results and loaded objects are not among it: each is one user's.
+Sessions, connections, transactions, results and loaded objects are not shared: each is one user's.
 """
 
 from typing import Final
 
-from sqlalchemy import Compiled, Dialect, Engine, Pool
+from sqlalchemy import AdaptedConnection, Compiled, Dialect, Engine, Pool
 from sqlalchemy.connectors.asyncio import AsyncAdapt_dbapi_module
 from sqlalchemy.engine import ExecutionContext
 from sqlalchemy.engine.result import ResultMetaData
@@ -38,3 +38,14 @@ def driver_types(dialect: Dialect) -> tuple[type, ...]:
     from ucm_postgres.shared import asyncpg_types, psycopg_types
 
     return asyncpg_types() if dialect.driver == "asyncpg" else psycopg_types()
+
+
+def owned_types(dialect: Dialect) -> tuple[type, ...]:
+    """What of the dialect's driver asks the database for one user, and can be neither awaited, iterated nor entered."""
+    if dialect.driver != "asyncpg":
+        return (AdaptedConnection,)
+    from asyncpg import Connection  # type: ignore[import-untyped]
+    from asyncpg.cursor import Cursor  # type: ignore[import-untyped]
+    from asyncpg.prepared_stmt import PreparedStatement  # type: ignore[import-untyped]
+
+    return (AdaptedConnection, Connection, Cursor, PreparedStatement)

@@ -23,6 +23,7 @@ _AT_ONCE_BYTES: Final = 16 * 1024 * 1024
 _OPTIONS: Final[dict[str, Any]] = {
     "application_name": "ucm ledger",
     "autocommit": True,
+    "client_encoding": "UTF8",  # else psycopg gives bytes for text where the database's encoding is SQL_ASCII
     "prepare_threshold": None,  # a pooler may give the next transaction another server connection
     "keepalives_idle": 10,
     "keepalives_interval": 5,

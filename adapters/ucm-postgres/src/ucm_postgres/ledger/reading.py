@@ -15,8 +15,10 @@ from ucm_postgres.connecting import Target
 from ucm_postgres.ledger.opening import errors_of, in_chunks, open_ledger, reading
 from ucm_postgres.ledger.schema import SCHEMA
 
-# No stream knows of another one: what has an order between them are the times in their records.
-_AT: Final = "(convert_from(body, 'UTF8')::json ->> 'at')::float8"
+# No stream knows of another one: what has an order between them are the times in their records. Not read as JSON: there
+# is JSON that PostgreSQL cannot read, for a NUL in a string or for a character that the database's encoding lacks.
+_BEGINNING: Final = "encode(substring(body FROM 1 FOR 99), 'escape')"
+_AT: Final = f"""substring({_BEGINNING} FROM '^[{{]"event":"[a-z_]+","at":([-+.0-9e]+)')::float8"""
 _NEWEST_FIRST: Final = f"ORDER BY {_AT} DESC, stream DESC, sequence DESC"
 _NEWEST: Final = f"""SELECT body, count(*) OVER () FROM {SCHEMA}.records
     WHERE subject = %s {_NEWEST_FIRST} LIMIT %s""".encode()
