@@ -41,7 +41,7 @@ store = SQLiteConversationStore(DATA / "conversations.sqlite")
 conversations = UserConversations(store)
 manager = UserContextManager(plugins=[PydanticAI(conversations=conversations)])
 manager.require_secret("conversations and notes")
-manager.register_agent("assistant", partial(assistant, DATA))
+manager.register_agent("assistant", partial(assistant, DATA), stateless=True)
 
 
 def signed_in(connection: HTTPConnection) -> str | None:

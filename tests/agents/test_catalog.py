@@ -58,15 +58,35 @@ async def test_a_factory_is_given_the_run_s_own_context_and_may_wait(manager: Us
     assert (seen[0].user_id, seen[0].operation_depth) == ("alice", 1)
 
 
-@pytest.mark.parametrize("what", ["object", "method", "function"])
+class Prepared:
+    """What an adapter may let a factory return: an agent, and more for its run."""
+
+    def __init__(self, agent: Callable[[str], Any]) -> None:
+        self.agent = agent
+
+    @property
+    def __ucm_agent__(self) -> object:
+        return self.agent
+
+    async def __call__(self, prompt: str) -> Any:
+        return await self.agent(prompt)
+
+
+@pytest.mark.parametrize("what", ["object", "method", "function", "prepared", "prepared method"])
 async def test_one_that_two_runs_would_share_is_refused(manager: UserContextManager, what: str) -> None:
     agent = Agent()
 
     async def function(prompt: str) -> list[str]:
         return await agent(prompt)
 
-    shared = {"object": always(agent), "method": lambda context: agent.ask, "function": always(function)}[what]
-    manager.register_agent("agent", shared)
+    shared: dict[str, Callable[[UserExecutionContext], Any]] = {
+        "object": always(agent),
+        "method": lambda context: agent.ask,
+        "function": always(function),
+        "prepared": lambda context: Prepared(agent),
+        "prepared method": lambda context: Prepared(agent.ask),
+    }
+    manager.register_agent("agent", shared[what])
     await manager.execute_with_agent("alice", "agent", {"prompt": "hers"})
     with pytest.raises(AgentError, match=r"agent 'agent': its factory returned a \w+ that another run had.*stateless"):
         await manager.execute_with_agent("bob", "agent", {"prompt": "his"})

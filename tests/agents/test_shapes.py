@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import pytest
 
+from support.agents import phases
 from support.contexts import MakeManager
 from support.waiting import PATIENCE, wait_until
 from ucm_middleware import (
@@ -133,24 +134,55 @@ async def test_what_runs_where_it_is_read_is_no_result(make_manager: MakeManager
     assert stream.closed_as == ["alice"]
 
 
-async def test_a_tool_that_yields_is_told_of_until_its_last_item(make_manager: MakeManager) -> None:
+def count_up(most: int) -> Generator[int, None, str]:
+    yield from range(most)
+    if most == 2:
+        raise LookupError
+    return "counted"
+
+
+async def acount_up(most: int) -> AsyncGenerator[int]:
+    for number in count_up(most):
+        yield number
+
+
+class BlockingCounter:
+    def __call__(self, most: int) -> Generator[int, None, str]:
+        return (yield from count_up(most))
+
+
+class AsyncCounter:
+    async def __call__(self, most: int) -> AsyncGenerator[int]:
+        async for number in acount_up(most):
+            yield number
+
+
+async def first_of(items: Any, enough: int) -> list[int]:
+    """Read either kind of generator, and break it off after a number."""
+    numbers: list[int] = []
+    is_asynchronous = hasattr(items, "aclose")
+    while not numbers or numbers[-1] != enough:
+        try:
+            numbers.append(await anext(items) if is_asynchronous else next(items))
+        except (StopIteration, StopAsyncIteration):
+            return numbers
+    await items.aclose() if is_asynchronous else items.close()
+    return numbers
+
+
+YIELDING: list[Callable[..., Any]] = [count_up, acount_up, partial(count_up), BlockingCounter(), AsyncCounter()]
+
+
+@pytest.mark.parametrize("tool", YIELDING, ids=["blocking", "async", "partial", "object", "async object"])
+async def test_a_tool_that_yields_is_told_of_until_its_last_item(
+    make_manager: MakeManager, tool: Callable[..., Any]
+) -> None:
     ledger = RecordingLedger()
     manager = make_manager(ledger=ledger)
 
-    async def count_up(most: int) -> AsyncGenerator[int]:
-        for number in range(most):
-            yield number
-        if most == 2:
-            raise LookupError
-
     async def answer(most: int, enough: int = 9) -> list[int]:
-        numbers: list[int] = []
-        counting = current_run().wrap_tool(count_up)(most)
-        async for number in counting:
-            numbers.append(number)
-            if number == enough:
-                await counting.aclose()
-        return numbers
+        counting = current_run().wrap_tool(tool, "count")(most)
+        return await first_of(counting, enough)
 
     manager.register_agent("counter", lambda context: answer, stateless=True)
     assert await manager.execute_with_agent("alice", "counter", {"most": 3}) == [0, 1, 2]
@@ -158,8 +190,66 @@ async def test_a_tool_that_yields_is_told_of_until_its_last_item(make_manager: M
     with pytest.raises(LookupError):
         await manager.execute_with_agent("alice", "counter", {"most": 2})
     records = [record for record in ledger.select("agent_run") if dict(record.data)["phase"] == "tool_completed"]
-    assert [dict(record.data)["tool"] for record in records] == ["count_up"] * 3
+    assert [dict(record.data)["tool"] for record in records] == ["count"] * 3
     assert [dict(record.data).get("error") for record in records] == [None, "GeneratorExit", "LookupError"]
+
+
+async def test_what_a_tool_returns_that_yields_is_kept(make_manager: MakeManager) -> None:
+    manager = make_manager()
+
+    async def answer() -> str:
+        counting = current_run().wrap_tool(count_up)(1)
+        assert next(counting) == 0
+        with pytest.raises(StopIteration) as end:
+            next(counting)
+        return str(end.value.value)
+
+    manager.register_agent("counter", lambda context: answer, stateless=True)
+    assert await manager.execute_with_agent("alice", "counter") == "counted"
+
+
+class Failing:
+    """A tool that is an object, and to be awaited."""
+
+    async def __call__(self) -> None:
+        await asyncio.sleep(0)
+        raise LookupError
+
+
+@pytest.mark.parametrize("tool", [Failing(), partial(Failing())], ids=["object", "partial"])
+async def test_an_object_that_is_awaited_is_told_of_until_its_end(
+    make_manager: MakeManager, tool: Callable[..., Any]
+) -> None:
+    ledger = RecordingLedger()
+    manager = make_manager(ledger=ledger)
+    manager.register_agent("agent", lambda context: current_run().wrap_tool(tool, "fail"), stateless=True)
+    with pytest.raises(LookupError):
+        await manager.execute_with_agent("alice", "agent")
+    assert ("tool_completed", "agent", "fail", "failed") in phases(ledger)
+
+
+async def test_a_tool_that_yields_in_a_thread_is_listed_when_it_outlives_its_run(make_manager: MakeManager) -> None:
+    manager = make_manager()
+    began, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> Generator[int]:
+        began.set()
+        goes_on.wait(PATIENCE)
+        yield 1
+
+    async def answer() -> None:
+        tool = current_run().wrap_tool(work)
+        thread = threading.Thread(target=lambda: (list(tool()), ended.set()))
+        thread.start()
+        await asyncio.to_thread(began.wait, PATIENCE)
+
+    manager.register_agent("worker", lambda context: answer, stateless=True)
+    await manager.execute_with_agent("alice", "worker")
+    [straggler] = manager.get_stragglers()
+    assert (straggler.user_id, straggler.agent, straggler.tool) == ("alice", "worker", "work")
+    goes_on.set()
+    await asyncio.to_thread(ended.wait, PATIENCE)
+    assert manager.get_stragglers() == []
 
 
 async def test_an_async_tool_on_a_loop_of_its_own_is_listed_when_it_outlives_its_run(make_manager: MakeManager) -> None:

@@ -113,7 +113,11 @@ class AgentCatalog:
 
 
 def _what_runs_share(agent: Any) -> object:
-    """A method is made anew each time that it is asked for, as is a partial of it; what it is a method of is not."""
+    """A method is made anew each time that it is asked for, as is a partial of it; what it is a method of is not. Nor
+    is the agent in what an adapter lets a factory return instead, whose ``__ucm_agent__`` it is.
+    """
+    if hasattr(type(agent), "__ucm_agent__"):  # of the class: a mock has whatever it is asked for
+        return _what_runs_share(agent.__ucm_agent__)
     function = agent
     while isinstance(function, partial):
         function = function.func

@@ -82,6 +82,7 @@ class AgentRun:
 
     def wrap_tool(self, function: Wrapped, name: str | None = None) -> Wrapped:
         """The same function, synchronous or not, as a tool of this run: its calls are told, and its thread is watched.
+        The call of one that yields begins and ends with the iteration.
 
         ``name`` is the function's own where none is given.
         """

@@ -2,14 +2,15 @@
 
 import inspect
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AbstractContextManager, aclosing, closing, contextmanager, nullcontext
 from functools import wraps
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar, cast
 
 from ucm_middleware.audit.records import Data
 from ucm_middleware.audit.redaction import text_for_record
+from ucm_middleware.callables import body_of, is_asynchronous
 from ucm_middleware.execution import reason_of
 
 if TYPE_CHECKING:
@@ -116,23 +117,41 @@ def wrapped(call: Callable[[str], ToolCall], function: Wrapped, name: str | None
 
     @wraps(function)
     async def iterated(*args: Any, **kwargs: Any) -> AsyncGenerator[Any]:
-        made = call(shown)  # its span is not the current one: between two items, others run
-        failure: BaseException | None = None
-        try:
+        with _between_items(call(shown)):
             async with aclosing(function(*args, **kwargs)) as items:
                 async for item in items:
                     yield item
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            made.end(failure)
+
+    @wraps(function)
+    def stepped(*args: Any, **kwargs: Any) -> Generator[Any, None, Any]:
+        with _between_items(call(shown)) as made, closing(function(*args, **kwargs)) as items:
+            while True:
+                try:
+                    with made.listed():  # in whichever thread asks for the next one
+                        item = next(items)
+                except StopIteration as end:
+                    return end.value
+                yield item
 
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
         with call(shown) as made, made.listed():
             return function(*args, **kwargs)
 
-    if inspect.iscoroutinefunction(function):
+    if is_asynchronous(function):
         return cast("Wrapped", awaited)
-    return cast("Wrapped", iterated if inspect.isasyncgenfunction(function) else called)
+    body = body_of(function)
+    if inspect.isasyncgenfunction(body):
+        return cast("Wrapped", iterated)
+    return cast("Wrapped", stepped if inspect.isgeneratorfunction(body) else called)
+
+
+@contextmanager
+def _between_items(made: ToolCall) -> Generator[ToolCall]:
+    """A call that ends with the block. Its span is not the current one: between two items, others run."""
+    try:
+        yield made
+    except BaseException as error:
+        made.end(error)
+        raise
+    made.end()

@@ -4,19 +4,21 @@ import asyncio
 from typing import Any
 
 import pytest
+from langchain.agents.middleware import AgentMiddleware, HumanInTheLoopMiddleware, SummarizationMiddleware
 from langchain_core.messages import AIMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import ensure_config
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState
+from langgraph.types import Command
 
 from langgraph_actors import Actor
 from langgraph_agents import USERS, ToolModel, agent, ask, look, others_in, said, secret_of
 from langgraph_stores import AnySaver, new_graph, run_graph
 from ucm_langgraph import OwnedCheckpointer, OwnerGuard
 from ucm_langgraph.middleware import OwnerMiddleware
-from ucm_middleware import ContextNotFoundError, CrossUserAccessError, UserContextManager
+from ucm_middleware import ContextNotFoundError, CrossUserAccessError, UserContextManager, current_context
 from ucm_middleware.testing import RecordingLedger, Users
 
 CONFIG: Any = {"configurable": {"thread_id": "trip-1"}}
@@ -167,6 +169,27 @@ class TestGuard:
         assert not guard._owners
 
 
+def summarizing(model: ToolModel) -> Any:
+    """Middleware that asks ``model`` before the agent's own, from the third message on."""
+    return SummarizationMiddleware(model=model, trigger=("messages", 3), keep=("messages", 1))
+
+
+class Noting(AgentMiddleware[Any, Any, Any]):
+    """Middleware that has a step of its own before the model's."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+        self.ran_as: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    async def abefore_model(self, state: Any, runtime: Any) -> None:
+        self.ran_as.append(current_context().user_id)
+
+
 class TestMiddleware:
     """For agents of LangChain's, on whatever saver."""
 
@@ -189,22 +212,51 @@ class TestMiddleware:
             await talk("what did I say?")
         assert list(model.asked) == ["alice"]
 
-    @pytest.mark.parametrize("owned", [False, True], ids=["bare", "owned"])
-    async def test_what_another_says_is_kept_out_by_the_saver_alone(self, users: Users, owned: bool) -> None:
-        model, saver = ToolModel(), InMemorySaver()
-        kept = OwnedCheckpointer(saver) if owned else saver
-        made = agent(model, checkpointer=kept, middleware=[OwnerMiddleware()])
+    @pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "async"])
+    async def test_what_another_says_is_not_kept(self, users: Users, blocks: bool) -> None:
+        model = ToolModel()
+        made = self.agent(model, checkpointer=InMemorySaver())
+
+        async def call(method: str, *given: Any) -> Any:
+            return getattr(made, method)(*given) if blocks else await getattr(made, f"a{method}")(*given)
+
         with users.running("alice"):
-            await made.ainvoke(ask("hello"), CONFIG)
+            await call("invoke", ask("hello"), CONFIG)
         with users.running("bob"):
-            if owned:
-                await made.ainvoke(ask("from bob"), CONFIG)
-            else:
+            for method, given in (
+                ("invoke", (ask("from bob"), CONFIG)),
+                ("update_state", (CONFIG, ask("from bob"))),
+                ("get_state", (CONFIG,)),
+            ):
                 with pytest.raises(CrossUserAccessError):
-                    await made.ainvoke(ask("from bob"), CONFIG)
-        assert ("bob" in model.asked) is owned
+                    await call(method, *given)
+        with pytest.raises(ContextNotFoundError):
+            await call("get_state", CONFIG)
         with users.running("alice"):
-            assert ("from bob" in said(await made.ainvoke(ask("again"), CONFIG))) is not owned
+            assert "from bob" not in said(await call("invoke", ask("again"), CONFIG))
+            assert "hello" in said((await call("get_state", CONFIG)).values)
+        assert list(model.asked) == ["alice"]
+
+    async def test_under_an_owned_saver_the_same_name_is_another_conversation(self, users: Users) -> None:
+        model = ToolModel()
+        made = self.agent(model, checkpointer=OwnedCheckpointer(InMemorySaver()))
+        for user_id in ("alice", "bob"):
+            with users.running(user_id):
+                result = await made.ainvoke(ask(f"from {user_id}"), CONFIG)
+                assert said(result) == f"from {user_id} | you said: from {user_id}"
+
+    async def test_nobody_else_says_yes_to_what_waits_for_a_person(self, saver: AnySaver, users: Users) -> None:
+        waits: Any = HumanInTheLoopMiddleware(interrupt_on={"look": True})
+        made = agent(ToolModel(), middleware=[OwnerMiddleware(), waits], checkpointer=saver.bare)
+        yes: Command[Any] = Command(resume={"decisions": [{"type": "approve"}]})
+
+        with users.running("alice"):
+            assert "__interrupt__" in await run_graph(saver, made, ask("use look: alice's secret"), CONFIG)
+        with users.running("bob"), pytest.raises(CrossUserAccessError):
+            await run_graph(saver, made, yes, CONFIG)
+        with users.running("alice"):
+            assert "__interrupt__" in await run_graph(saver, made, None, CONFIG)  # bob's yes was not kept
+            assert secret_of("alice") in said(await run_graph(saver, made, yes, CONFIG))
 
     async def test_a_tool_that_waits_for_a_person_is_not_called_by_another(self, users: Users) -> None:
         model = ToolModel()
@@ -216,18 +268,53 @@ class TestMiddleware:
         with users.running("alice"):
             assert secret_of("alice") in said(await made.ainvoke(None, CONFIG))
 
-    @pytest.mark.parametrize("step", ["model", "tools"])
+    @pytest.mark.parametrize("step", ["OwnerMiddleware.before_model", "model", "tools"])
     async def test_a_stream_that_is_passed_on(self, users: Users, step: str) -> None:
-        """After the model, where a tool is to be called, and after that, where the model is."""
-        model = ToolModel()
-        made = self.agent(model)
+        """Before the model, after it, where a tool is to be called, and after that, where the model is again."""
+        model, called_by = ToolModel(), list[str]()
+
+        @tool
+        async def note(text: str) -> str:
+            """Notes something."""
+            called_by.append(current_context().user_id)
+            return text
+
+        made = agent(model, note, middleware=[OwnerMiddleware()])
+        with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
+            stream = made.astream(ask("use note: alice's secret"), stream_mode="updates")
+            while step not in await alice.do(anext(stream)):
+                continue
+            with pytest.raises(CrossUserAccessError):
+                await bob.do(drain(stream))
+        assert "bob" not in [*model.asked, *called_by]
+
+    @pytest.mark.parametrize("step", ["model", "tools"])
+    async def test_other_middleware_begins_no_turn_for_another(self, users: Users, step: str) -> None:
+        """Such as one that shows a model of its own what was said."""
+        summarizer = ToolModel()
+        made = agent(ToolModel(), middleware=[OwnerMiddleware(), summarizing(summarizer)])
         with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
             stream = made.astream(ask("use alook: alice's secret"), stream_mode="updates")
             while step not in await alice.do(anext(stream)):
                 continue
             with pytest.raises(CrossUserAccessError):
                 await bob.do(drain(stream))
-        assert list(model.asked) == ["alice"]
+        assert not summarizer.asked
+
+    @pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "bare"])
+    async def test_in_the_middle_of_a_turn_the_guard_holds_other_middleware(self, users: Users, guarded: bool) -> None:
+        first, second = Noting("first"), Noting("second")
+        made = agent(ToolModel(), middleware=[OwnerMiddleware(), first, second])
+        if guarded:
+            made = made.with_config(callbacks=[OwnerGuard()])
+        with Actor(users, "alice") as alice, Actor(users, "bob") as bob:
+            stream = made.astream(ask("hello"), stream_mode="updates")
+            while "OwnerMiddleware.before_model" not in await alice.do(anext(stream)):
+                continue
+            with pytest.raises(CrossUserAccessError):
+                await bob.do(drain(stream))
+        assert first.ran_as == ([] if guarded else ["bob"])
+        assert not second.ran_as
 
     async def test_nobody_gives_an_owner(self, users: Users) -> None:
         made = self.agent(ToolModel(), checkpointer=InMemorySaver())

@@ -16,6 +16,7 @@ from agents import (
     RunContextWrapper,
     RunHooks,
     Tool,
+    Usage,
     function_tool,
 )
 from agents.decorators import input_guardrail
@@ -23,6 +24,8 @@ from agents.guardrail import GuardrailFunctionOutput
 from agents.tool_context import ToolContext
 from offline_model import OfflineModel
 from offline_team import EVERYTHING, SECRET, Team, secret_of
+from openai.types.responses import ResponseOutputItem
+from pydantic import TypeAdapter
 
 from support.events import connect
 from ucm_middleware import (
@@ -347,6 +350,23 @@ async def test_other_runs_go_on_when_one_fails() -> None:
         ({"input": 7}, "neither a text"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "an item on OpenAI's server"),
         ({"input": [{"role": "user", "content": "hi"}, {"id": "msg_1"}]}, "give the item itself"),
+        *(
+            ({"input": [{"role": "user", "content": "hi"}, item]}, "an item on OpenAI's server")
+            for item in (
+                {"type": None, "id": "msg_1", "role": None},
+                {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"},
+                {"id": "msg_1", "role": "assistant"},
+                {"type": "image_generation_call", "id": "ig_1"},
+                {"type": "image_generation_call", "id": "ig_1", "result": None, "status": "completed"},
+                {"type": "image_generation_call", "id": "ig_1", "result": "", "size": "1024x1024"},
+                {"type": "reasoning", "id": "rs_1"},
+                {"type": "computer_call", "id": "cu_1", "status": "completed"},
+                {"type": "code_interpreter_call", "id": "ci_1", "container_id": "cntr_1"},
+                {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+                {"type": "of_tomorrow", "id": "ot_1"},
+                {"type": ["message"], "id": "msg_1"},
+            )
+        ),
         ({"input": "hi", "max_turns": 0}, "max_turns"),
         ({"input": "hi", "max_turns": True}, "max_turns"),
         ({"input": "hi", "session_id": 7}, "session_id is a int"),
@@ -375,6 +395,42 @@ async def test_input_items_are_taken_as_the_sdk_takes_them() -> None:
     items = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one"}]
     given = {"input": [*items, {"role": "user", "content": "say two"}]}
     assert (await team.manager(OpenAIAgents()).execute_with_agent("alice", "front", given)).final_output == "two"
+
+
+async def test_what_a_model_gave_may_be_given_again() -> None:
+    """As the SDK makes input items of it, with their ids."""
+    output: list[dict[str, Any]] = [
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "look", "arguments": ""},
+        {"type": "image_generation_call", "id": "ig_1", "result": "aGk=", "status": "completed"},
+        {"type": "code_interpreter_call", "id": "ci_1", "container_id": "cntr_1", "code": "1", "status": "completed"},
+        {"type": "web_search_call", "id": "ws_1", "action": {"type": "search"}, "status": "completed"},
+        {"type": "file_search_call", "id": "fs_1", "queries": ["tea"], "status": "completed"},
+        {"type": "mcp_list_tools", "id": "ml_1", "server_label": "shop", "tools": []},
+        {"type": "compaction", "id": "cm_1", "encrypted_content": "gAAA"},
+        {
+            "type": "computer_call",
+            "id": "cu_1",
+            "call_id": "c2",
+            "action": {"type": "wait"},
+            "pending_safety_checks": [],
+            "status": "completed",
+        },
+        {
+            "type": "message",
+            "id": "msg_1",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": "one", "annotations": []}],
+        },
+    ]
+    parsed = TypeAdapter[list[Any]](list[ResponseOutputItem]).validate_python(output)
+    items = ModelResponse(output=parsed, usage=Usage(), response_id=None).to_input_items()
+    assert [item.get("id") for item in items] == [item["id"] for item in output]
+    asked = [*items, {"type": "function_call_output", "call_id": "c1", "output": ""}]
+    given = {"input": [*asked, {"role": "user", "content": "say two"}]}
+    result = await Team().manager(OpenAIAgents()).execute_with_agent("alice", "front", given)
+    assert result.final_output == "two"
 
 
 async def test_an_agent_of_another_framework_is_left_to_others() -> None:

@@ -100,9 +100,12 @@ async def test_an_agent_of_the_framework_without_the_plugin_says_so() -> None:
         await manager.execute_with_agent("alice", "echo", {"prompt": "hello"})
 
 
-async def test_a_shared_agent_is_refused_unless_it_is_said_to_be_stateless(manager: UserContextManager) -> None:
+@pytest.mark.parametrize("prepared", [False, True], ids=["bare", "prepared"])
+async def test_a_shared_agent_is_refused_unless_it_is_said_to_be_stateless(
+    manager: UserContextManager, prepared: bool
+) -> None:
     agent = Agent(TestModel(custom_output_text="hello"))
-    manager.register_agent("shared", lambda context: agent)
+    manager.register_agent("shared", lambda context: Prepared(agent) if prepared else agent)
     await manager.execute_with_agent("alice", "shared", {"prompt": "hello"})
     with pytest.raises(AgentError, match="stateless=True"):
         await manager.execute_with_agent("bob", "shared", {"prompt": "hello"})

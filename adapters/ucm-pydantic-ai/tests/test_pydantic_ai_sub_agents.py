@@ -233,7 +233,7 @@ async def test_what_is_settled_for_a_run_is_settled(manager: UserContextManager)
     def factory(context: UserExecutionContext) -> Prepared:
         return Prepared(agent, deps=Deps(context), model=TestModel(custom_output_text=f"hello {context.user_id}"))
 
-    manager.register_agent("named", factory)
+    manager.register_agent("named", factory, stateless=True)
     outputs: list[Any] = await asyncio.gather(
         *(manager.execute_with_agent(user_id, "named", {"prompt": "hi"}) for user_id in ("alice", "bob"))
     )

@@ -1,12 +1,12 @@
 """wrap_handler: one function for both servers of the library."""
 
 from collections.abc import Awaitable, Callable
-from inspect import iscoroutinefunction
 from typing import Any, Unpack, overload
 
 from websockets.asyncio.server import ServerConnection as AsyncioConnection
 from websockets.sync.server import ServerConnection as SyncConnection
 
+from ucm_middleware.callables import is_asynchronous
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.websocket.websockets.asyncio_server import AsyncioHandler
 from ucm_middleware.websocket.websockets.settings import Settings
@@ -56,10 +56,5 @@ def wrap_handler(
     Of the sync server: ``identify``, and plugins that identify, may be asynchronous but must have nothing to wait for.
     Raises ConfigurationError for plugins that wrap contexts or messages, since they need an event loop.
     """
-    kind = AsyncioHandler if iscoroutinefunction(handler) or iscoroutinefunction(_call_of(handler)) else SyncHandler
+    kind = AsyncioHandler if is_asynchronous(handler) else SyncHandler
     return kind(handler, manager=manager, **settings)
-
-
-def _call_of(handler: object) -> object:
-    """The method of an object that is called like a function."""
-    return getattr(type(handler), "__call__", None)  # noqa: B004 - it is asked what it is, not whether it is there

@@ -3,15 +3,15 @@
 # The frameworks have no public way to what they have registered.
 # pyright: reportPrivateUsage=false
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Final
 
 from mcp.server.mcpserver import MCPServer
 
 from ucm_middleware.agents import ToolCall
+from ucm_middleware.callables import is_asynchronous
 
 under_way: Final[ContextVar[ToolCall | None]] = ContextVar("ucm_mcp_call", default=None)
 """The call that the running code belongs to; its threads inherit it."""
@@ -25,7 +25,7 @@ _MARK: Final = "__ucm_mcp_watched__"
 def watch(component: Any) -> None:
     """Let a tool, resource or prompt of either framework say when its function runs in a thread, and when that ends."""
     function = getattr(component, "fn", None)
-    if callable(function) and not _is_watched(function) and not _is_async(function):
+    if callable(function) and not _is_watched(function) and not is_asynchronous(function):
         component.fn = _watched(function)
 
 
@@ -41,12 +41,6 @@ def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_watched(function: Callable[..., Any]) -> bool:
     return _MARK in getattr(function, "__dict__", ())
-
-
-def _is_async(function: Callable[..., Any]) -> bool:
-    while isinstance(function, partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004 - an object's own
 
 
 def watch_registered(server: MCPServer, method: str, params: Mapping[str, Any]) -> None:

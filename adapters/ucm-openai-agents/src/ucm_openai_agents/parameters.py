@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, Required, cast, get_args, get_origin, get_type_hints
 
 from agents import TResponseInputItem
 from agents.run import DEFAULT_MAX_TURNS
+from openai.types.responses import ResponseInputItemParam
 
 from ucm_middleware import AgentParametersError
 
@@ -66,9 +67,33 @@ def _are_items(value: object) -> bool:
 
 
 def _is_reference(item: Mapping[str, Any]) -> bool:
-    """OpenAI's server takes one without a type for a reference as well."""
+    """Whether there is nothing but an id, under which OpenAI's server looks up the rest.
+
+    The server takes an item without a type for a reference as well.
+    """
     kind = item.get("type")
-    return kind == "item_reference" or (kind is None and "role" not in item)
+    if kind is None and item.get("role") is None:
+        return True
+    content = _CONTENT.get(str(kind or "message"), ())
+    return item.get("id") is not None and all(item.get(name) in (None, "") for name in content)
+
+
+def _content_of_kinds() -> dict[str, set[str]]:
+    """What says something in an item of each type that there is: what it must have, but for names of what is elsewhere.
+
+    A reference has nothing of the kind, and neither has a type that is not known yet.
+    """
+    content: dict[str, set[str]] = {}
+    for kind in get_args(ResponseInputItemParam):
+        hints = get_type_hints(kind, include_extras=True)
+        required = {name for name, hint in hints.items() if get_origin(hint) is Required}
+        for name in get_args(get_type_hints(kind)["type"]):
+            content.setdefault(str(name), set()).update(required - _NAMES)
+    return content
+
+
+_NAMES: Final = {"type", "id", "status", "role", "container_id"}
+_CONTENT: Final = _content_of_kinds()
 
 
 def _shown(name: object) -> str:

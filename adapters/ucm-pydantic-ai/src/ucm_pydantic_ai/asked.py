@@ -42,6 +42,11 @@ class Prepared:
         self.deps = deps
         self.options = options
 
+    @property
+    def __ucm_agent__(self) -> object:
+        """What is to be another one for each run."""
+        return self.agent
+
     def deps_for(self, run: AgentRun) -> object:
         """Raises AgentError where the agent wants other deps than a context, and there are none."""
         if self.deps is not _UNSET:

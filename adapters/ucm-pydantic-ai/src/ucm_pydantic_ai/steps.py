@@ -1,7 +1,7 @@
 """What happens in a run of Pydantic AI's, step by step: told, and done as the user whose run it is."""
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, AsyncIterable, Generator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,20 +12,31 @@ from typing import Any, Final
 import pydantic_ai._utils
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.agent import AbstractAgent
-from pydantic_ai.capabilities import AbstractCapability, CombinedCapability, WrapperCapability
+from pydantic_ai.capabilities import AbstractCapability, AgentNode, CombinedCapability, WrapperCapability
 from pydantic_ai.capabilities.abstract import (
     CapabilityOrdering,
+    RawOutput,
     ValidatedToolArgs,
+    WrapOutputProcessHandler,
+    WrapOutputValidateHandler,
     WrapRunHandler,
     WrapToolExecuteHandler,
 )
 from pydantic_ai.exceptions import ApprovalRequired, CallDeferred, SkipToolExecution
-from pydantic_ai.messages import ModelResponse, ThinkingPart, ToolCallPart
+from pydantic_ai.messages import AgentStreamEvent, ModelResponse, ThinkingPart, ToolCallPart
 from pydantic_ai.models import ModelRequestContext
+from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tools import ToolDefinition
 
-from ucm_middleware import AgentRun, ContextClosedError, UserExecutionContext, agent_run, current_context
+from ucm_middleware import (
+    AgentRun,
+    ContextClosedError,
+    CrossUserAccessError,
+    UserExecutionContext,
+    agent_run,
+    current_context,
+)
 from ucm_pydantic_ai.threads import ToolThreads, watching
 
 _NAME: Final = "agent"
@@ -38,8 +49,9 @@ class UserRuns(AbstractCapability[Any]):
     run, ``agent.run(..., capabilities=[UserRuns()])``. So for sub-agents, which the tools of others run.
 
     Each run is then a run of the user that the code runs for, in a child context of its own: told, on record, and
-    refused where there is no user. Its model requests and tools are refused with CrossUserAccessError, recorded, in any
-    other user's context than the one that it was started in, whoever iterates; so is the start in another user's
+    refused where there is no user. Its steps are refused with CrossUserAccessError, recorded, in any other user's
+    context than the one that it was started in, whoever iterates: prompts and instructions, model requests, tools,
+    output functions and validators, and the reading of what its model streams. So is the start in another user's
     context than the one that is given as ``deps``.
 
     Agents that a manager runs by name need none. ``executor`` is for their synchronous tools, where the application has
@@ -102,6 +114,63 @@ class UserRuns(AbstractCapability[Any]):
         handler: WrapToolExecuteHandler,
     ) -> Any:
         return await _call(self._begun(), self.executor, call, args, handler)
+
+    # What follows looks at who goes on with the run. Each is the first that the framework asks, on one way to it.
+
+    async def before_node_run(self, ctx: RunContext[Any], *, node: "AgentNode[Any]") -> "AgentNode[Any]":
+        """Of each step, by ``iter()`` and ``run_stream()``: before its prompts are made."""
+        self._require_here()
+        return node
+
+    async def prepare_tools(self, ctx: RunContext[Any], tool_defs: list[ToolDefinition]) -> list[ToolDefinition]:
+        """Of a model request that is streamed by hand, ``node.stream(run.ctx)``: before its instructions are made."""
+        self._require_here()
+        return tool_defs
+
+    async def wrap_run_event_stream(
+        self, ctx: RunContext[Any], *, stream: AsyncIterable[AgentStreamEvent]
+    ) -> AsyncGenerator[AgentStreamEvent]:
+        """Of each event that is read: the code behind it, a model's or that of tools, runs as whoever reads."""
+        self._require_reader()
+        async for event in stream:
+            yield event
+            self._require_reader()
+
+    @property
+    def has_wrap_run_event_stream(self) -> bool:
+        return False  # what nobody reads need not be streamed for this
+
+    async def wrap_output_validate(
+        self,
+        ctx: RunContext[Any],
+        *,
+        output_context: OutputContext,
+        output: RawOutput,
+        handler: WrapOutputValidateHandler,
+    ) -> Any:
+        """Of an output that is asked for at the end of a stream: before it is parsed, if it is."""
+        self._require_here()
+        return await handler(output)
+
+    async def wrap_output_process(
+        self, ctx: RunContext[Any], *, output_context: OutputContext, output: Any, handler: WrapOutputProcessHandler
+    ) -> Any:
+        """The same, before output functions and validators."""
+        self._require_here()
+        return await handler(output)
+
+    def _require_here(self) -> None:
+        if self.run is not None:  # tools are listed outside of runs, too
+            self.run.require_here()
+            self.run.require_going_on()
+
+    def _require_reader(self) -> None:
+        try:
+            self._require_here()
+        except CrossUserAccessError as error:
+            # The framework takes a stream that has raised for one that is over: what came so far is not the answer.
+            self._begun().end(error)
+            raise
 
     def _begun(self) -> AgentRun:
         assert self.run is not None  # wrap_run comes first
