@@ -576,7 +576,7 @@ class Lifetime(Timed):
         task = asyncio.Task(
             self._run(resource, error),
             loop=asyncio.get_running_loop(),
-            context=self.variables,
+            context=self._variables_of_release(),
             name=f"release {resource.name}",
         )
         await settle(task, resource.timeout, cancelled)
@@ -591,6 +591,13 @@ class Lifetime(Timed):
             self._fail(resource, "failed", _as_exception(resource, raised))
         else:
             self._exited(resource)
+
+    def _variables_of_release(self) -> Context | None:
+        """The Context that a release runs in. While a handler still runs, which is stepped in the request's own, it is
+        a copy of that: whatever is in there would take the handler for a release.
+        """
+        variables = self.variables
+        return variables.copy() if variables is not None and self.handler_runs_elsewhere else variables
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
