@@ -13,7 +13,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextvars import Context
 from typing import Any, Final, Literal, Protocol
 
@@ -131,7 +131,16 @@ class Journal(Protocol):
 class Closing:
     """What is to be known of a teardown: most contexts hold nothing when they end, and never have one."""
 
-    __slots__ = ("claimed", "failures", "interrupted", "overdue", "releasing", "stop", "waiters")
+    __slots__ = (
+        "claimed",
+        "failures",
+        "interrupted",
+        "overdue",
+        "releasing",
+        "stop",
+        "threads_run",
+        "waiters",
+    )
 
     def __init__(self) -> None:
         self.claimed = True  # until whoever began the closing has said so
@@ -140,6 +149,7 @@ class Closing:
         self.overdue: asyncio.TimerHandle | threading.Timer | None = None
         self.releasing: Releasing | None = None
         self.stop: BaseException | None = None
+        self.threads_run = False  # the handler is cut off, and what it did in threads has not ended
         self.waiters: tuple[asyncio.Future[None], ...] = ()
 
 
@@ -240,6 +250,21 @@ class Lifetime(Timed):
         if isinstance(task, threading.Thread):
             return task is not threading.current_thread()
         return task is not None and (running_loop() is None or asyncio.current_task() is not task)
+
+    @property
+    def threads_run(self) -> bool:
+        """Whether the teardown waits for threads of a handler that was cut off."""
+        return self.closing is not None and self.closing.threads_run
+
+    @contextlib.contextmanager
+    def waiting_for_threads(self) -> Generator[None]:
+        """The teardown waits for threads of the handler, for as long as the block takes."""
+        closing = self._closing()
+        closing.threads_run = True
+        try:
+            yield
+        finally:
+            closing.threads_run = False
 
     @property
     def has_resources(self) -> bool:
