@@ -67,6 +67,9 @@ HANDLER_GRACE: Final = 5.0
 same.
 """
 
+INTERRUPT: Final = "the user context was closed"
+"""What the cancellation of a handler says that is cut off: by that it is told from somebody else's."""
+
 INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected", "slow", "lost"})
 """The reasons that stop a handler in the middle of its work; after any other it may run on without its context."""
 
@@ -132,6 +135,7 @@ class Closing:
     """What is to be known of a teardown: most contexts hold nothing when they end, and never have one."""
 
     __slots__ = (
+        "cancelled_before",
         "claimed",
         "failures",
         "interrupted",
@@ -146,6 +150,7 @@ class Closing:
         self.claimed = True  # until whoever began the closing has said so
         self.failures: tuple[ReleaseFailure, ...] = ()
         self.interrupted = False
+        self.cancelled_before = 0  # how often somebody else had cancelled the task when it was interrupted
         self.overdue: asyncio.TimerHandle | threading.Timer | None = None
         self.releasing: Releasing | None = None
         self.stop: BaseException | None = None
@@ -381,11 +386,12 @@ class Lifetime(Timed):
         """Note that the handler runs in this thread. Nothing can cancel it: it sees that its context is closed."""
         self.task = threading.current_thread()
 
-    def absorb_interrupt(self) -> bool:
-        """Take back the cancellation of an interrupt, in the task of the handler, after it has ended.
+    def absorb_interrupt(self, error: BaseException | None) -> bool:
+        """Take back the cancellation of an interrupt, in the task of the handler, after it has ended in this error.
 
-        True when it was the only one; False when there was none, or someone else means the whole task too. (As with
-        asyncio.timeout, a TaskGroup that failed and was caught counts as someone else before Python 3.13.)
+        True when it was the only one; False when there was none, or someone else means the whole task too. Before
+        Python 3.13 a TaskGroup that failed and was caught may leave a cancellation that nobody means any more: then it
+        is told by the error whose cancellation ended the handler.
         """
         closing = self.closing
         if closing is None or not closing.interrupted:
@@ -394,7 +400,8 @@ class Lifetime(Timed):
         if task is None:
             return False
         closing.interrupted = False
-        return task.uncancel() <= self._cancelling
+        left = task.uncancel()
+        return left <= self._cancelling or (left <= closing.cancelled_before and _is_interrupt(error))
 
     @property
     def is_interrupted(self) -> bool:
@@ -414,8 +421,10 @@ class Lifetime(Timed):
         # On the loop's own thread, so that a handler that has returned meanwhile is left alone: the server may
         # already run another user's request in the same task.
         if self.task is task:
-            self._closing().interrupted = True
-            task.cancel()
+            closing = self._closing()
+            closing.interrupted = True
+            closing.cancelled_before = task.cancelling()
+            task.cancel(INTERRUPT)
 
     def require_loop(self) -> None:
         """Refuse an asynchronous resource of another event loop than this lifetime's, before it is entered."""
@@ -623,6 +632,17 @@ class Lifetime(Timed):
         """
         variables = self.variables
         return variables.copy() if variables is not None and self.handler_runs_elsewhere else variables
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether this is the cancellation of an interrupt, which did not come on top of somebody else's."""
+    if not isinstance(error, asyncio.CancelledError):
+        return False
+    while error is not None:
+        if isinstance(error, asyncio.CancelledError) and error.args != (INTERRUPT,):
+            return False
+        error = error.__context__
+    return True
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:
