@@ -467,9 +467,10 @@ class UserContextManager(Hosting):
         with a cluster on all workers.
 
         WebSockets are closed with 1008, running requests cancelled and answered with 401, resources released after
-        that. The handler that calls this for its own user is not cancelled: a request may still answer, a connection
-        ends with the next thing that it sends or receives. ``reason`` goes into the audit trail. Whoever still has
-        valid credentials may come back: end those first.
+        that. A request that calls this for its own user, in any of its tasks or threads, is not cancelled: it may still
+        answer. Nor is the handler of a connection that calls it itself: it ends with the next thing that it sends or
+        receives. ``reason`` goes into the audit trail. Whoever still has valid credentials may come back: end those
+        first.
 
         Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason. With a cluster it
         waits for the store, and raises ClusterUnavailableError where that could not be asked: then all that is here is

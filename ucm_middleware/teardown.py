@@ -18,6 +18,7 @@ from ucm_middleware.lifetime import (
     CLOSING,
     HANDLER_GRACE,
     INTERRUPTING,
+    WEBSOCKET,
     CloseReason,
     Lifetime,
     Releasing,
@@ -188,10 +189,16 @@ class Closable:
         if not lifetime.begin_closing(reason):
             return False
         self._say_closing()
-        if reason in INTERRUPTING:
+        if reason in INTERRUPTING and not (reason == "revoked" and self._may_still_answer()):
             lifetime.interrupt()
         lifetime.offer_teardown(self._releasing())
         return True
+
+    def _may_still_answer(self) -> bool:
+        """Whether a request's own code asks, in whichever of its tasks or threads: who signs out is to be told. The
+        handler of a connection may wait for its client, who would hold it open.
+        """
+        return self._lifetime.opened_by != WEBSOCKET and self._is_ambient()
 
     def _closed_error(self) -> ContextClosedError:
         lifetime = self._lifetime
