@@ -1,12 +1,13 @@
 """An app whose handlers are cut off in the middle of what a cancellation does not end: a thread, a deaf task, a group.
 
-With GRACE in the environment, handlers get so many seconds to end. With TTL, that is how long a context lives.
+With GRACE in the environment, handlers get so many seconds to end.
 """
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from unittest import mock
 
 from fastapi import FastAPI, Request, Response, WebSocket
 from promise_journal import Door, Journal
@@ -20,18 +21,27 @@ from ucm_middleware import (
     UserContextError,
     UserContextManager,
     UserContextMiddleware,
+    UserExecutionContext,
     bearer_token,
     current_context,
-    teardown,
 )
 from ucm_middleware.fastapi import AuthenticatedContext
 
 if "GRACE" in os.environ:
-    teardown.HANDLER_GRACE = float(os.environ["GRACE"])  # type: ignore[misc]
+    mock.patch("ucm_middleware.teardown.HANDLER_GRACE", float(os.environ["GRACE"])).start()
 
 journal = Journal()
 manager = UserContextManager()
 app = FastAPI()
+
+
+working: dict[str, UserExecutionContext] = {}
+"""The context of the request of each user that is under way."""
+
+
+def begin(context: UserExecutionContext) -> None:
+    working[context.user_id] = context
+    journal.note("working", user=context.user_id)
 
 
 class Connection:
@@ -48,21 +58,23 @@ def lent(connection: Connection, user: str) -> Iterator[Connection]:
         journal.note("released", user=user)
 
 
-@app.get("/thread")
-def thread(context: AuthenticatedContext) -> str:
-    connection = context.enter_context(lent(Connection(), context.user_id))
-    journal.note("working")
-    journal.gate("query").passed_in_thread()
-    journal.note("query", lent_to=connection.lent_to)
-    return "done"
-
-
 def outcome(use: Callable[[], object]) -> str:
     try:
         use()
     except UserContextError as error:
         return type(error).__name__
     return "nothing was raised"
+
+
+@app.get("/thread")
+def thread(context: AuthenticatedContext) -> str:
+    connection = context.enter_context(lent(Connection(), context.user_id))
+    handle = context.own(connection)
+    begin(context)
+    journal.gate("query").passed_in_thread()
+    journal.note("use", name="a handle", outcome=outcome(lambda: handle.lent_to))
+    journal.note("query", lent_to=connection.lent_to)
+    return "done"
 
 
 @app.get("/deaf")
@@ -72,7 +84,7 @@ async def deaf(context: AuthenticatedContext) -> str:
         await journal.gate("release").passed()
 
     context.callback(release)
-    journal.note("working")
+    begin(context)
     with suppress(asyncio.CancelledError):
         await asyncio.Event().wait()
     await journal.gate("go on").passed()
@@ -102,7 +114,7 @@ async def fail_in_a_group() -> None:
 @app.get("/caught")
 async def caught(context: AuthenticatedContext) -> None:
     await fail_in_a_group()
-    journal.note("working")
+    begin(context)
     await asyncio.Event().wait()
 
 
@@ -110,7 +122,7 @@ async def caught(context: AuthenticatedContext) -> None:
 async def caught_on_a_connection(websocket: WebSocket, context: AuthenticatedContext) -> None:
     await websocket.accept()
     await fail_in_a_group()
-    journal.note("working")
+    begin(context)
     await websocket.receive_text()
 
 
@@ -155,33 +167,26 @@ async def sign_out_on_a_connection(websocket: WebSocket, context: AuthenticatedC
     await websocket.send_text("still there")
 
 
+@app.websocket("/sign-out/task")
+async def sign_out_beside_a_connection(websocket: WebSocket, context: AuthenticatedContext) -> None:
+    async def work() -> None:
+        sign_out()
+
+    await websocket.accept()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(work())
+        await websocket.receive_text()
+
+
 @app.post("/drain")
 async def drain(context: AuthenticatedContext, timeout: float) -> int:
     return await manager.drain(timeout)
 
 
-def behind_the_door(work: Callable[[Request], Awaitable[object]]) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
-        return JSONResponse(await work(request))
-
-    return answer
-
-
-async def revoke(request: Request) -> int:
-    user = request.path_params["user"]
-    with manager.privileged(reason="the test signs somebody out", users=[user]):
-        return manager.revoke(user, "by the test")
-
-
-async def drain_now(request: Request) -> int:
-    return await manager.drain(0)
-
-
-async def begin_draining(request: Request) -> None:
-    draining.append(asyncio.create_task(manager.drain(0)))
-
-
-draining: list[asyncio.Task[int]] = []
+async def close(request: Request) -> Response:
+    """As the sweeper, a revocation and a drain do it."""
+    working[request.path_params["user"]].close(request.path_params["reason"])
+    return JSONResponse(None)
 
 
 def verify(token: str) -> str | None:
@@ -193,12 +198,7 @@ app.add_middleware(
     UserContextMiddleware,
     manager=manager,
     identify=bearer_token(verify),
-    ttl=float(os.environ["TTL"]) if "TTL" in os.environ else None,
     cancel_on_disconnect=True,
 )
-door = [
-    Route("/door/revoke/{user}", behind_the_door(revoke), methods=["POST"]),
-    Route("/door/drain", behind_the_door(drain_now), methods=["POST"]),
-    Route("/door/begin-draining", behind_the_door(begin_draining), methods=["POST"]),
-]
+door = [Route("/door/close/{user}/{reason}", close, methods=["POST"])]
 app.add_middleware(Door, manager=manager, journal=journal, routes=door)
