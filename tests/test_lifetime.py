@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextvars import Context
 from functools import partial
 from types import TracebackType
 from typing import Any, cast
@@ -843,6 +844,20 @@ def raising(error: Exception) -> None:
     raise error
 
 
+async def fail_in_a_group() -> None:
+    """The group has nothing to do any more but to wait when its task fails; before Python 3.13 it leaves a mark."""
+
+    async def fail() -> None:
+        await one_turn()
+        raise LookupError
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail())
+    except* LookupError:
+        pass
+
+
 async def serve(
     app: Callable[[Scope, Receive, Send], Awaitable[None]], manager: UserContextManager, ttl: float | None = None
 ) -> list[Message]:
@@ -927,6 +942,59 @@ class TestInterrupts:
         assert task is not None
         await one_turn()
         assert task.cancelling() == 0
+
+    @pytest.mark.parametrize("reason", ["expired", "revoked", "shutdown"])
+    async def test_who_has_caught_a_failed_group_is_cut_off_like_others(self, reason: CloseReason) -> None:
+        context = create_isolated_execution_context("alice")
+        with pytest.raises(ContextClosedError, match=reason):
+            async with managed_user_context(context):
+                await fail_in_a_group()
+                asyncio.get_running_loop().call_soon(context.close, reason, context=Context())  # of somebody else
+                await asyncio.Event().wait()
+
+    @pytest.mark.parametrize("first", ["somebody else", "the context"])
+    @pytest.mark.parametrize("before", [one_turn, fail_in_a_group], ids=["plain", "after a caught group"])
+    async def test_somebody_elses_cancellation_of_the_same_turn_is_theirs(
+        self, first: str, before: Callable[[], Awaitable[None]]
+    ) -> None:
+        working = asyncio.Event()
+        context = create_isolated_execution_context("alice")
+
+        async def work() -> None:
+            async with managed_user_context(context):
+                await before()
+                working.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(work())
+        await working.wait()
+        context.close("expired")  # cancels it by a callback, in the next turn of the loop
+        if first == "somebody else":
+            task.cancel()
+        else:
+            asyncio.get_running_loop().call_soon(task.cancel)
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    async def test_so_is_one_that_the_handler_was_just_ending_by(self) -> None:
+        tidying = asyncio.Event()
+        context = create_isolated_execution_context("alice")
+
+        async def work() -> None:
+            async with managed_user_context(context):
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    tidying.set()
+                    await asyncio.Event().wait()
+
+        task = asyncio.create_task(work())
+        await one_turn()
+        task.cancel()
+        await tidying.wait()
+        context.close("expired")
+        await asyncio.wait([task])
+        assert task.cancelled()
 
     async def test_a_clear_lets_the_handler_end_first(self, log: Log) -> None:
         manager, waiting, going_on = UserContextManager(guard="open"), asyncio.Event(), asyncio.Event()

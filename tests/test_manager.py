@@ -5,6 +5,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -732,6 +733,19 @@ class TestTheEnd:
             async with managed_user_context(manager.create_isolated_context("alice")) as another:
                 assert another.is_open
         assert await draining == 0
+
+    @pytest.mark.parametrize("below", [False, True], ids=["in its context", "in a child of it"])
+    async def test_who_drains_is_not_waited_for_and_not_closed(self, manager: UserContextManager, below: bool) -> None:
+        other = manager.create_isolated_context("bob")
+        async with managed_user_context(manager.create_isolated_context("alice")) as own:
+            draining = own.create_child_context("draining") if below else own
+            async with managed_user_context(draining) if below else nullcontext():
+                assert await manager.drain(0) == 1
+                waiting = asyncio.create_task(manager.drain(PATIENCE))
+                assert await asyncio.wait_for(waiting, PATIENCE / 2) == 0
+                assert current_context() is draining
+        assert (own.lifetime.reason, other.lifetime.reason) == ("finished", "shutdown")
+        assert await asyncio.wait_for(manager.drain(PATIENCE), PATIENCE / 2) == 0
 
     async def test_nothing_is_opened_any_more_until_it_serves_again(self, manager: UserContextManager) -> None:
         await manager.drain(0)

@@ -113,7 +113,7 @@ class managed_user_context:  # noqa: N801 - used like the functions of contextli
     ) -> None:
         lifetime = self._context.lifetime
         lifetime.task = None
-        interrupted = lifetime.absorb_interrupt()
+        interrupted = lifetime.absorb_interrupt(error)
         census, before = self._census(), references(self._context)
         try:
             await self._context.aclose(reason_of(error), error)

@@ -146,7 +146,7 @@ class Hosting:
     def _start_idle(self) -> None:
         self._draining = False
         self._closing: set[UserExecutionContext] = set()
-        self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event, UserExecutionContext | None]] = []
 
     @property
     def guard(self) -> Guard:
@@ -491,12 +491,15 @@ class Hosting:
             logger.critical("%d audit records are not written: %s", 0 if ledger is None else ledger.lag, error)
 
     def _note_idle(self) -> None:
-        if len(self._registry) or self._closing:
-            return
-        for loop, event in self._drained:
-            with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone
-                loop.call_soon_threadsafe(event.set)
-        self._drained.clear()
+        for loop, event, asking in tuple(self._drained):
+            if self._is_idle_but_for(asking):
+                with suppress(RuntimeError):  # that loop is closed, and whoever waited on it has gone
+                    loop.call_soon_threadsafe(event.set)
+
+    def _is_idle_but_for(self, asking: UserExecutionContext | None) -> bool:
+        """Whether nothing lives here or is being released any more but who asks, in its own context."""
+        is_there = asking is not None and (asking.is_open or asking in self._closing)
+        return len(self._registry) + len(self._closing) == int(is_there)
 
     # For the parts.
 

@@ -13,7 +13,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextvars import Context
 from typing import Any, Final, Literal, Protocol
 
@@ -67,6 +67,9 @@ HANDLER_GRACE: Final = 5.0
 """Seconds a handler gets to end after its context was closed under it, before its resources are released all the
 same.
 """
+
+INTERRUPT: Final = "the user context was closed"
+"""What the cancellation of a handler says that is cut off: by that it is told from somebody else's."""
 
 INTERRUPTING: Final[frozenset[str]] = frozenset({"expired", "revoked", "shutdown", "disconnected", "slow", "lost"})
 """The reasons that stop a handler in the middle of its work; after any other it may run on without its context."""
@@ -132,15 +135,27 @@ class Journal(Protocol):
 class Closing:
     """What is to be known of a teardown: most contexts hold nothing when they end, and never have one."""
 
-    __slots__ = ("claimed", "failures", "interrupted", "overdue", "releasing", "stop", "waiters")
+    __slots__ = (
+        "cancelled_before",
+        "claimed",
+        "failures",
+        "interrupted",
+        "overdue",
+        "releasing",
+        "stop",
+        "threads_run",
+        "waiters",
+    )
 
     def __init__(self) -> None:
         self.claimed = True  # until whoever began the closing has said so
         self.failures: tuple[ReleaseFailure, ...] = ()
         self.interrupted = False
+        self.cancelled_before = 0  # how often somebody else had cancelled the task when it was interrupted
         self.overdue: asyncio.TimerHandle | threading.Timer | None = None
         self.releasing: Releasing | None = None
         self.stop: BaseException | None = None
+        self.threads_run = False  # the handler is cut off, and what it did in threads has not ended
         self.waiters: tuple[asyncio.Future[None], ...] = ()
 
 
@@ -241,6 +256,21 @@ class Lifetime(Timed):
         if isinstance(task, threading.Thread):
             return task is not threading.current_thread()
         return task is not None and (running_loop() is None or asyncio.current_task() is not task)
+
+    @property
+    def threads_run(self) -> bool:
+        """Whether the teardown waits for threads of a handler that was cut off."""
+        return self.closing is not None and self.closing.threads_run
+
+    @contextlib.contextmanager
+    def waiting_for_threads(self) -> Generator[None]:
+        """The teardown waits for threads of the handler, for as long as the block takes."""
+        closing = self._closing()
+        closing.threads_run = True
+        try:
+            yield
+        finally:
+            closing.threads_run = False
 
     @property
     def has_resources(self) -> bool:
@@ -364,11 +394,12 @@ class Lifetime(Timed):
         """Note that the handler runs in this thread. Nothing can cancel it: it sees that its context is closed."""
         self.task = threading.current_thread()
 
-    def absorb_interrupt(self) -> bool:
-        """Take back the cancellation of an interrupt, in the task of the handler, after it has ended.
+    def absorb_interrupt(self, error: BaseException | None) -> bool:
+        """Take back the cancellation of an interrupt, in the task of the handler, after it has ended in this error.
 
-        True when it was the only one; False when there was none, or someone else means the whole task too. (As with
-        asyncio.timeout, a TaskGroup that failed and was caught counts as someone else before Python 3.13.)
+        True when it was the only one; False when there was none, or someone else means the whole task too. Before
+        Python 3.13 a TaskGroup that failed and was caught may leave a cancellation that nobody means any more: then it
+        is told by the error whose cancellation ended the handler.
         """
         closing = self.closing
         if closing is None or not closing.interrupted:
@@ -377,7 +408,8 @@ class Lifetime(Timed):
         if task is None:
             return False
         closing.interrupted = False
-        return task.uncancel() <= self._cancelling
+        left = task.uncancel()
+        return left <= self._cancelling or (left <= closing.cancelled_before and _is_interrupt(error))
 
     @property
     def is_interrupted(self) -> bool:
@@ -397,8 +429,10 @@ class Lifetime(Timed):
         # On the loop's own thread, so that a handler that has returned meanwhile is left alone: the server may
         # already run another user's request in the same task.
         if self.task is task:
-            self._closing().interrupted = True
-            task.cancel()
+            closing = self._closing()
+            closing.interrupted = True
+            closing.cancelled_before = task.cancelling()
+            task.cancel(INTERRUPT)
 
     def require_loop(self) -> None:
         """Refuse an asynchronous resource of another event loop than this lifetime's, before it is entered."""
@@ -584,7 +618,7 @@ class Lifetime(Timed):
         task = asyncio.Task(
             self._run(resource, error),
             loop=asyncio.get_running_loop(),
-            context=self.variables,
+            context=self._variables_of_release(),
             name=f"release {resource.name}",
         )
         await settle(task, resource.timeout, cancelled)
@@ -599,6 +633,24 @@ class Lifetime(Timed):
             self._fail(resource, "failed", _as_exception(resource, raised))
         else:
             self._exited(resource)
+
+    def _variables_of_release(self) -> Context | None:
+        """The Context that a release runs in. While a handler still runs, which is stepped in the request's own, it is
+        a copy of that: whatever is in there would take the handler for a release.
+        """
+        variables = self.variables
+        return variables.copy() if variables is not None and self.handler_runs_elsewhere else variables
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether this is the cancellation of an interrupt, which did not come on top of somebody else's."""
+    if not isinstance(error, asyncio.CancelledError):
+        return False
+    while error is not None:
+        if isinstance(error, asyncio.CancelledError) and error.args != (INTERRUPT,):
+            return False
+        error = error.__context__
+    return True
 
 
 def _retrieve(task: asyncio.Task[None]) -> None:

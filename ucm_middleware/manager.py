@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, ClassVar, Literal, cast
 
 from ucm_middleware.agents.catalog import AgentFactory
@@ -21,6 +21,7 @@ from ucm_middleware.census.policy import CensusPolicy
 from ucm_middleware.cluster.policy import ClusterPolicy
 from ucm_middleware.cluster.views import live_in_cluster
 from ucm_middleware.context import UserExecutionContext
+from ucm_middleware.current import ambient_context
 from ucm_middleware.database import hold_transaction, require_transactions, run_in_transaction
 from ucm_middleware.egress.policy import EgressPolicy
 from ucm_middleware.environment import IsolatedEnvironment
@@ -467,9 +468,10 @@ class UserContextManager(Hosting):
         with a cluster on all workers.
 
         WebSockets are closed with 1008, running requests cancelled and answered with 401, resources released after
-        that. The handler that calls this for its own user is not cancelled: a request may still answer, a connection
-        ends with the next thing that it sends or receives. ``reason`` goes into the audit trail. Whoever still has
-        valid credentials may come back: end those first.
+        that. A request that calls this for its own user, in any of its tasks or threads, is not cancelled: it may still
+        answer. Nor is the handler of a connection that calls it itself: it ends with the next thing that it sends or
+        receives. ``reason`` goes into the audit trail. Whoever still has valid credentials may come back: end those
+        first.
 
         Raises CrossUserAccessError for code of another user, InvalidContextError for an empty reason. With a cluster it
         waits for the store, and raises ClusterUnavailableError where that could not be asked: then all that is here is
@@ -573,28 +575,41 @@ class UserContextManager(Hosting):
 
         Returns how many were closed. The middleware calls it at the lifespan's shutdown, which uvicorn, hypercorn and
         granian announce only after the last request has ended or their own graceful timeout has. To refuse new requests
-        with 503 and end the open ones before that, call it from the hook that precedes the server's stop.
+        with 503 and end the open ones before that, call it from the hook that precedes the server's stop. Where that
+        hook is a request, it is left to end by itself, with its answer; a cluster is then left at the shutdown.
         """
         timeout = checked_drain_timeout(timeout)
         self._draining = True
+        asking = self._asking()
         idle = asyncio.Event()
-        self._drained.append((asyncio.get_running_loop(), idle))
+        waiting = (asyncio.get_running_loop(), idle, asking)
+        self._drained.append(waiting)
         self._note_idle()
         try:
-            async with asyncio.timeout(timeout):  # no task more, which would be this context's
-                await idle.wait()
-        except TimeoutError:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):  # no task more, which would be this context's
+                    await idle.wait()
+        finally:
+            self._drained.remove(waiting)
+        contexts = [context for _, context in self._registry.live() if context is not asking]
+        closing = [context for context in self._closing if context is not asking]
+        if contexts:
             logger.warning(
-                "%d contexts are still open after %g seconds of draining: closing them", len(self._registry), timeout
+                "%d contexts are still open after %g seconds of draining: closing them", len(contexts), timeout
             )
-        contexts = [context for _, context in self._registry.live()]
-        await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *self._closing)))
+        await asyncio.gather(*(context.aclose("shutdown") for context in (*contexts, *closing)))
         await self.all_written()
-        if self.cluster is not None:
+        if self.cluster is not None and asking is None:
             await self.cluster.stop()
         return len(contexts)
 
     # Inside.
+
+    def _asking(self) -> UserExecutionContext | None:
+        """The root of the context that this code runs in, if it lives here."""
+        context = ambient_context()
+        root = None if context is None else context._root
+        return root if root is not None and root.host is self else None
 
     def _active_in_cluster(self, users: Collection[str] | None) -> dict[Key, dict[str, Any]]:
         if self.cluster is None:

@@ -283,7 +283,8 @@ class UserContextMiddleware:
         except (Exception, asyncio.CancelledError) as error:
             lifetime.task = None
             cancelled = isinstance(error, asyncio.CancelledError)
-            interrupted = lifetime.absorb_interrupt()  # first: a cancellation during the teardown is somebody else's
+            # First: a cancellation during the teardown is somebody else's.
+            interrupted = lifetime.absorb_interrupt(error)
             await self._close(context, "cancelled" if cancelled else "failed", error)
             refusal = refusal_for_reason(lifetime.reason) if interrupted else refusal_for(error)
             is_known = refusal is not None
@@ -305,7 +306,7 @@ class UserContextMiddleware:
         else:
             lifetime.task = None
             if not context.end("finished"):
-                lifetime.absorb_interrupt()
+                lifetime.absorb_interrupt(None)
                 await self._close(context, "finished", None)
         finally:
             leave(token)

@@ -9,17 +9,32 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Final
 
-from ucm_middleware.current import ambient
+import anyio
+
+from ucm_middleware.current import Inside, ambient
 from ucm_middleware.errors import ContextClosedError, ContextLimitError
 from ucm_middleware.forking import leave_to_parent, renewed_after_fork
-from ucm_middleware.lifetime import CLOSED, CLOSING, HANDLER_GRACE, INTERRUPTING, CloseReason, Lifetime, Releasing
+from ucm_middleware.lifetime import (
+    CLOSED,
+    CLOSING,
+    HANDLER_GRACE,
+    INTERRUPTING,
+    WEBSOCKET,
+    CloseReason,
+    Lifetime,
+    Releasing,
+)
 from ucm_middleware.resources import ReleaseFailure
-from ucm_middleware.waiting import Cancelled, in_background, loop_is_live, running_loop
+from ucm_middleware.threads import entered_elsewhere, is_entered
+from ucm_middleware.waiting import Cancelled, in_background, loop_is_live, running_loop, settle
 
 logger = logging.getLogger(__name__)
 
 MAX_CHILDREN: Final = 100
 """How many live children one context may have."""
+
+THREAD_PAUSE: Final = 0.02
+"""Seconds between two looks at whether a thread has ended, which nothing tells."""
 
 ENDED_WELL: Final = frozenset({"finished", "closed", "cleared"})
 """The reasons after which resources see no error: what they hold may be kept."""
@@ -112,7 +127,9 @@ class Closable:
         elif not lifetime.claim_teardown():
             await lifetime.wait_closed()
         elif lifetime.loop is None or lifetime.loop is asyncio.get_running_loop():
-            await self._tear_down(error)
+            # Where someone else has begun it, the teardown was left for when the handler has ended.
+            cut_off = reason == "cancelled" or (lifetime.reason in INTERRUPTING and not begun)
+            await self._tear_down(error, after_threads=cut_off)
         else:
             self._tear_down_at_home(error)
             await lifetime.wait_closed()
@@ -184,10 +201,16 @@ class Closable:
         if not lifetime.begin_closing(reason):
             return False
         self._say_closing()
-        if reason in INTERRUPTING:
+        if reason in INTERRUPTING and not (reason == "revoked" and self._may_still_answer()):
             lifetime.interrupt()
         lifetime.offer_teardown(self._releasing())
         return True
+
+    def _may_still_answer(self) -> bool:
+        """Whether a request's own code asks, in whichever of its tasks or threads: who signs out is to be told. The
+        handler of a connection may wait for its client, who would hold it open.
+        """
+        return self._lifetime.opened_by != WEBSOCKET and self._is_ambient()
 
     def _closed_error(self) -> ContextClosedError:
         lifetime = self._lifetime
@@ -202,10 +225,15 @@ class Closable:
         threads.
         """
         lifetime = self._lifetime
+        if lifetime.threads_run:
+            return True
         return lifetime.handler_runs_elsewhere and (lifetime.reason in INTERRUPTING or not self._is_ambient())
 
     def _is_ambient(self) -> bool:
-        value = ambient.get()
+        return self._is_around(ambient.get())
+
+    def _is_around(self, value: Inside | None) -> bool:
+        """Whether what code runs inside of belongs to this context, or to one below it."""
         node: Closable | None = None if value is None else value.context
         while node is not None and node is not self:
             node = node._parent
@@ -311,11 +339,13 @@ class Closable:
             nodes += node._children or ()
         return None
 
-    async def _tear_down(self, error: BaseException | None) -> None:
+    async def _tear_down(self, error: BaseException | None, *, after_threads: bool = False) -> None:
         error = self._seen_error(error)
         lifetime = self._lifetime
         cancelled = Cancelled()
         try:
+            if after_threads and (lifetime.has_resources or self._children):
+                await self._threads_ended(cancelled)
             for child in reversed(tuple(self._children or ())):
                 try:
                     await child.aclose(lifetime.reason or "closed", error)
@@ -326,6 +356,23 @@ class Closable:
         finally:
             self._finish()
         cancelled.raise_it()
+
+    async def _threads_ended(self, cancelled: Cancelled) -> None:
+        """Wait for what the handler that was cut off did in threads, which may use its connection to the end.
+
+        To cancel a task that waits for a thread ends the waiting, and not the thread.
+        """
+        running = [one for one in entered_elsewhere() if self._is_around(one.get(ambient))]
+        if not running:
+            return
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + HANDLER_GRACE
+        with self._lifetime.waiting_for_threads(), anyio.CancelScope(shield=True):
+            while running and loop.time() < latest:
+                await settle(loop.create_future(), THREAD_PAUSE, cancelled)
+                running = [one for one in running if is_entered(one)]
+        if running:
+            logger.warning("a thread of %s did not end when its context closed: its resources are released", self)
 
     def _finish(self) -> None:
         """Wipe the data, let go of everything that could keep this context alive, and say so."""

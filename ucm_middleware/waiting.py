@@ -58,8 +58,8 @@ class Cancelled:
                 del error
 
 
-async def settle(task: asyncio.Task[None], timeout: float, cancelled: Cancelled) -> None:
-    """Wait for a task, for so many seconds, through any number of cancellations of the one who waits."""
+async def settle(task: asyncio.Future[None], timeout: float, cancelled: Cancelled) -> None:
+    """Wait for a task or a future, for so many seconds, through any number of cancellations of the one who waits."""
     loop = asyncio.get_running_loop()
     expired: asyncio.Future[None] = loop.create_future()
     # In an empty Context: a timer keeps its own until it is due, cancelled or not, and all that is in there.

@@ -388,6 +388,22 @@ class TestEnds:
         assert store.sessions == []
         assert thread.ended.done()
 
+    async def test_who_drains_keeps_the_lease_that_it_answers_under(
+        self, make_shared: MakeShared, store: MemoryServer
+    ) -> None:
+        manager = make_shared()
+        context = await asyncio.to_thread(manager.create_isolated_context, "alice")
+        thread = member_of(manager).thread
+
+        async with managed_user_context(context):
+            assert await manager.drain(0) == 0
+            context.require_usable()
+            assert not thread.ended.done()
+        await manager.drain(0)
+
+        assert store.live() == {}
+        assert thread.ended.done()
+
     def test_it_may_serve_again_after_that(self, make_shared: MakeShared, store: MemoryServer) -> None:
         manager = make_shared(guard="open")
         asyncio.run(manager.drain(0))

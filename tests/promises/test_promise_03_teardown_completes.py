@@ -1,4 +1,7 @@
-"""Promise 3: whatever cuts a request off, each resource that it entered is released or reported; nobody else waits."""
+"""Promise 3: whatever cuts a request off, each resource that it entered is released or reported.
+
+Nobody else waits for an asynchronous release.
+"""
 
 import json
 import socket

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any, Literal
 
+from ucm_middleware.threads import module_of
+
 HolderKind = Literal["task", "timer", "thread", "executor job", "generator", "reference"]
 
 
@@ -41,12 +43,6 @@ def running(value: object) -> tuple[str, str]:
 def place(frame: FrameType) -> str:
     """The file and line of a frame."""
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def module_of(frame: FrameType) -> str:
-    """The module that the code of a frame stands in."""
-    module = frame.f_globals.get("__name__", "?")
-    return module if type(module) is str else "?"
 
 
 def _named(frame: FrameType | None, name: str) -> tuple[str, str]:

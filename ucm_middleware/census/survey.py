@@ -5,7 +5,6 @@ are found where the interpreter keeps them; what is found nowhere else, ``referr
 """
 
 import asyncio
-import concurrent.futures.thread
 import functools
 import gc
 import sys
@@ -16,10 +15,11 @@ from contextvars import Context
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
 
-from ucm_middleware.census.holder import Holder, module_of, place, running
+from ucm_middleware.census.holder import Holder, place, running
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.isolation import type_name
+from ucm_middleware.threads import entered_below, frames_of_others, module_of
 from ucm_middleware.waiting import running_loop
 
 _OF_OTHERS: Final = frozenset(
@@ -39,12 +39,7 @@ _BROKEN_OFF: Final = "async_generator_athrow"
 _AGENTS: Final = "ucm_middleware.agents."
 """What runs of agents leave behind is listed, and told, as their stragglers."""
 
-_RUN_THREADS: Final = frozenset({"threading", "concurrent.futures.thread", "anyio._backends._asyncio"})
-"""The modules in whose frames the Context is that a thread's job runs in."""
-
 _coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
-
-_attributes_of: Final[Callable[[threading.Thread], dict[str, Any]]] = vars(threading.Thread)["__dict__"].__get__
 
 Holders = dict[UserExecutionContext, list[Holder]]
 
@@ -132,9 +127,7 @@ def _callback(handle: object) -> tuple[str, str]:
 
 def _threads() -> Iterator[tuple[UserExecutionContext, Holder]]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    frames = sys._current_frames()  # pyright: ignore[reportPrivateUsage] - there is no public way
-    del frames[threading.get_ident()]  # this one, which would refer to itself
-    for ident, top in frames.items():
+    for ident, top in frames_of_others().items():
         if _is_of_an_agent(top):
             continue
         for context in _contexts_of(top):
@@ -153,51 +146,7 @@ def _is_of_an_agent(top: FrameType) -> bool:
 
 
 def _contexts_of(top: FrameType) -> set[UserExecutionContext]:
-    found: set[UserExecutionContext] = set()
-    frame: FrameType | None = top
-    while frame is not None:
-        if module_of(frame) in _RUN_THREADS:
-            # Before Python 3.13 a frame keeps what it shows of its variables, and so the Context of the thread's last
-            # job: emptied, since nobody else asks these frames.
-            variables = frame.f_locals
-            values = list(variables.values())
-            if type(variables) is dict:
-                variables.clear()
-            there_are = [one for value in values if (one := _variables_in(value)) is not None and _is_used(value, one)]
-            found.update(context for one in there_are if (context := whose(one)) is not None)
-        frame = frame.f_back
-    return found
-
-
-def _variables_in(value: Any) -> Context | None:
-    """The Context that a job or a thread runs in. Only where they keep it: to look through all that a frame holds would
-    take for ever.
-    """
-    if type(value) is Context:
-        return value
-    if type(value) is BuiltinFunctionType:
-        return _variables_in(value.__self__) if type(value.__self__) is Context else None
-    if type(value) is functools.partial:
-        return _variables_in(value.func)
-    if type(value) is concurrent.futures.thread._WorkItem:  # pyright: ignore[reportPrivateUsage]
-        return _variables_in(value.fn)
-    if issubclass(type(value), threading.Thread):
-        return _variables_in(_attributes_of(value).get("_target"))
-    return None
-
-
-def _is_used(keeper: object, variables: Context) -> bool:
-    """Whether something runs in them, or will. A thread of a pool that is through with a job has its Context until it
-    goes on, which may be after the event loop has finished the request; a thread that was made for it lets go of it by
-    itself. To enter a Context, and call what is written in C, lets no other thread run.
-    """
-    if issubclass(type(keeper), threading.Thread):
-        return True
-    try:
-        variables.run(int)
-    except RuntimeError:
-        return True
-    return False
+    return {context for variables in entered_below(top) if (context := whose(variables)) is not None}
 
 
 def _of_the_application(top: FrameType) -> FrameType:
