@@ -28,7 +28,7 @@ class Shouting(TextLoader):
 
 class Application(TextLoader):
     def load(self, data: Any) -> Any:
-        return f"loaded {super().load(data)}"
+        return f"loaded {super().load(data)!s}"
 
 
 def change(connection: Any, seen: list[Any]) -> None:

@@ -56,17 +56,14 @@ def remember_asyncpg(connection: Any) -> Restore:
     asyncpg does not tell which codecs are set. For types of PostgreSQL's own they can be compared; for others it shows
     in the question about the type that asyncpg asks the server first.
     """
-    # Here, since who has psycopg may have no asyncpg.
-    from asyncpg.introspection import TYPE_BY_NAME  # type: ignore[import-untyped]
-    from asyncpg.protocol.protocol import BUILTIN_TYPE_NAME_MAP  # type: ignore[import-untyped]
+    from asyncpg.introspection import TYPE_BY_NAME  # type: ignore[import-untyped] # who has psycopg may not have it
 
     channels = connection._listeners
     channels_before = {channel: set(callbacks) for channel, callbacks in channels.items()}
     callbacks = (connection._query_loggers, connection._log_listeners, connection._termination_listeners)
     callbacks_before = [set(each) for each in callbacks]
-    codec_of = connection._protocol.get_settings().get_data_codec
-    types = list(BUILTIN_TYPE_NAME_MAP.values())  # a copy: what is kept of a connection refers to nothing of others
-    codecs_before = [*map(codec_of, types)]
+    settings = connection._protocol.get_settings()
+    codecs_before = _codecs(settings)
     asked: list[str] = []
 
     def look(query: Any) -> None:
@@ -79,8 +76,14 @@ def remember_asyncpg(connection: Any) -> Restore:
         for each, before in zip(callbacks, callbacks_before, strict=True):
             each.clear()
             each.update(before)
-        if asked or [*map(codec_of, types)] != codecs_before:
+        if asked or _codecs(settings) != codecs_before:
             raise ClientStateError("a type codec was set on the connection, and asyncpg takes none back")
 
     connection.add_query_logger(look)
     return restore
+
+
+def _codecs(settings: Any) -> list[object]:
+    from asyncpg.protocol.protocol import BUILTIN_TYPE_NAME_MAP  # type: ignore[import-untyped] # likewise
+
+    return [*map(settings.get_data_codec, BUILTIN_TYPE_NAME_MAP.values())]

@@ -1,5 +1,7 @@
 """Transactions of a user's on an ``AsyncConnectionPool`` of psycopg_pool."""
 
+import asyncio
+import contextlib
 from typing import Any, TypeVar, cast
 
 from psycopg import AsyncConnection, AsyncTransaction
@@ -13,10 +15,10 @@ from ucm_postgres.binding import Binding
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.client_state import Restore, drop_notifications, remember_psycopg
 from ucm_postgres.counting import StatementCounter
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, is_busy, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.shared import psycopg_pool_types
-from ucm_postgres.transaction import UserTransaction, UserTransactions
+from ucm_postgres.transaction import GRACE, UserTransaction, UserTransactions
 
 C = TypeVar("C", bound=AsyncConnection[Any])
 
@@ -86,6 +88,7 @@ class _PsycopgTransaction(UserTransaction[C]):
         self._autocommit_before: bool | None = None
         self._block: AsyncTransaction | None = None
         self._restore: Restore | None = None
+        self._is_stuck = False
 
     async def _acquire(self) -> C:
         return await self._pool.getconn()
@@ -112,8 +115,9 @@ class _PsycopgTransaction(UserTransaction[C]):
             return StatementResult(rows, cursor.rowcount)
 
     async def _refusal(self, connection: C) -> Exception | None:
-        async with connection.lock:  # what is under way may fail
-            refusal = refusal_of(connection.pgconn)
+        await _settled(connection)  # what is under way may fail
+        self._is_stuck = is_busy(connection)
+        refusal = refusal_of(connection)
         if connection.pgconn.transaction_status == TransactionStatus.IDLE:
             self.log.lost(refusal)
         return refusal
@@ -126,6 +130,10 @@ class _PsycopgTransaction(UserTransaction[C]):
     async def _roll_back(self, connection: C, error: BaseException) -> None:
         self._counter.end(connection)
         assert self._block is not None
+        if not self._is_stuck:  # else it has had its time
+            await _settled(connection)
+        if is_busy(connection):
+            raise RuntimeError("the transaction could not be rolled back: something is still under way")
         await self._block.__aexit__(type(error), error, error.__traceback__)  # its own failures are only logged
         if connection.pgconn.transaction_status != TransactionStatus.IDLE:
             raise RuntimeError("the transaction could not be rolled back")
@@ -145,6 +153,13 @@ class _PsycopgTransaction(UserTransaction[C]):
     async def _discard(self, connection: C) -> None:
         self._counter.end(connection)
         shut_down(connection.pgconn)
-        async with connection.lock:  # whoever is in the middle of something finds the line dead, and lets go
-            connection.pgconn.finish()  # close() would give it to a pool with close_returns
+        await _settled(connection)  # whoever is in the middle of something finds the line dead, and lets go
+        connection.pgconn.finish()  # close() would give it to a pool with close_returns
         await self._pool.putconn(connection)
+
+
+async def _settled(connection: AsyncConnection[Any]) -> None:
+    """Wait until nothing is under way. A generator of rows that nobody goes on with is under way for good: not long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GRACE), connection.lock:
+            return

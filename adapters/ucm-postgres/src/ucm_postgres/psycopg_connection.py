@@ -3,16 +3,16 @@
 import os
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
-from psycopg import Error, OperationalError, ProgrammingError
+from psycopg import AsyncConnection, Connection, Error, OperationalError, ProgrammingError
 from psycopg import IsolationLevel as PsycopgLevel
 from psycopg.errors import InFailedSqlTransaction
-from psycopg.pq import TransactionStatus
+from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.pq.abc import PGconn
 
 from ucm_middleware import IsolationLevel
-from ucm_postgres.blocks import ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
+from ucm_postgres.blocks import BUSY_MESSAGE, ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
 
 LEVELS: Final[dict[IsolationLevel, PsycopgLevel]] = {
     "READ COMMITTED": PsycopgLevel.READ_COMMITTED,
@@ -27,9 +27,11 @@ def bind_query(settings: Sequence[tuple[str, str]]) -> tuple[bytes, list[str]]:
     return f"SELECT {calls}".encode(), [part for setting in settings for part in setting]
 
 
-def refusal_of(pgconn: PGconn) -> Error | None:
+def refusal_of(connection: AsyncConnection[Any] | Connection[Any]) -> Error | None:
     """Why a COMMIT would not commit, which psycopg does not tell; None when it would."""
-    match pgconn.transaction_status:
+    if is_busy(connection):
+        return ProgrammingError(BUSY_MESSAGE)
+    match connection.pgconn.transaction_status:
         case TransactionStatus.INERROR:
             return InFailedSqlTransaction(FAILED_MESSAGE)
         case TransactionStatus.UNKNOWN:
@@ -38,6 +40,16 @@ def refusal_of(pgconn: PGconn) -> Error | None:
             return ProgrammingError(ENDED_MESSAGE)
         case _:
             return None
+
+
+def is_busy(connection: AsyncConnection[Any] | Connection[Any]) -> bool:
+    """Whether nothing can be asked on it before something else has ended: a generator of rows keeps the lock for it."""
+    pgconn = connection.pgconn
+    return (
+        connection.lock.locked()
+        or pgconn.pipeline_status != PipelineStatus.OFF
+        or pgconn.transaction_status == TransactionStatus.ACTIVE
+    )
 
 
 def shut_down(pgconn: PGconn) -> None:

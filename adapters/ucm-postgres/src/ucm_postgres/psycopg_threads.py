@@ -26,7 +26,7 @@ from ucm_postgres.checks import ResetMode, check_isolation_level, check_savepoin
 from ucm_postgres.client_state import ClientStateError, Restore, drop_notifications, remember_psycopg
 from ucm_postgres.counting import StatementCounter
 from ucm_postgres.leftovers import Leftovers
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, refusal_of, shut_down
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, is_busy, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.shared import psycopg_pool_types
 from ucm_postgres.transaction import GRACE
@@ -136,8 +136,8 @@ class PsycopgThreadPool(Generic[C]):
         if not lent.claim():  # the context closed meanwhile, and with it the connection
             raise lent.over_error()
         self._let_go(lent)
-        with lent.connection.lock:  # what is under way may fail
-            refusal = refusal_of(lent.connection.pgconn)
+        _settle(lent.connection)  # what is under way may fail
+        refusal = refusal_of(lent.connection)
         if refusal is not None:
             if lent.connection.pgconn.transaction_status == TransactionStatus.IDLE:
                 lent.log.lost(refusal)
@@ -159,18 +159,19 @@ class PsycopgThreadPool(Generic[C]):
     def _roll_back(self, lent: "_Lent[C]", error: BaseException) -> None:
         if lent.claim():
             self._let_go(lent)
+            _settle(lent.connection)
             self._undo(lent, error)
 
     def _undo(self, lent: "_Lent[C]", error: BaseException) -> None:
         lent.log.rollback(error)
-        if lent.block is None or lent.is_begun:
-            connection = lent.connection
+        connection = lent.connection
+        if (lent.block is None or lent.is_begun) and not is_busy(connection):
             if lent.block is not None:
                 lent.block.__exit__(type(error), error, error.__traceback__)  # its own failures are only logged
             if connection.pgconn.transaction_status == TransactionStatus.IDLE:
                 self._give_back(lent)
                 return
-        self._discard(lent.connection)
+        self._discard(connection)
 
     def _abandon(self, lent: "_Lent[C]") -> None:
         connection = lent.abandoned()
@@ -205,9 +206,16 @@ class PsycopgThreadPool(Generic[C]):
             self._pool.putconn(lent.connection)
 
     def _discard(self, connection: C) -> None:
-        with connection.lock:
-            connection.pgconn.finish()  # close() would give it to a pool with close_returns
+        shut_down(connection.pgconn)
+        _settle(connection)  # whoever is in the middle of something finds the line dead, and lets go
+        connection.pgconn.finish()  # close() would give it to a pool with close_returns
         self._pool.putconn(connection)
+
+
+def _settle(connection: Connection[Any]) -> None:
+    """Wait until nothing is under way. A generator of rows that nobody goes on with is under way for good: not long."""
+    if connection.lock.acquire(timeout=GRACE):
+        connection.lock.release()
 
 
 def _stop(connection: Connection[Any]) -> None:
