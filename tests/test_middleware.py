@@ -564,6 +564,32 @@ class TestScope:
         await exchange(UserContextMiddleware(look, keep=[kept]), http_scope())
         assert seen == ["by an outer middleware"]
 
+    @pytest.mark.parametrize(
+        ("every_request", "firewall_outermost", "second"),
+        [(False, False, "span of 1"), (True, False, "span of 2"), (False, True, "nothing")],
+    )
+    async def test_what_is_kept_may_be_an_earlier_requests(
+        self, every_request: bool, firewall_outermost: bool, second: str
+    ) -> None:
+        """Unless it is set in each, or a firewall is around who sets it: what README and docstrings say of ``keep``."""
+        kept: contextvars.ContextVar[str] = contextvars.ContextVar("kept", default="nothing")
+        seen: list[str] = []
+
+        async def look(scope: Scope, receive: Receive, send: Send) -> None:
+            seen.append(kept.get())
+
+        inner = UserContextMiddleware(look, keep=[kept])
+
+        async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+            if every_request or not seen:
+                kept.set(f"span of {len(seen) + 1}")
+            await inner(scope, receive, send)
+
+        app = ContextFirewall(outer) if firewall_outermost else outer
+        for _ in range(2):  # in one Context, as a server runs pipelined requests
+            await exchange(app, http_scope())
+        assert seen == ["span of 1", second]
+
     @pytest.mark.parametrize("order", ["above", "below", "both"])
     def test_starlettes_base_middleware_may_stand_above_and_below(self, order: str) -> None:
         class Looking(BaseHTTPMiddleware):

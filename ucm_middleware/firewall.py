@@ -21,7 +21,8 @@ class ContextFirewall:
     Servers run the requests of one connection one after another, and some of them in the Context that the last request
     left behind. Put this outermost. ``UserContextMiddleware`` is its own firewall where none is outside of it. What an
     outer middleware sets for the request, such as a tracing span, is let through when its ContextVar is named in
-    ``keep``.
+    ``keep``. Name only variables that the outer middleware sets in every request: of another one, an earlier request's
+    value may be what is let through. For such, put a ``ContextFirewall`` outermost, around the outer middleware too.
 
     ``scope["state"]`` is copied for each request for the same reason.
     """

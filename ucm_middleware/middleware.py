@@ -74,7 +74,9 @@ class UserContextMiddleware:
     ``manager`` defaults to one of its own. ``identify`` says who a connection comes from; without it, or when it
     answers None, the context is anonymous until the app binds it, unless ``require_identity`` refuses such requests
     with 401. ``ttl`` is the longest life of a context in seconds; the manager's when None. ``keep`` names the
-    ContextVars that outer middlewares set for the request. With ``cancel_on_disconnect``, a request
+    ContextVars that outer middlewares set for the request. It is safe for those that they set in every request; what is
+    set in some requests only may be an earlier one's of the connection, unless ``ContextFirewall`` is outermost, around
+    the outer middlewares too. With ``cancel_on_disconnect``, a request
     whose client has gone is cancelled; up to 16 messages of its body are read ahead to notice. When the
     server announces the shutdown, contexts that are still open get ``drain_timeout`` seconds more; servers announce it
     after a wait of their own, see ``UserContextManager.drain``.
