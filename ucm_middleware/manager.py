@@ -659,6 +659,7 @@ def _checked_key(key: object) -> Key:
     if isinstance(key, tuple):
         pair = cast("tuple[object, ...]", key)
         if len(pair) != 2:
-            raise InvalidContextError("key", "is a tuple of another length than two", "give (user_id, request_id)")
+            rule = "is a tuple of another length than two"
+            raise InvalidContextError("key", rule, "give (user_id, request_id)", is_wrong_type=True)
         return checked_user_id(pair[0]), validate_id(pair[1], "request_id")
     return str.__str__(key) if is_anonymous_id(key) else validate_id(key, "key")
