@@ -35,6 +35,7 @@ from ucm_middleware import (
     current_context,
     session_user,
 )
+from ucm_middleware.refusal import refusal_for
 
 
 def connection(*headers: tuple[str, str], **scope: Any) -> HTTPConnection:
@@ -55,6 +56,15 @@ class TestPrincipal:
     def test_an_end_without_a_time_zone_is_refused(self) -> None:
         with pytest.raises(InvalidContextError, match="expires_at"):
             Principal("alice", datetime(2100, 1, 1))  # noqa: DTZ001 - that is what is refused
+
+    def test_an_end_that_is_no_datetime_is_the_applications_mistake(self) -> None:
+        claims: dict[str, Any] = {"exp": 1767225600}
+        with pytest.raises(InvalidContextError) as raised:
+            Principal("alice", expires_at=claims["exp"])
+        assert str(raised.value) == (
+            "expires_at: is not a datetime but int; give an aware datetime, such as datetime.fromtimestamp(exp, UTC)"
+        )
+        assert refusal_for(raised.value) is None
 
     def test_time_left(self) -> None:
         assert Principal("alice").seconds_left() is None

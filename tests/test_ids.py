@@ -67,6 +67,11 @@ def test_what_only_claims_to_be_text_is_refused() -> None:
     assert rule_broken_by(claims) == "is not text but Mock"
 
 
+def test_what_is_no_text_is_told_how_to_become_some() -> None:
+    with pytest.raises(InvalidContextError, match=r"user_id: is not text but int; give a str, such as str\(user\.id\)"):
+        validate_id(7, "user_id")
+
+
 @pytest.mark.parametrize(
     ("value", "rule"),
     [

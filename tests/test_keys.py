@@ -124,7 +124,7 @@ class TestWhatAKeyIsMadeOf:
             assert caught.value.field == "kind"
             assert refusal_for(caught.value) is None  # the application's own fault: no client can have given it
 
-    @pytest.mark.parametrize("client_id", ["", " t-1", "t\0", "null", "t" * 257, "anonymous_1", None, 7, b"t-1"])
+    @pytest.mark.parametrize("client_id", ["", " t-1", "t\0", "null", "t" * 257, "anonymous_1"])
     def test_a_clients_id_is_checked_like_any_id(self, alice: UserExecutionContext, client_id: Any) -> None:
         for ask in (alice.derive_key, alice.candidate_keys, lambda kind, id_: alice.check_key(kind, id_, None)):
             with pytest.raises(InvalidContextError) as caught:
@@ -133,6 +133,14 @@ class TestWhatAKeyIsMadeOf:
             refusal = refusal_for(caught.value)
             assert refusal is not None
             assert refusal.status == 400
+
+    @pytest.mark.parametrize("client_id", [None, 7, b"t-1"])
+    def test_a_clients_id_that_is_no_text_is_the_applications_fault(
+        self, alice: UserExecutionContext, client_id: Any
+    ) -> None:
+        with pytest.raises(InvalidContextError, match="client_id: is not text") as caught:
+            alice.derive_key("thread", client_id)
+        assert refusal_for(caught.value) is None
 
 
 OWNERS = st.sampled_from(["a", "ab", "a_b", "Alice", "alice", "Jos\u00e9", "Jose\u0301", "a:b", "\u0430lice"])

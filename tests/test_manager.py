@@ -484,12 +484,13 @@ class TestExpiry:
             lambda: manager.set_context("alice", create_isolated_execution_context("alice"), ttl_seconds=ttl),
             lambda: manager.create_isolated_context("alice", ttl_seconds=ttl),
             lambda: manager.create_managed_context("alice", ttl_seconds=ttl),
-            lambda: UserContextManager(ttl=ttl),
         ]
         for attempt in attempts:
             with pytest.raises(InvalidContextError, match="ttl_seconds"):
                 attempt()
         assert manager.get_active_contexts() == {}
+        with pytest.raises(ConfigurationError, match="ttl is"):
+            UserContextManager(ttl=ttl)
 
     def test_whoever_finds_it_expired_ends_it(self, manager: UserContextManager, clock: Clock) -> None:
         first, second = (manager.create_isolated_context("alice", name, ttl_seconds=60) for name in ("r-1", "r-2"))

@@ -371,7 +371,7 @@ class TestLife:
 
     @pytest.mark.parametrize("ttl", [0, -1, float("nan"), "60"])
     def test_a_life_that_makes_no_sense_is_refused_at_the_start(self, ttl: Any) -> None:
-        with pytest.raises(InvalidContextError, match="ttl"):
+        with pytest.raises(ConfigurationError, match="ttl is"):
             UserContextMiddleware(Remembering(), ttl=ttl)
 
 

@@ -219,6 +219,26 @@ class TestCauses:
         await app.manager.drain(0)
         assert status_of(await exchange(app, http_scope())) == 503
 
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda context, number: context.bind(number),
+            lambda context, number: context.derive_key("thread", number),
+            lambda context, number: context.host.get_context(number),
+            lambda context, number: context.host.get_context((context.user_id, "r-1", number)),
+        ],
+        ids=["bind", "derive_key", "a key", "a key of three"],
+    )
+    async def test_what_is_no_text_is_the_applications_mistake(
+        self, use: Callable[[UserExecutionContext, Any], object]
+    ) -> None:
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            use(current_context(), 7)
+
+        with pytest.raises(InvalidContextError) as raised:
+            await exchange(UserContextMiddleware(app, identify=lambda connection: "alice"), http_scope())
+        assert raised.value.is_wrong_type
+
     @pytest.mark.parametrize(("late", "status"), [("bob", 409), ("", 400)])
     async def test_a_late_identity(self, late: str, status: int) -> None:
         async def bind(scope: Scope, receive: Receive, send: Send) -> None:

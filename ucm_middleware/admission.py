@@ -20,12 +20,12 @@ from ucm_middleware.errors import (
     UnauthenticatedError,
     UserContextError,
 )
-from ucm_middleware.expiry import checked_ttl
-from ucm_middleware.identity import Identify
+from ucm_middleware.identity import Identify, check_resolver
 from ucm_middleware.ids import validate_id
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.principal import Principal
 from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_starlette
+from ucm_middleware.settings import checked_life
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Admission:
     def __init__(
         self, manager: UserContextManager, identify: Identify | None, require_identity: bool, ttl: float | None
     ) -> None:
+        check_resolver(identify)
         if require_identity and identify is None and not manager.hooks.identify:
             raise ConfigurationError(
                 "require_identity needs identify, or a plugin that identifies: without one no request could be served"
@@ -58,7 +59,7 @@ class Admission:
         self._manager = manager
         self._identify = identify
         self._require_identity = require_identity
-        self._ttl = manager.ttl if ttl is None else checked_ttl(ttl)
+        self._ttl = manager.ttl if ttl is None else checked_life(ttl)
         self._known_ids: set[int] = set()
 
     async def open_soon(self, found: object, variables: Context | None, websocket: bool) -> UserExecutionContext:

@@ -39,13 +39,15 @@ class InvalidContextError(UserContextError, ValueError):
     """A value given to a context breaks a rule.
 
     ``field`` names the value, ``rule`` the rule it breaks. The value itself is not in the message: it may be a secret.
+    ``is_wrong_type`` says that it is of a type which no client can have given: that is a mistake of the application.
     """
 
-    def __init__(self, field: str, rule: str, remedy: str) -> None:
+    def __init__(self, field: str, rule: str, remedy: str, *, is_wrong_type: bool = False) -> None:
         super().__init__(f"{field}: {rule}; {remedy}")
         self.field = field
         self.rule = rule
         self.remedy = remedy
+        self.is_wrong_type = is_wrong_type
 
 
 class ContextNotFoundError(UserContextError, KeyError):

@@ -5,6 +5,7 @@ from contextvars import Context, ContextVar, copy_context
 from types import CoroutineType, coroutine
 from typing import Any, Final, TypeVar, cast
 
+from ucm_middleware.errors import ConfigurationError
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 
 _T = TypeVar("_T")
@@ -25,11 +26,13 @@ class ContextFirewall:
     value may be what is let through. For such, put a ``ContextFirewall`` outermost, around the outer middleware too.
 
     ``scope["state"]`` is copied for each request for the same reason.
+
+    Raises ConfigurationError for what is no list of ContextVars.
     """
 
     def __init__(self, app: ASGIApp, *, keep: Sequence[ContextVar[Any]] = ()) -> None:
         self.app = app
-        self.keep = tuple(keep)
+        self.keep = checked_keep(keep)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or (BOUNDARY in scope and is_enclosed(scope)):
@@ -42,6 +45,14 @@ class ContextFirewall:
                 await rest
         finally:
             boundary.context = boundary.outside = None
+
+
+def checked_keep(keep: Any) -> tuple[ContextVar[Any], ...]:
+    """The variables to let through. Raises ConfigurationError for what is no list of ContextVars."""
+    variables: tuple[Any, ...] | None = tuple(keep) if hasattr(keep, "__iter__") else None
+    if variables is None or not all(isinstance(variable, ContextVar) for variable in variables):
+        raise ConfigurationError(f"keep must be a list of ContextVars, not {keep!r}; give keep=[variable]")
+    return variables
 
 
 def is_enclosed(scope: Scope) -> bool:

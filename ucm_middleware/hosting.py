@@ -43,7 +43,6 @@ from ucm_middleware.errors import (
 )
 from ucm_middleware.events.hub import Hub
 from ucm_middleware.events.policy import EventPolicy
-from ucm_middleware.expiry import checked_ttl
 from ucm_middleware.forking import renewed_after_fork
 from ucm_middleware.guard import Guard
 from ucm_middleware.host import ClosingInspector
@@ -57,6 +56,7 @@ from ucm_middleware.reachability import IsolationPolicy
 from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.revocation import Revocation
 from ucm_middleware.secret import SecretRing
+from ucm_middleware.settings import checked_life
 from ucm_middleware.sweeper import Sweeper
 from ucm_middleware.teardown import close_apart
 from ucm_middleware.telemetry import Telemetry
@@ -89,7 +89,7 @@ class Hosting:
         census: CensusPolicy,
         cluster: ClusterPolicy | str | None,
     ) -> None:
-        self.ttl = checked_ttl(ttl)
+        self.ttl = checked_life(ttl)
         self.environment = environment
         self.ids = UnifiedIDManager()
         self._clock = clock

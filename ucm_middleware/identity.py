@@ -7,6 +7,7 @@ from starlette.requests import HTTPConnection
 
 from ucm_middleware.errors import ConfigurationError, UnauthenticatedError
 from ucm_middleware.principal import Principal
+from ucm_middleware.settings import require_function
 
 Identified = Principal | str | None
 """A user, a user's id, or None for nobody."""
@@ -56,7 +57,10 @@ def bearer_token(
 
     No header means nobody. A header that is doubled, of another scheme or whose token ``verify`` answers with None is
     refused with 401, also where anonymous requests are welcome: broken credentials are not the absence of credentials.
+
+    Raises ConfigurationError for what cannot be called, such as a dict.
     """
+    require_function("verify", verify, "{...}.get")
 
     async def identify(connection: HTTPConnection) -> Identified:
         headers = connection.headers.getlist("authorization")
@@ -74,3 +78,13 @@ def bearer_token(
         return found
 
     return identify
+
+
+def check_resolver(identify: object) -> None:
+    """Raise ConfigurationError for what is no resolver, which what makes one is not either; None is none at all."""
+    for maker in (session_user, bearer_token):
+        if identify is maker:
+            name = maker.__name__
+            raise ConfigurationError(f"identify is {name} itself, which makes a resolver; give {name}(...)")
+    if identify is not None:
+        require_function("identify", identify, "session_user()")

@@ -86,7 +86,9 @@ def _exact_text(value: object, field: str) -> str:
     try:
         return str.__str__(cast(str, value))
     except TypeError:
-        raise InvalidContextError(field, f"is not text but {type(value).__name__}", "give a str") from None
+        raise InvalidContextError(
+            field, f"is not text but {type(value).__name__}", "give a str, such as str(user.id)", is_wrong_type=True
+        ) from None
 
 
 def _check_placeholder(folded: str, field: str) -> None:

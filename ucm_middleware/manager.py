@@ -51,7 +51,9 @@ from ucm_middleware.settings import (
     checked_drain_timeout,
     checked_guard,
     checked_limit,
+    require_function,
     require_gil,
+    require_kind,
 )
 from ucm_middleware.teardown import close_apart
 from ucm_middleware.transactions import IsolationLevel, StatementResult, checked_level
@@ -125,6 +127,14 @@ class UserContextManager(Hosting):
             checked_limit("max_anonymous_contexts", max_anonymous_contexts, self.MAX_ANONYMOUS_CONTEXTS),
             checked_connections(max_connections_per_user, per_user),
         )
+        require_kind("ledger", ledger, Ledger, "SQLiteLedger('audit.db', keys='audit-keys.db')")
+        require_kind("environment", environment, IsolatedEnvironment, "IsolatedEnvironment('.env')")
+        require_kind("events", events, EventPolicy, "EventPolicy(types=['order_shipped'])")
+        require_kind("agents", agents, AgentPolicy, "AgentPolicy(timeout=60)")
+        require_kind("egress", egress, EgressPolicy, "EgressPolicy(fields=['access_token'])")
+        require_kind("isolation", isolation, IsolationPolicy, "IsolationPolicy(shared_types=[Pool])")
+        require_kind("census", census, CensusPolicy, "CensusPolicy('warn')")
+        require_function("clock", clock, "time.monotonic")
         check_audit(audit, ledger)
         require_gil()
         super().__init__(
@@ -674,6 +684,7 @@ def _checked_key(key: object) -> Key:
     if isinstance(key, tuple):
         pair = cast("tuple[object, ...]", key)
         if len(pair) != 2:
-            raise InvalidContextError("key", "is a tuple of another length than two", "give (user_id, request_id)")
+            rule = "is a tuple of another length than two"
+            raise InvalidContextError("key", rule, "give (user_id, request_id)", is_wrong_type=True)
         return checked_user_id(pair[0]), validate_id(pair[1], "request_id")
     return str.__str__(key) if is_anonymous_id(key) else validate_id(key, "key")

@@ -26,14 +26,14 @@ from ucm_middleware.egress.answers import Request, WatchedAnswer, answer_for
 from ucm_middleware.egress.connections import WatchedMessages
 from ucm_middleware.egress.guard import EgressGuard
 from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
-from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, is_enclosed
+from ucm_middleware.firewall import BOUNDARY, Boundary, Outside, checked_keep, is_enclosed
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.leased import LeasedAnswer
 from ucm_middleware.lifetime import CloseReason
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.messages import Messages
 from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, send_refusal
-from ucm_middleware.settings import checked_drain_timeout
+from ucm_middleware.settings import checked_drain_timeout, require_kind
 from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
 from ucm_middleware.websocket.asgi import AsgiConnection
 from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE, MessageLimits
@@ -106,11 +106,12 @@ class UserContextMiddleware:
         message_rate: float | None = MESSAGE_RATE,
         context_per_message: bool = False,
     ) -> None:
+        require_kind("manager", manager, UserContextManager, "UserContextManager()")
         self.app = app
         self.manager = UserContextManager() if manager is None else manager
         self.identify = identify
         self._admission = Admission(self.manager, identify, require_identity, ttl)
-        self.keep = tuple(keep)
+        self.keep = checked_keep(keep)
         self.cancel_on_disconnect = cancel_on_disconnect
         self.drain_timeout = checked_drain_timeout(drain_timeout)
         self.context_per_message = context_per_message

@@ -13,7 +13,7 @@ from ucm_middleware.ids import validate_id
 class Principal:
     """A user, and until when the credentials hold: an aware datetime, None for no end.
 
-    Raises InvalidContextError when the id breaks a rule or the datetime is naive.
+    Raises InvalidContextError when the id breaks a rule, and for what is no datetime or a naive one.
     """
 
     user_id: str
@@ -21,7 +21,14 @@ class Principal:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "user_id", validate_id(self.user_id, "user_id"))
-        if self.expires_at is not None and self.expires_at.tzinfo is None:
+        if self.expires_at is None:
+            return
+        if not isinstance(self.expires_at, datetime):  # pyright: ignore[reportUnnecessaryIsInstance] - a claim is a number
+            rule = f"is not a datetime but {type(self.expires_at).__name__}"
+            raise InvalidContextError(
+                "expires_at", rule, "give an aware datetime, such as datetime.fromtimestamp(exp, UTC)"
+            )
+        if self.expires_at.tzinfo is None:
             raise InvalidContextError(
                 "expires_at", "has no time zone", "give an aware datetime, such as datetime.now(UTC)"
             )

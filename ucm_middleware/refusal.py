@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from starlette.exceptions import HTTPException, WebSocketException
 
@@ -82,12 +82,15 @@ def refusal_for(error: BaseException) -> Refusal | None:
     A group, as of an ``asyncio.TaskGroup``, has the answer that all of its errors have.
     """
     if isinstance(error, BaseExceptionGroup):
-        first, *others = (refusal_for(one) for one in error.exceptions)
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        first, *others = (refusal_for(one) for one in group.exceptions)
         return first if all(other == first for other in others) else None
     if isinstance(error, InvalidContextError):
-        # Only what a client can have given: data that cannot be copied, say, is the application's own, and so are its
-        # keys.
-        return Refusal(400, POLICY_VIOLATION, f"{error.field}: {error.rule}") if error.field in _ID_FIELDS else None
+        # Only what a client can have given, which is text: data that cannot be copied, say, is the application's own,
+        # and so are its keys.
+        if error.is_wrong_type or error.field not in _ID_FIELDS:
+            return None
+        return Refusal(400, POLICY_VIOLATION, f"{error.field}: {error.rule}")
     if isinstance(error, MessageLimitError):
         return _BY_SCOPE[error.scope]
     if isinstance(error, ClusterUnavailableError):

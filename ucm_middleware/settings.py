@@ -1,10 +1,38 @@
-"""What a manager is given, checked before anything is made of it."""
+"""What a manager or a middleware is given, checked before anything is made of it."""
 
 import sys
 
 from ucm_middleware.audit.ledger import DurableLedger, Ledger
-from ucm_middleware.errors import ConfigurationError
-from ucm_middleware.expiry import LONGEST_TTL
+from ucm_middleware.errors import ConfigurationError, InvalidContextError
+from ucm_middleware.expiry import LONGEST_TTL, checked_ttl
+
+
+def require_kind(name: str, given: object, kind: type, example: str) -> None:
+    """Raise ConfigurationError for what is neither None nor an object of the kind.
+
+    A class is none, though it has the methods of a port. What was given is not shown: it may be a secret.
+    """
+    if isinstance(given, type):
+        found = f"the class {given.__name__} itself"
+    elif given is None or isinstance(given, kind):
+        return
+    else:
+        found = type(given).__name__
+    raise ConfigurationError(f"{name} is no {kind.__name__} but {found}; give one, such as {example}")
+
+
+def require_function(name: str, given: object, example: str) -> None:
+    """Raise ConfigurationError for what cannot be called."""
+    if not callable(given):
+        raise ConfigurationError(f"{name} is no function but {type(given).__name__}; give one, such as {example}")
+
+
+def checked_life(ttl: object) -> float | None:
+    """The ``ttl`` that contexts have where none is given. Raises ConfigurationError for what is no sensible one."""
+    try:
+        return checked_ttl(ttl)
+    except InvalidContextError as error:
+        raise ConfigurationError(f"ttl {error.rule}; {error.remedy}") from None
 
 
 def check_audit(audit: object, ledger: Ledger | None) -> None:

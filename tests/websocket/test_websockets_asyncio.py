@@ -279,7 +279,7 @@ class TestWrapping:
     def test_settings_that_cannot_be_are_refused_at_once(
         self, manager: UserContextManager, settings: dict[str, Any]
     ) -> None:
-        with pytest.raises((ConfigurationError, InvalidContextError)):
+        with pytest.raises(ConfigurationError):
             wrapped(manager, **{"require_identity": True, **settings})
 
 

@@ -17,6 +17,7 @@ class Trail:
     dropped: int
 
 
+@runtime_checkable
 class Ledger(Protocol):
     """Keeps records. Called from any thread, on the request's path."""
 

@@ -19,6 +19,7 @@ from ucm_middleware.errors import ConfigurationError, LedgerUnavailableError
 from ucm_middleware.identity import Identified, Identify
 from ucm_middleware.manager import UserContextManager
 from ucm_middleware.refusal import refusal_for
+from ucm_middleware.settings import require_kind
 from ucm_middleware.types import Scope
 from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE, MessageLimits
 from ucm_middleware.websocket.origins import Origins
@@ -44,6 +45,7 @@ class SyncHandler:
         message_rate: float | None = MESSAGE_RATE,
         context_per_message: bool = False,
     ) -> None:
+        require_kind("manager", manager, UserContextManager, "UserContextManager()")
         wrapping = (*manager.hooks.around_context, *manager.hooks.around_message)
         if wrapping:
             raise ConfigurationError(
