@@ -46,8 +46,6 @@ def test_a_token_is_sent_in_place_of_the_header_and_cookies_with_the_user_s_own(
         ("Cookie", "lang=en; sid=s"),
         ("X-Tenant", "1"),
     )
-    credentials.sign_out()
-    assert dict(credentials.headers()) == {"authorization": "Basic x", "cookie": "lang=en", "X-Tenant": "1"}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +80,6 @@ def test_a_sign_in_that_fails_is_told_without_what_it_said(answer: Answer, said:
 
 
 def test_a_form_is_sent_as_one() -> None:
-    request = Credentials(User("alice")).call(Call("/login", form={"user": "alice", "password": "a&b"}))
+    request = Credentials(User("alice")).call(Call("/login", form={"user": "alice", "password": "a&b"}), ())
     assert request.body == b"user=alice&password=a%26b"
     assert dict(request.headers)["Content-Type"] == "application/x-www-form-urlencoded"

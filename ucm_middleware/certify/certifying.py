@@ -24,9 +24,8 @@ from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, st
 from ucm_middleware.certify.shortening import Shortening, Shortest
 from ucm_middleware.certify.sightings import Channel, Examiner
 from ucm_middleware.certify.sowing import Document
-from ucm_middleware.certify.stage import SignInError
 from ucm_middleware.certify.steps import Step
-from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_trial
+from ucm_middleware.certify.trial import Budget, Finding, SignInError, Trial, replay, run_trial
 from ucm_middleware.certify.witness.wire import Order, Told
 from ucm_middleware.testing.server import ServerKind
 
@@ -200,7 +199,7 @@ async def _made(whole: Document, routes: Sequence[Route], options: Options) -> M
     made to sign out in between is refused everywhere else.
     """
     calls = [call for user in options.cast.users for call in (user.sign_in, user.sign_out) if call is not None]
-    signing = {f"{call.method} {call.path.partition('?')[0]}" for call in calls}
+    signing = {call.key: call for call in calls}
     clock = time.monotonic
     until, is_given_up = clock() + _MAKING, threading.Event()
     others = [route for route in routes if route.key not in signing]
@@ -210,10 +209,10 @@ async def _made(whole: Document, routes: Sequence[Route], options: Options) -> M
         )
     finally:
         is_given_up.set()
-    material.routes = tuple(routes)
-    material.not_made.update(
-        {route.key: "users sign in or out by it, and that is tried as such" for route in routes if route.key in signing}
-    )
+    known = {route.key for route in routes}
+    unknown = [Route(key, call.method, key.split()[1], "given") for key, call in signing.items() if key not in known]
+    material.routes = (*routes, *unknown)
+    material.not_made.update(dict.fromkeys(signing, "users sign in or out by it, and that is tried as such"))
     return material
 
 

@@ -75,14 +75,9 @@ class Credentials:
         self._token = token
         return None
 
-    def sign_out(self) -> None:
-        """Forget what the sign-in brought."""
-        self._token = None
-        self._cookies.clear()
-
-    def call(self, call: Call) -> Request:
+    def call(self, call: Call, headers: Iterable[tuple[str, str]]) -> Request:
         """The request by which this user signs in or out."""
-        headers = [*self.headers()]
+        headers = [*headers]
         body = None
         if call.form is not None:
             headers.append(("Content-Type", "application/x-www-form-urlencoded"))

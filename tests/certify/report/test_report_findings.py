@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from support.reports import DASHBOARD, canary, cast_of, dashboard, report, secret_of, shown
 from ucm_middleware.certify.cast import Cast, User
+from ucm_middleware.certify.coverage import RouteCoverage
 from ucm_middleware.certify.report.findings import reported
 from ucm_middleware.certify.report.saying import Saying, visible
 from ucm_middleware.certify.sightings import Place
-from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, SignIn, Step, Together
+from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, SignIn, SignOut, Step, Together
 
 BOBS = f"bob's {DASHBOARD} was answered"
 
@@ -119,7 +120,8 @@ def test_steps_are_said_like_everything_else() -> None:
         Connect(2, "bob", route, 0, f"bob at {route}"),
         HangUp("bob", f"bob at {route}"),
     )
-    steps = (*steps, SignIn("bob", "bob.0"), Restart())
+    sign_in = SignIn(3, "bob", route, "bob.0")
+    steps = (*steps, sign_in, SignOut(4, "bob", route, "bob.0"), Restart((sign_in,)))
 
     (found,) = report([shown(Place("body", DASHBOARD), {("bob", "alice"): 1}, steps)]).plain.findings
 
@@ -148,6 +150,16 @@ def test_a_known_gap_of_the_package_is_not_gone() -> None:
         (f"header of {DASHBOARD} at x-user", "only with ucm"),
     }
     assert report([dashboard()], after=[dashboard()]).compared[0].change == "still there"
+
+
+def test_what_users_sign_in_by_is_tried_though_that_covers_nothing() -> None:
+    found = shown(Place("body", "POST /login"), {("bob", "alice"): 1})
+    login = RouteCoverage("POST /login", "schema", "users sign in by it", users={"alice", "bob"})
+
+    made = report([found], after=[], routes=[login])
+
+    assert not login.is_covered
+    assert [one.change for one in made.compared] == ["gone with ucm"]
 
 
 def test_a_canary_of_whatever_run_is_not_said() -> None:

@@ -52,8 +52,10 @@ class Saying:
                 return replace(step, route=self.text(step.route), socket=self.text(step.socket))
             case HangUp():
                 return replace(step, socket=self.text(step.socket))
-            case SignIn() | SignOut() | Restart():
-                return step
+            case SignIn() | SignOut():
+                return replace(step, route=self.text(step.route))
+            case Restart():
+                return replace(step, sign_ins=tuple(replace(one, route=self.text(one.route)) for one in step.sign_ins))
 
     def _ask(self, ask: Ask) -> Ask:
         return replace(ask, route=self.text(ask.route))
