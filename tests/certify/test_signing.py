@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+from support.apps.certify_signing import ACCOUNTS
 from support.certifying import certified
-from tests.certify.apps.signing import ACCOUNTS
 from ucm_middleware.certify.cast import Call, Cast, User
 from ucm_middleware.certify.certifying import Options, Result
 
-APPS = "tests.certify.apps.signing"
+APPS = "support.apps.certify_signing"
 
 
 def user(name: str) -> User:

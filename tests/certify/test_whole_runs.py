@@ -76,6 +76,12 @@ def test_ids_that_are_guarded_and_credentials_in_the_schema_are_not_accused() ->
     assert "others' ids" not in result.coverage.without
 
 
+def test_what_is_said_of_an_id_that_its_user_asked_by_is_no_finding() -> None:
+    result = tried(f"{APPS}:ids_chosen", WITH_HEADERS)
+    assert routes_of(result) == set()
+    assert result.coverage.routes["GET /notes/{note_id}"].own > 0
+
+
 @pytest.mark.parametrize(("bug", "is_cured"), [("request_variable", True), ("global_cache", False)])
 def test_what_the_package_cures_is_shown(bug: str, is_cured: bool) -> None:
     app = f"examples.gallery.{bug}:planted"

@@ -82,7 +82,7 @@ class Stage:
         self._routes = {route.key: route for route in material.routes}
         self._credentials = {user.name: Credentials(user) for user in cast.users if user.sign_in is None}
         self._locked_out: set[str] = set()
-        self._ids = Ids(material.routes)
+        self._ids = Ids(material.routes, canaries)
         self._port = port
         self._lines: dict[str, Line] = {}
         self._multiplexed: MultiplexedLine | None = None
@@ -103,7 +103,7 @@ class Stage:
 
     @property
     def was_told_ids(self) -> bool:
-        """Whether any answer had an id that a path takes. Without, ids are guessed."""
+        """Whether any answer had an id that a path takes and others can ask by. Without, ids are guessed."""
         return not self._ids.is_empty
 
     @property
@@ -229,7 +229,8 @@ class Stage:
     def _request(self, ask: Ask) -> Request:
         route = self._routes[ask.route]
         case = self._material.cases[ask.route][ask.case].filled(
-            self._word(ask.user, ask.word, ask.number, ask.case), self._ids.of(ask.ids_of or ask.user, route, ask.case)
+            self._word(ask.user, ask.word, ask.number, ask.case),
+            self._ids.of(ask.ids_of or ask.user, route, ask.case, ask.user),
         )
         body = case.body
         if ask.padding and body is not None:
@@ -262,7 +263,8 @@ class Stage:
     async def _connect(self, step: Connect) -> None:
         route: Route = self._routes[step.route]
         word = self._word(step.user, step.word, step.number, step.case)
-        case = self._material.cases[step.route][step.case].filled(word, self._ids.of(step.user, route, step.case))
+        found_id = self._ids.of(step.user, route, step.case, step.user)
+        case = self._material.cases[step.route][step.case].filled(word, found_id)
         credentials = self._credentials[step.user]
         headers = self._headers(case.headers, credentials, step.number)
         target = credentials.target(case.target)

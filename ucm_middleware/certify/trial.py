@@ -220,7 +220,9 @@ async def run_trial(
             trial.cut_short = str(error)
         await asyncio.sleep(_LAST_WORDS)
         if trial.coverage.drives["others' ids"] and not stage.was_told_ids:
-            trial.coverage.without["others' ids"] = "no answer told an id that a path takes: they were only guessed"
+            trial.coverage.without["others' ids"] = (
+                "no answer told an id that a path takes and that others can ask by: they were only guessed"
+            )
     trial.coverage.output = house.written
     return trial
 

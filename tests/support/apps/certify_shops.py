@@ -26,6 +26,12 @@ class Note(BaseModel):
     text: str
 
 
+class NamedNote(Note):
+    """One that the user has called something."""
+
+    id: str
+
+
 def with_sessions(*, planted: bool) -> FastAPI:
     """A session in a cookie, that is to be refreshed; planted, whoever comes next is given the last one's."""
     app, sessions, numbers = FastAPI(), dict[str, str](), itertools.count()
@@ -121,6 +127,24 @@ def with_ids(*, planted: bool) -> FastAPI:
         if not owner or (owner != user and not planted):
             raise HTTPException(404)
         return {"id": note_id, "text": text}
+
+    return app
+
+
+def ids_chosen() -> FastAPI:
+    """Notes of each user under ids that the client chooses; one that is not there is named."""
+    app, notes = FastAPI(), dict[tuple[str, str], str]()
+
+    @app.post("/notes")
+    def add(note: NamedNote, user: Caller) -> NamedNote:
+        notes[user, note.id] = note.text
+        return note
+
+    @app.get("/notes/{note_id}")
+    def one(note_id: str, user: Caller) -> dict[str, str]:
+        if (user, note_id) not in notes:
+            raise HTTPException(404, f"you have no note {note_id!r}")
+        return {"id": note_id, "text": notes[user, note_id]}
 
     return app
 
