@@ -85,6 +85,37 @@ def test_what_an_application_says_before_it_ends_has_no_credential_in_it(tmp_pat
     assert "token-of-alice" not in result.output
 
 
+EXITS = """
+import os
+from fastapi import Body, FastAPI, Header, Response
+
+app = FastAPI()
+
+@app.post("/login")
+async def login(response: Response, password: str = Body(embed=True)) -> dict[str, str]:
+    print("login", password, flush=True)
+    response.set_cookie("sid", f"session-behind-{password[-3:]}")
+    return {"token": f"token-behind-{password[-3:]}"}
+
+@app.get("/x")
+async def x(authorization: str = Header(), cookie: str = Header()) -> None:
+    print("asked with", authorization, cookie, flush=True)
+    os._exit(3)
+"""
+
+
+def test_what_an_application_writes_before_it_exits_has_nothing_in_it_that_it_gave_its_users(tmp_path: Path) -> None:
+    (tmp_path / "exiting.py").write_text(EXITS)
+    users = tmp_path / "users.toml"
+    sign_in = 'sign_in = {{ path = "/login", body = {{ password = "hunter2-{}" }}, token = "token" }}'
+    users.write_text("\n".join(f'[[users]]\nname = "{name}"\n{sign_in.format(name)}' for name in ("ann", "bob")))
+    result = certify("exiting:app", "--app-dir", str(tmp_path), "--users", str(users), "--seconds", "90")
+    assert result.exit_code == 2
+    assert "asked with Bearer (secret) sid=(secret)" in result.stderr
+    assert "login (secret)" in result.stderr
+    assert not [text for text in ("hunter2", "-behind-") if text in result.output]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -83,6 +83,8 @@ class Result:
     coverage: Coverage
     seconds: float
     notes: tuple[str, ...] = ()
+    given: frozenset[str] = field(default=frozenset(), repr=False)
+    """Credentials that users were given in it."""
 
 
 class Progress(Protocol):
@@ -116,7 +118,7 @@ async def certify(options: Options, progress: Progress, *, with_ucm: bool = Fals
     shown = await _shown(options, material, trial, with_ucm=with_ucm)
     if trial.cut_short is not None:
         notes = (*notes, f"it was given up before its time: {trial.cut_short}")
-    return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes)
+    return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes, frozenset(trial.given))
 
 
 async def _shown(options: Options, material: Material, trial: Trial, *, with_ucm: bool) -> list[Shown]:
@@ -225,7 +227,7 @@ async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | No
             raise SubjectError(f"--schema {options.schema} cannot be read: {error}") from None
     path = options.schema or _SCHEMA
     line = await Line.open(port)
-    first = Credentials(options.cast.users[0])
+    first = Credentials(options.cast.users[0], [])
     answer = await line.answer(line.send(Request("GET", first.target(path), first.headers())))
     line.close()
     try:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from ucm_middleware.certify.lines.answer import Answer
 from ucm_middleware.certify.material import Material
 from ucm_middleware.certify.schema import Source
 from ucm_middleware.certify.stage import Outcome
@@ -17,6 +18,9 @@ _BY_CLASS: Final[Mapping[int, str]] = {
     3: "3xx",
     5: "5xx",
 }
+
+_ACCEPTED: Final = 101
+"""The status of a handshake after which a WebSocket is open."""
 
 DRIVES: Final[tuple[Drive, ...]] = (
     *("tour", "keep-alive", "pipelining", "HTTP/2", "burst", "dropped", "slow reader", "background", "websocket"),
@@ -133,9 +137,12 @@ class Coverage:
         """A WebSocket was opened, or tried to be."""
         self.routes[key].tries += 1
 
-    def refused(self, key: str) -> None:
-        """A WebSocket was not accepted."""
-        self.routes[key].answers["not accepted"] += 1
+    def handshake(self, key: str, answer: Answer, *, is_own: bool) -> None:
+        """A WebSocket was accepted, or not."""
+        route = self.routes[key]
+        route.own += is_own
+        if answer.status != _ACCEPTED:
+            route.answers["not accepted"] += 1
 
     def not_signed_in(self, user: str, why: str, *, goes_on: bool) -> None:
         """A sign-in failed in the middle of the run; the user goes on with the one before, or not at all."""

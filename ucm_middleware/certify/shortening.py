@@ -164,7 +164,11 @@ def _alone(step: Step, number: int) -> Step:
 
 def _mates(before: Sequence[Step], line: str) -> list[Step]:
     """What went over the same connection just before."""
-    return [step for step in before[-_MATES:] if any(one.line == line for one in requests_of(step))]
+    return [
+        step
+        for step in before[-_MATES:]
+        if any(not isinstance(one, Connect) and one.line == line for one in requests_of(step))
+    ]
 
 
 def _plainer(step: Step) -> Iterator[Step]:

@@ -1,14 +1,14 @@
 """The users as clients of the server that runs: takes steps, and hands on what came back."""
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ucm_middleware.certify.canaries import Canaries
 from ucm_middleware.certify.cast import Cast
-from ucm_middleware.certify.credentials import Credentials
+from ucm_middleware.certify.credentials import Credentials, Given
 from ucm_middleware.certify.ids import Ids
 from ucm_middleware.certify.lines.answer import Answer
 from ucm_middleware.certify.lines.http1 import PATIENCE, Line
@@ -19,6 +19,7 @@ from ucm_middleware.certify.material import SHARED, Material
 from ucm_middleware.certify.schema import Route
 from ucm_middleware.certify.steps import (
     Ask,
+    Asked,
     Connect,
     HangUp,
     Restart,
@@ -45,12 +46,15 @@ _IN_VAIN: Final = 3
 
 _LESS_PATIENCE: Final = 0.3
 
+_GIVEN: Final = 1000
+"""Credentials, the newest that were given: an application may give another cookie with each answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of a request, and of a sign-in what is ``wrong`` with it, for a person."""
 
-    request: Ask | SignIn | SignOut
+    request: Asked
     answer: Answer
     wrong: str | None = None
 
@@ -58,11 +62,14 @@ class Outcome:
 Heard = Callable[[Connect, bytes], None]
 """Told of each message of a WebSocket, with the step that opened it."""
 
+Closed = Callable[[Connect, str], None]
+"""Told of the reason with which the server closes one."""
+
 
 class Stage:
     """Not thread-safe. Ends with ``aclose``. Who signs in takes part while they are signed in: what is asked for
-    without is asked for by a guest, and says nothing of the user. ``refused`` is told of a WebSocket that is not
-    accepted; ``restart`` brings a new server up and returns its port.
+    without is asked for by a guest, and says nothing of the user. ``given`` are the credentials that answers gave
+    them; ``restart`` brings a new server up and returns its port.
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class Stage:
         canaries: Canaries,
         port: int,
         heard: Heard,
-        refused: Callable[[Connect], None],
+        closed: Closed,
         restart: Callable[[], Awaitable[int]],
     ) -> None:
         self._cast = cast
@@ -80,14 +87,14 @@ class Stage:
         self._canaries = canaries
         self._restart = restart
         self._routes = {route.key: route for route in material.routes}
-        self._credentials = {user.name: Credentials(user) for user in cast.users if user.sign_in is None}
+        self.given: Final[Given] = deque(maxlen=_GIVEN)
+        self._credentials = {user.name: Credentials(user, self.given) for user in cast.users if user.sign_in is None}
         self._locked_out: set[str] = set()
         self._ids = Ids(material.routes, canaries)
         self._port = port
         self._lines: dict[str, Line] = {}
         self._multiplexed: MultiplexedLine | None = None
-        self._sockets = Sockets(heard)
-        self._refused = refused
+        self._sockets = Sockets(heard, closed)
         self._in_vain: Counter[str] = Counter()
         self._late: Counter[str] = Counter()
 
@@ -127,8 +134,7 @@ class Stage:
                     return [await self._ask(ask) for ask in asks]
                 return await (self._multiplex(asks) if step.http2 else self._at_once(asks))
             case Connect():
-                if self.takes_part(step.user):
-                    await self._connect(step)
+                return [await self._connect(step)] if self.takes_part(step.user) else []
             case Say():
                 await self._sockets.say(step.socket, self._said(step))
             case HangUp():
@@ -147,7 +153,7 @@ class Stage:
 
     async def _sign_in(self, step: SignIn) -> Outcome:
         """With nothing that an earlier one brought. Where it fails, that is still what the user goes on with."""
-        made = Credentials(self._cast[step.user])
+        made = Credentials(self._cast[step.user], self.given)
         call = made.user.sign_in
         assert call is not None
         answer = await self._exchange(step.line, made.call(call, self._headers((), made, step.number)))
@@ -260,7 +266,7 @@ class Stage:
 
     # WebSockets.
 
-    async def _connect(self, step: Connect) -> None:
+    async def _connect(self, step: Connect) -> Outcome:
         route: Route = self._routes[step.route]
         word = self._word(step.user, step.word, step.number, step.case)
         found_id = self._ids.of(step.user, route, step.case, step.user)
@@ -268,8 +274,9 @@ class Stage:
         credentials = self._credentials[step.user]
         headers = self._headers(case.headers, credentials, step.number)
         target = credentials.target(case.target)
-        if not await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{target}", headers):
-            self._refused(step)
+        answer = await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{target}", headers)
+        credentials.keep(answer.headers)
+        return Outcome(step, answer)
 
     def _said(self, step: Say) -> str:
         messages = self._routes[step.route].messages

@@ -156,10 +156,13 @@ class Restart:
 Step = Ask | Together | Connect | Say | HangUp | SignOut | SignIn | Restart
 
 
-def requests_of(step: Step) -> tuple[Ask | SignIn | SignOut, ...]:
+Asked = Ask | SignIn | SignOut | Connect
+
+
+def requests_of(step: Step) -> tuple[Asked, ...]:
     """All that is answered in a step."""
     match step:
-        case SignIn() | SignOut():
+        case SignIn() | SignOut() | Connect():
             return (step,)
         case Restart():
             return step.sign_ins

@@ -66,6 +66,8 @@ class Trial:
     history: list[Step] = field(default_factory=list[Step])
     cut_short: str | None = None
     """Why it ended before its time."""
+    given: Iterable[str] = field(default=(), repr=False)
+    """Credentials that users were given."""
 
 
 class Watcher:
@@ -82,11 +84,11 @@ class Watcher:
     def begin(self, step: Step) -> None:
         """A step is about to be taken."""
         self._settings.begin(step)
-        at = len(self._trial.history)
+        at: int | None = len(self._trial.history)
         self._trial.history.append(step)
         if isinstance(step, Connect):
-            self._askers[step.number] = step.user, step.route, None
             self._trial.coverage.connected(step.route)
+            at = None
         for request in requests_of(step):
             self._askers[request.number] = request.user, request.route, at
 
@@ -94,9 +96,11 @@ class Watcher:
         """A request was."""
         request, answer = outcome.request, outcome.answer
         self._settings.answered(outcome)
-        self._trial.coverage.outcome(
-            outcome, is_own=self._examiner.own(request.user, _of_the_answer(answer.headers, answer.plain))
-        )
+        is_own = self._examiner.own(request.user, _of_the_answer(answer.headers, answer.plain))
+        if isinstance(request, Connect):
+            self._trial.coverage.handshake(request.route, answer, is_own=is_own)
+        else:
+            self._trial.coverage.outcome(outcome, is_own=is_own)
         self._take_down(
             self._examiner.in_answer(request.user, request.route, request.number, answer.headers, answer.plain)
         )
@@ -119,9 +123,11 @@ class Watcher:
         """A connection to the database is used again, with settings on it."""
         self._take_down(self._settings.sightings(use))
 
-    def refused(self, connect: Connect) -> None:
-        """A WebSocket was not accepted."""
-        self._trial.coverage.refused(connect.route)
+    def closed(self, connect: Connect, reason: str) -> None:
+        """A WebSocket was, by the server."""
+        where = "reason of the close"
+        seen = self._examiner.in_text("event", connect.user, connect.route, connect.number, where, reason)
+        self._take_down(seen)
 
     def _take_down(self, sightings: Iterable[Sighting], at: int | None = None) -> None:
         """``at`` is the step that it belongs to, where that may be an earlier one than the last."""
@@ -146,7 +152,7 @@ async def staged(
     async with watched(house.subject, watcher.used, watcher.told) as house.subject:
         try:
             port = await house.open()
-            stage = Stage(cast, material, canaries, port, watcher.heard, watcher.refused, house.open)
+            stage = Stage(cast, material, canaries, port, watcher.heard, watcher.closed, house.open)
             try:
                 yield stage
             finally:
@@ -207,6 +213,7 @@ async def run_trial(
     watcher = Watcher(trial, examiner)
     house = House(subject, watcher.told)
     async with staged(plan.cast, plan.material, canaries, house, watcher) as stage:
+        trial.given = stage.given
         for step in plan.sign_ins:
             watcher.begin(step)
             for outcome in await _sign_in(stage, step):
@@ -216,6 +223,7 @@ async def run_trial(
             await take_all(stage, _within(budget, plan.steps(), trial, tell), restart, house, watcher, trial)
         except SubjectError as error:
             if not trial.findings:
+                error.given = frozenset(trial.given)
                 raise
             trial.cut_short = str(error)
         await asyncio.sleep(_LAST_WORDS)
@@ -262,6 +270,6 @@ def _sign_in_first(steps: Iterable[Step]) -> set[str]:
     """The users who do nothing in these steps before they sign in."""
     first: dict[str, bool] = {}
     for step in steps:
-        for one in [step] if isinstance(step, Connect) else requests_of(step):
+        for one in requests_of(step):
             first.setdefault(one.user, isinstance(one, SignIn))
     return {user for user, signs_in in first.items() if signs_in}

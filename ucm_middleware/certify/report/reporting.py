@@ -103,7 +103,7 @@ def make_report(
     ``command`` is the command line that runs it again, with the seed, as words. It must have no secret in it.
     """
     options = result.options
-    saying = Saying(options.cast)
+    saying = Saying(options.cast, {*result.given, *(() if with_ucm is None else with_ucm.given)})
     plain, other = _run(result, saying), None if with_ucm is None else _run(with_ucm, saying)
     known = baseline or Baseline()
     compared = () if other is None else _compared(plain, other)

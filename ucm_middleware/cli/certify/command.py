@@ -120,7 +120,7 @@ def _run(options: "Options", *, twice: bool) -> "list[Result]":
         try:
             return ended_by_signals(run_all(shown))
         except SubjectError as error:
-            saying = Saying(options.cast)  # applications write credentials too
+            saying = Saying(options.cast, error.given)  # applications write credentials too
             for line in error.output.splitlines():
                 say(saying.text(line), style="dim", err=True)
             raise ConfigurationError(saying.text(str(error))) from None
