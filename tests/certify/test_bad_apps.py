@@ -8,7 +8,7 @@ from support.certifying import certified
 from ucm_middleware.certify.cast import Call, Cast, User, strangers
 from ucm_middleware.certify.certifying import Options, Result
 from ucm_middleware.certify.server import SubjectError
-from ucm_middleware.certify.stage import SignInError
+from ucm_middleware.certify.trial import SignInError
 
 APPS = "tests.certify.apps.bad_apps"
 

@@ -1,9 +1,12 @@
 """``ucm certify`` as it is typed: its exit status, its files, and what it says when it is given something wrong."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -82,6 +85,37 @@ def test_what_an_application_says_before_it_ends_has_no_credential_in_it(tmp_pat
     assert "token-of-alice" not in result.output
 
 
+EXITS = """
+import os
+from fastapi import Body, FastAPI, Header, Response
+
+app = FastAPI()
+
+@app.post("/login")
+async def login(response: Response, password: str = Body(embed=True)) -> dict[str, str]:
+    print("login", password, flush=True)
+    response.set_cookie("sid", f"session-behind-{password[-3:]}")
+    return {"token": f"token-behind-{password[-3:]}"}
+
+@app.get("/x")
+async def x(authorization: str = Header(), cookie: str = Header()) -> None:
+    print("asked with", authorization, cookie, flush=True)
+    os._exit(3)
+"""
+
+
+def test_what_an_application_writes_before_it_exits_has_nothing_in_it_that_it_gave_its_users(tmp_path: Path) -> None:
+    (tmp_path / "exiting.py").write_text(EXITS)
+    users = tmp_path / "users.toml"
+    sign_in = 'sign_in = {{ path = "/login", body = {{ password = "hunter2-{}" }}, token = "token" }}'
+    users.write_text("\n".join(f'[[users]]\nname = "{name}"\n{sign_in.format(name)}' for name in ("ann", "bob")))
+    result = certify("exiting:app", "--app-dir", str(tmp_path), "--users", str(users), "--seconds", "90")
+    assert result.exit_code == 2
+    assert "asked with Bearer (secret) sid=(secret)" in result.stderr
+    assert "login (secret)" in result.stderr
+    assert not [text for text in ("hunter2", "-behind-") if text in result.output]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -119,26 +153,65 @@ async def app(scope, receive, send):
 """
 
 
-def hears_sigint() -> None:
-    """What is started in the background of a shell ignores it, and so does all that it starts."""
+def hears_signals() -> None:
+    """What is started in the background of a shell, or under nohup, ignores some, and so does all that it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@contextmanager
+def hanging(folder: Path) -> Generator[tuple[subprocess.Popen[bytes], int]]:
+    """The command, as it tries an application that does not end when it is told to; and the process of that."""
+    (folder / "hanging.py").write_text(HANGS)
+    (folder / "schema.json").write_text('{"openapi": "3.1.0", "paths": {"/": {"get": {"responses": {}}}}}')
+    command = [str(Path(sys.executable).with_name("ucm")), "certify", "hanging:app", "--schema", "schema.json"]
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=hears_signals,
+    ) as process:
+        pid = folder / "pid"
+        wait_until(lambda: pid.is_file() and bool(pid.read_text()), "its server is up", timeout=60)
+        yield process, int(pid.read_text())
+
+
+def wait_until_gone(server: int) -> None:
+    wait_until(lambda: not Path(f"/proc/{server}").exists(), "its server is gone")
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_who_breaks_it_off_leaves_no_server(times: int, tmp_path: Path) -> None:
-    (tmp_path / "hanging.py").write_text(HANGS)
-    (tmp_path / "schema.json").write_text('{"openapi": "3.1.0", "paths": {"/": {"get": {"responses": {}}}}}')
-    command = [str(Path(sys.executable).with_name("ucm")), "certify", "hanging:app", "--schema", "schema.json"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_sigint
-    ) as process:
-        pid = tmp_path / "pid"
-        wait_until(lambda: pid.is_file() and bool(pid.read_text()), "its server is up")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_breaks_it_off_leaves_nothing(number: signal.Signals, times: int, tmp_path: Path) -> None:
+    with hanging(tmp_path) as (process, server):
         for _ in range(times):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
         said = process.communicate(timeout=30)[0].decode()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
+    wait_until_gone(server)
     if times == 1:  # the second may come in the middle of anything
         assert "Traceback" not in said
-    server = Path("/proc", pid.read_text())
-    wait_until(lambda: not server.exists(), "its server is gone")
+        assert not [*tmp_path.glob("ucm-certify-*")]
+
+
+def test_what_kills_it_leaves_no_server(tmp_path: Path) -> None:
+    with hanging(tmp_path) as (process, server):
+        process.kill()
+    wait_until_gone(server)
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As under nohup."""
+    script = (
+        "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+        "from ucm_middleware.cli.certify.signals import ended_by_signals\n"
+        "import asyncio\n"
+        "async def main():\n"
+        "    signal.raise_signal(signal.SIGHUP)\n"
+        "    await asyncio.sleep(0)\n"
+        "    return 'done'\n"
+        "print(ended_by_signals(main()))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"done\n"

@@ -65,6 +65,24 @@ def test_users_may_be_known_by_the_query() -> None:
     assert routes_of(tried(f"{APPS}:queries_mixed", WITH_QUERIES)) == {"WS /live"}
 
 
+def test_what_websockets_are_opened_denied_and_closed_with_is_looked_at() -> None:
+    cast = Cast(tuple(User(name, {"X-User": name}, secrets=(key,)) for name, key in KEYS.items()))
+    places = {str(shown.finding.place) for shown in tried(f"{APPS}:sockets_mixed", cast, seconds=4.0).shown}
+    assert places == {
+        "header of WS /live at x-key",
+        "event of WS /live at reason of the close",
+        "header of WS /denied at x-key",
+        "body of WS /denied at $.key",
+    }
+    result = tried(f"{APPS}:sockets_apart", cast, seconds=4.0)
+    assert result.shown == ()
+    assert result.coverage.routes["WS /live"].own > 0
+    assert result.coverage.routes["GET /me"].own > 0, "the cookie of the handshake is kept"
+    assert result.coverage.routes["WS /denied"].problem == "nobody got a message: {times} times not accepted".format(
+        times=result.coverage.routes["WS /denied"].answers["not accepted"]
+    )
+
+
 def test_an_id_that_is_all_it_takes_is_found() -> None:
     assert "GET /notes/{note_id}" in routes_of(tried(f"{APPS}:ids_open", WITH_HEADERS))
 
@@ -74,6 +92,12 @@ def test_ids_that_are_guarded_and_credentials_in_the_schema_are_not_accused() ->
     assert routes_of(result) == set()
     assert result.coverage.routes["GET /notes/{note_id}"].own > 0
     assert "others' ids" not in result.coverage.without
+
+
+def test_what_is_said_of_an_id_that_its_user_asked_by_is_no_finding() -> None:
+    result = tried(f"{APPS}:ids_chosen", WITH_HEADERS)
+    assert routes_of(result) == set()
+    assert result.coverage.routes["GET /notes/{note_id}"].own > 0
 
 
 @pytest.mark.parametrize(("bug", "is_cured"), [("request_variable", True), ("global_cache", False)])

@@ -57,6 +57,11 @@ class Call:
         except (TypeError, ValueError):
             raise ConfigurationError("users: the body of a sign-in or sign-out must be what JSON can say") from None
 
+    @property
+    def key(self) -> str:
+        """ "POST /login": that of the route, as a given one's."""
+        return f"{self.method} {self.path.partition('?')[0]}"
+
 
 @dataclass(frozen=True, slots=True)
 class User:

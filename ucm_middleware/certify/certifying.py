@@ -24,9 +24,8 @@ from ucm_middleware.certify.server import SPEAK_HTTP2, Subject, SubjectError, st
 from ucm_middleware.certify.shortening import Shortening, Shortest
 from ucm_middleware.certify.sightings import Channel, Examiner
 from ucm_middleware.certify.sowing import Document
-from ucm_middleware.certify.stage import SignInError
 from ucm_middleware.certify.steps import Step
-from ucm_middleware.certify.trial import Budget, Finding, Trial, replay, run_trial
+from ucm_middleware.certify.trial import Budget, Finding, SignInError, Trial, replay, run_trial
 from ucm_middleware.certify.witness.wire import Order, Told
 from ucm_middleware.testing.server import ServerKind
 
@@ -84,6 +83,8 @@ class Result:
     coverage: Coverage
     seconds: float
     notes: tuple[str, ...] = ()
+    given: frozenset[str] = field(default=frozenset(), repr=False)
+    """Credentials that users were given in it."""
 
 
 class Progress(Protocol):
@@ -117,7 +118,7 @@ async def certify(options: Options, progress: Progress, *, with_ucm: bool = Fals
     shown = await _shown(options, material, trial, with_ucm=with_ucm)
     if trial.cut_short is not None:
         notes = (*notes, f"it was given up before its time: {trial.cut_short}")
-    return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes)
+    return Result(options, with_ucm, tuple(shown), trial.coverage, took, notes, frozenset(trial.given))
 
 
 async def _shown(options: Options, material: Material, trial: Trial, *, with_ucm: bool) -> list[Shown]:
@@ -200,7 +201,7 @@ async def _made(whole: Document, routes: Sequence[Route], options: Options) -> M
     made to sign out in between is refused everywhere else.
     """
     calls = [call for user in options.cast.users for call in (user.sign_in, user.sign_out) if call is not None]
-    signing = {f"{call.method} {call.path.partition('?')[0]}" for call in calls}
+    signing = {call.key: call for call in calls}
     clock = time.monotonic
     until, is_given_up = clock() + _MAKING, threading.Event()
     others = [route for route in routes if route.key not in signing]
@@ -210,10 +211,10 @@ async def _made(whole: Document, routes: Sequence[Route], options: Options) -> M
         )
     finally:
         is_given_up.set()
-    material.routes = tuple(routes)
-    material.not_made.update(
-        {route.key: "users sign in or out by it, and that is tried as such" for route in routes if route.key in signing}
-    )
+    known = {route.key for route in routes}
+    unknown = [Route(key, call.method, key.split()[1], "given") for key, call in signing.items() if key not in known]
+    material.routes = (*routes, *unknown)
+    material.not_made.update(dict.fromkeys(signing, "users sign in or out by it, and that is tried as such"))
     return material
 
 
@@ -226,7 +227,7 @@ async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | No
             raise SubjectError(f"--schema {options.schema} cannot be read: {error}") from None
     path = options.schema or _SCHEMA
     line = await Line.open(port)
-    first = Credentials(options.cast.users[0])
+    first = Credentials(options.cast.users[0], [])
     answer = await line.answer(line.send(Request("GET", first.target(path), first.headers())))
     line.close()
     try:

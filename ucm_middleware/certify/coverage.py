@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from ucm_middleware.certify.lines.answer import Answer
 from ucm_middleware.certify.material import Material
 from ucm_middleware.certify.schema import Source
 from ucm_middleware.certify.stage import Outcome
@@ -17,6 +18,9 @@ _BY_CLASS: Final[Mapping[int, str]] = {
     3: "3xx",
     5: "5xx",
 }
+
+_ACCEPTED: Final = 101
+"""The status of a handshake after which a WebSocket is open."""
 
 DRIVES: Final[tuple[Drive, ...]] = (
     *("tour", "keep-alive", "pipelining", "HTTP/2", "burst", "dropped", "slow reader", "background", "websocket"),
@@ -40,8 +44,8 @@ class RouteCoverage:
 
     @property
     def is_covered(self) -> bool:
-        """Whether two users or more were answered as they should be."""
-        return len(self.users) >= 2
+        """Whether two users or more were answered as they should be, by more than what they sign in with."""
+        return self.why_not is None and len(self.users) >= 2
 
     @property
     def problem(self) -> str | None:
@@ -92,6 +96,7 @@ class Coverage:
     """How often the server ended by itself, and was started again."""
     output: int = 0
     """Bytes that the server wrote."""
+    _failed: dict[str, str] = field(default_factory=dict[str, str])
 
     @classmethod
     def of(cls, material: Material) -> "Coverage":
@@ -109,7 +114,7 @@ class Coverage:
 
     def outcome(self, outcome: Outcome, *, is_own: bool) -> None:
         """A request was answered, or not."""
-        answer, route = outcome.answer, self.routes[outcome.ask.route]
+        answer, route = outcome.answer, self.routes[outcome.request.route]
         self.requests += 1
         self.late += answer.ending == "late"
         self.endless += answer.ending == "endless"
@@ -119,7 +124,7 @@ class Coverage:
         route.answers[_kind(answer.status)] += 1
         route.own += is_own
         if answer.is_answered:
-            route.users.add(outcome.ask.user)
+            route.users.add(outcome.request.user)
 
     def message(self, user: str, key: str, *, is_own: bool) -> None:
         """A WebSocket brought one."""
@@ -132,9 +137,17 @@ class Coverage:
         """A WebSocket was opened, or tried to be."""
         self.routes[key].tries += 1
 
-    def refused(self, key: str) -> None:
-        """A WebSocket was not accepted."""
-        self.routes[key].answers["not accepted"] += 1
+    def handshake(self, key: str, answer: Answer, *, is_own: bool) -> None:
+        """A WebSocket was accepted, or not."""
+        route = self.routes[key]
+        route.own += is_own
+        if answer.status != _ACCEPTED:
+            route.answers["not accepted"] += 1
+
+    def not_signed_in(self, user: str, why: str, *, goes_on: bool) -> None:
+        """A sign-in failed in the middle of the run; the user goes on with the one before, or not at all."""
+        self._failed[user] = why if goes_on else f"{why}; signed out, {user} took no part in what followed"
+        self.without["sign out and in"] = f"in the middle of the run {'; '.join(self._failed.values())}"
 
     @property
     def covered(self) -> int:

@@ -1,7 +1,7 @@
 """What users call with: their headers, the cookies that they were given, and the token of their last sign-in."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -11,14 +11,18 @@ from ucm_middleware.certify.cast import Call, User
 from ucm_middleware.certify.lines.answer import Answer
 from ucm_middleware.certify.lines.request import Request
 
+Given = MutableSequence[str]
+"""Values that answers gave to users, for whoever must not say them."""
+
 
 class Credentials:
-    """Of one user."""
+    """Of one user. What answers give is added to ``given``."""
 
-    __slots__ = ("_cookies", "_token", "user")
+    __slots__ = ("_cookies", "_given", "_token", "user")
 
-    def __init__(self, user: User) -> None:
+    def __init__(self, user: User, given: Given) -> None:
         self.user = user
+        self._given = given
         self._cookies: dict[str, str] = {}
         self._token: str | None = None
 
@@ -58,6 +62,11 @@ class Credentials:
             self._cookies.pop(name, None)
         else:
             self._cookies[name] = value
+            self._note(value)
+
+    def _note(self, value: str) -> None:
+        if value not in self._given:
+            self._given.append(value)
 
     def signed_in(self, call: Call, answer: Answer) -> str | None:
         """Keep what a sign-in brought. Returns what is wrong with the answer, or None."""
@@ -73,16 +82,12 @@ class Credentials:
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
             return f"has under {call.token!r} something else than a text that can be sent in a header"
         self._token = token
+        self._note(token)
         return None
 
-    def sign_out(self) -> None:
-        """Forget what the sign-in brought."""
-        self._token = None
-        self._cookies.clear()
-
-    def call(self, call: Call) -> Request:
+    def call(self, call: Call, headers: Iterable[tuple[str, str]]) -> Request:
         """The request by which this user signs in or out."""
-        headers = [*self.headers()]
+        headers = [*headers]
         body = None
         if call.form is not None:
             headers.append(("Content-Type", "application/x-www-form-urlencoded"))

@@ -9,7 +9,7 @@ from itertools import cycle
 from random import Random
 from typing import Final
 
-from ucm_middleware.certify.cast import Cast
+from ucm_middleware.certify.cast import Call, Cast
 from ucm_middleware.certify.material import Material
 from ucm_middleware.certify.schema import Route
 from ucm_middleware.certify.steps import (
@@ -52,15 +52,24 @@ class Planned:
     step: Step
 
 
+def first_sign_ins(cast: Cast) -> tuple[SignIn, ...]:
+    """How each user who signs in does it before all other steps, on a connection of their own."""
+    calls = [(user.name, user.sign_in) for user in cast.users if user.sign_in is not None]
+    return tuple(SignIn(at, user, call.key, f"{user}.0") for at, (user, call) in enumerate(calls, 1))
+
+
 class Plan:
-    """The steps of a seed, without end. ``without`` says of drives why they cannot be tried."""
+    """The steps of a seed, without end, behind the first ``sign_ins``. ``without`` says of drives why they cannot be
+    tried.
+    """
 
     def __init__(self, cast: Cast, material: Material, seed: int, *, has_http2: bool) -> None:
         self.cast = cast
         self.material = material
         self.without: dict[Drive, str] = {}
         self._random = Random(seed)
-        self._number = 0
+        self.sign_ins = first_sign_ins(cast)
+        self._number = len(self.sign_ins)
         tried = material.tried()
         self._http = [route for route in tried if not route.websocket]
         self._sockets = [route for route in tried if route.websocket]
@@ -116,7 +125,7 @@ class Plan:
             if drive == names[-1]:
                 rounds += 1
                 if rounds == _UNTIL_RESTART:
-                    yield Planned("restart", Restart())
+                    yield Planned("restart", Restart(self.sign_ins))
 
     # What the drives are made of.
 
@@ -248,11 +257,19 @@ class Plan:
     def _sign_out_and_in(self) -> Iterator[Step]:
         """One user signs out, and another in on the same connection, as at a shared computer."""
         line = "computer"
-        leaving, coming = self._everybody()[:2]
+        users = self._everybody()
+        leaving = next(user for user in users if self.cast[user].sign_in is not None)
+        coming = next(user for user in users if user != leaving)
         if self._http:
             yield self._ask(leaving, self._route(self._http), line)
-        yield SignOut(leaving, line)
-        yield SignIn(coming, line)
+        yield from self._sign(SignOut, leaving, self.cast[leaving].sign_out, line)
+        yield from self._sign(SignIn, coming, self.cast[coming].sign_in, line)
         if self._http:
             yield self._ask(coming, self._route(self._http), line)
-        yield SignIn(leaving, f"{leaving}.0")
+        yield from self._sign(SignIn, leaving, self.cast[leaving].sign_in, f"{leaving}.0")
+
+    def _sign(self, kind: type[SignIn | SignOut], user: str, call: Call | None, line: str) -> Iterator[Step]:
+        """Where that is how it is done: without a sign_out a user goes, and the server is told nothing."""
+        if call is not None:
+            self._number += 1
+            yield kind(self._number, user, call.key, line)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+from ucm_middleware.certify.canaries import Canaries
 from ucm_middleware.certify.plain import is_list, is_object
 from ucm_middleware.certify.schema import Route
 from ucm_middleware.certify.sowing import is_id
@@ -22,9 +23,10 @@ _LONGEST: Final = 128
 class Ids:
     """By user, and by collection: the path up to the first parameter."""
 
-    __slots__ = ("_kept", "_wanted")
+    __slots__ = ("_canaries", "_kept", "_wanted")
 
-    def __init__(self, routes: Iterable[Route]) -> None:
+    def __init__(self, routes: Iterable[Route], canaries: Canaries) -> None:
+        self._canaries = canaries
         self._wanted = frozenset(route.collection for route in routes if route.takes_id)
         self._kept: dict[tuple[str, str], deque[str]] = {}
 
@@ -43,13 +45,22 @@ class Ids:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody was told one."""
-        return not any(self._kept.values())
+        """Whether nobody was told one that others can ask by."""
+        return not any(self._is_plain(one) for kept in self._kept.values() for one in kept)
 
-    def of(self, user: str, route: Route, choice: int) -> str | None:
-        """One that the user was told, or None."""
-        kept = self._kept.get((user, route.collection))
+    def of(self, user: str, route: Route, choice: int, asker: str) -> str | None:
+        """One that the user was told, for ``asker`` to ask by, or None.
+
+        Nobody asks by what another's canary is in, as in ids that clients choose: an answer may say what it was asked.
+        """
+        kept = [one for one in self._kept.get((user, route.collection), ()) if self._may_ask(asker, one)]
         return kept[choice % len(kept)] if kept else None
+
+    def _may_ask(self, asker: str, found: str) -> bool:
+        return not any(self._canaries.of_others(found.encode(), asker))
+
+    def _is_plain(self, found: str) -> bool:
+        return not any(self._canaries.all_in(found.encode()))
 
 
 def _ids_in(value: Any) -> Iterator[str]:

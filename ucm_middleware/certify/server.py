@@ -39,11 +39,14 @@ SPEAK_HTTP2: Final[frozenset[ServerKind]] = frozenset({"hypercorn", "granian"})
 
 
 class SubjectError(ConfigurationError):
-    """The application could not be tried. ``output`` is the end of what the server wrote."""
+    """The application could not be tried. ``output`` is the end of what the server wrote, and ``given`` are credentials
+    that users had been given, which may stand in it.
+    """
 
     def __init__(self, message: str, output: str = "") -> None:
         super().__init__(message)
         self.output = output
+        self.given = frozenset[str]()
 
 
 @dataclass(frozen=True, slots=True)

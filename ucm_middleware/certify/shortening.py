@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ucm_middleware.certify.sightings import Sighting
-from ucm_middleware.certify.steps import Ask, Connect, HangUp, Say, Step, Together, asks_of
+from ucm_middleware.certify.steps import Ask, Connect, HangUp, Say, SignIn, SignOut, Step, Together, requests_of
 from ucm_middleware.certify.trial import Finding, Trial
 
 Replay = Callable[[Sequence[Step]], Awaitable[Trial]]
@@ -79,7 +79,7 @@ class Shortening:
         else:
             alone = _alone(last, first.number)
             sources = [*self._sources(before, first)]
-            mates = _mates(before, alone.line) if isinstance(alone, Ask) else []
+            mates = _mates(before, alone.line) if isinstance(alone, Ask | SignIn | SignOut) else []
             yield [alone]
             if isinstance(last, Together):
                 yield [last]
@@ -94,13 +94,14 @@ class Shortening:
         """What the owner did: the request that brought the canary in, or the newest of each kind."""
         kinds: set[tuple[str, str, bool]] = set()
         for step in reversed(before):
-            for ask in asks_of(step):
-                if ask.user != first.owner or (first.source is not None and ask.number != first.source):
+            for one in requests_of(step):
+                if one.user != first.owner or (first.source is not None and one.number != first.source):
                     continue
-                kind = ask.route, ask.manner, bool(ask.padding)
+                manner, padding = (one.manner, one.padding) if isinstance(one, Ask) else ("whole", 0)
+                kind = one.route, manner, bool(padding)
                 if kind not in kinds and len(kinds) < _SOURCES:
                     kinds.add(kind)
-                    yield ask
+                    yield one
 
     def _of_the_rooms(self, first: Sighting) -> Sequence[Step]:
         """The WebSockets of viewer and owner, and what the owner said."""
@@ -158,12 +159,16 @@ def _smaller(step: Step) -> Iterator[Step]:
 
 
 def _alone(step: Step, number: int) -> Step:
-    return next((ask for ask in asks_of(step) if ask.number == number), step)
+    return next((one for one in requests_of(step) if one.number == number), step)
 
 
 def _mates(before: Sequence[Step], line: str) -> list[Step]:
     """What went over the same connection just before."""
-    return [step for step in before[-_MATES:] if any(ask.line == line for ask in asks_of(step))]
+    return [
+        step
+        for step in before[-_MATES:]
+        if any(not isinstance(one, Connect) and one.line == line for one in requests_of(step))
+    ]
 
 
 def _plainer(step: Step) -> Iterator[Step]:

@@ -1,25 +1,37 @@
 """The users as clients of the server that runs: takes steps, and hands on what came back."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from ucm_middleware.certify.canaries import Canaries
 from ucm_middleware.certify.cast import Cast
-from ucm_middleware.certify.credentials import Credentials
+from ucm_middleware.certify.credentials import Credentials, Given
 from ucm_middleware.certify.ids import Ids
 from ucm_middleware.certify.lines.answer import Answer
 from ucm_middleware.certify.lines.http1 import PATIENCE, Line
 from ucm_middleware.certify.lines.http2 import MultiplexedLine
 from ucm_middleware.certify.lines.request import Request
 from ucm_middleware.certify.lines.sockets import Sockets
-from ucm_middleware.certify.material import SHARED, Case, Material
+from ucm_middleware.certify.material import SHARED, Material
 from ucm_middleware.certify.schema import Route
-from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together, Word
+from ucm_middleware.certify.steps import (
+    Ask,
+    Asked,
+    Connect,
+    HangUp,
+    Restart,
+    Say,
+    SignIn,
+    SignOut,
+    Step,
+    Together,
+    Word,
+    asks_of,
+)
 from ucm_middleware.certify.witness.wire import NUMBER, USER
-from ucm_middleware.errors import ConfigurationError
 
 _PENDING: Final = (202, 404)
 """How what is still being made in the background is answered."""
@@ -34,26 +46,30 @@ _IN_VAIN: Final = 3
 
 _LESS_PATIENCE: Final = 0.3
 
+_GIVEN: Final = 1000
+"""Credentials, the newest that were given: an application may give another cookie with each answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a request."""
+    """What came of a request, and of a sign-in what is ``wrong`` with it, for a person."""
 
-    ask: Ask
+    request: Asked
     answer: Answer
+    wrong: str | None = None
 
 
 Heard = Callable[[Connect, bytes], None]
 """Told of each message of a WebSocket, with the step that opened it."""
 
-
-class SignInError(ConfigurationError):
-    """A user could not sign in."""
+Closed = Callable[[Connect, str], None]
+"""Told of the reason with which the server closes one."""
 
 
 class Stage:
-    """Not thread-safe. Ends with ``aclose``. ``refused`` is told of a WebSocket that is not accepted;
-    ``restart`` brings a new server up and returns its port.
+    """Not thread-safe. Ends with ``aclose``. Who signs in takes part while they are signed in: what is asked for
+    without is asked for by a guest, and says nothing of the user. ``given`` are the credentials that answers gave
+    them; ``restart`` brings a new server up and returns its port.
     """
 
     def __init__(
@@ -63,7 +79,7 @@ class Stage:
         canaries: Canaries,
         port: int,
         heard: Heard,
-        refused: Callable[[Connect], None],
+        closed: Closed,
         restart: Callable[[], Awaitable[int]],
     ) -> None:
         self._cast = cast
@@ -71,13 +87,14 @@ class Stage:
         self._canaries = canaries
         self._restart = restart
         self._routes = {route.key: route for route in material.routes}
-        self._credentials = {user.name: Credentials(user) for user in cast.users}
-        self._ids = Ids(material.routes)
+        self.given: Final[Given] = deque(maxlen=_GIVEN)
+        self._credentials = {user.name: Credentials(user, self.given) for user in cast.users if user.sign_in is None}
+        self._locked_out: set[str] = set()
+        self._ids = Ids(material.routes, canaries)
         self._port = port
         self._lines: dict[str, Line] = {}
         self._multiplexed: MultiplexedLine | None = None
-        self._sockets = Sockets(heard)
-        self._refused = refused
+        self._sockets = Sockets(heard, closed)
         self._in_vain: Counter[str] = Counter()
         self._late: Counter[str] = Counter()
 
@@ -93,53 +110,67 @@ class Stage:
 
     @property
     def was_told_ids(self) -> bool:
-        """Whether any answer had an id that a path takes. Without, ids are guessed."""
+        """Whether any answer had an id that a path takes and others can ask by. Without, ids are guessed."""
         return not self._ids.is_empty
 
+    @property
+    def is_deserted(self) -> bool:
+        """Whether all are signed out, and could not sign in when they tried last."""
+        return len(self._locked_out) == len(self._cast.users)
+
+    def takes_part(self, user: str) -> bool:
+        """Whether a user is signed in, or need not be."""
+        return user in self._credentials
+
     async def take(self, step: Step) -> Sequence[Outcome]:
-        """Take one, and return what came of its requests. Raises SignInError, SubjectError."""
+        """Take one, and return what came of its requests; of those by users who take no part nothing.
+
+        Raises SubjectError.
+        """
         match step:
-            case Ask():
-                return [await self._ask(step)]
-            case Together():
-                return await (self._multiplex(step.asks) if step.http2 else self._at_once(step.asks))
+            case Ask() | Together():
+                asks = [ask for ask in asks_of(step) if self.takes_part(ask.user)]
+                if isinstance(step, Ask):
+                    return [await self._ask(ask) for ask in asks]
+                return await (self._multiplex(asks) if step.http2 else self._at_once(asks))
             case Connect():
-                await self._connect(step)
+                return [await self._connect(step)] if self.takes_part(step.user) else []
             case Say():
                 await self._sockets.say(step.socket, self._said(step))
             case HangUp():
                 await self._sockets.hang_up(step.socket, abruptly=step.abruptly)
             case SignIn():
-                await self.sign_in(step.user, step.line)
+                return [await self._sign_in(step)]
             case SignOut():
-                await self._sign_out(step)
+                return [await self._sign_out(step)] if self.takes_part(step.user) else []
             case Restart():
                 await self.aclose()
                 self._port = await self._restart()
-                await self.sign_all_in()
+                for one in step.sign_ins:  # what the server knew of them may be gone with it
+                    self._credentials.pop(one.user, None)
+                return [await self._sign_in(one) for one in step.sign_ins]
         return []
 
-    async def sign_all_in(self) -> None:
-        """Have each user sign in, on their own connection. Raises SignInError."""
-        for user in self._cast.names:
-            await self.sign_in(user, f"{user}.0")
+    async def _sign_in(self, step: SignIn) -> Outcome:
+        """With nothing that an earlier one brought. Where it fails, that is still what the user goes on with."""
+        made = Credentials(self._cast[step.user], self.given)
+        call = made.user.sign_in
+        assert call is not None
+        answer = await self._exchange(step.line, made.call(call, self._headers((), made, step.number)))
+        if (wrong := made.signed_in(call, answer)) is not None:
+            if not self.takes_part(step.user):
+                self._locked_out.add(step.user)
+            return Outcome(step, answer, f"the sign-in of {step.user} ({step.route}) {wrong}")
+        self._credentials[step.user] = made
+        self._locked_out.discard(step.user)
+        return Outcome(step, answer)
 
-    async def sign_in(self, user: str, line: str) -> None:
-        """Have a user sign in, where that is how they are known. Raises SignInError."""
-        credentials = self._credentials[user]
-        call = credentials.user.sign_in
-        if call is None:
-            return
-        credentials.sign_out()
-        answer = await self._exchange(line, credentials.call(call))
-        if (wrong := credentials.signed_in(call, answer)) is not None:
-            raise SignInError(f"the sign-in of {user} ({call.method} {call.path}) {wrong}")
-
-    async def _sign_out(self, step: SignOut) -> None:
-        credentials = self._credentials[step.user]
-        if credentials.user.sign_out is not None:
-            await self._exchange(step.line, credentials.call(credentials.user.sign_out))
-        credentials.sign_out()
+    async def _sign_out(self, step: SignOut) -> Outcome:
+        left = self._credentials.pop(step.user)
+        call = left.user.sign_out
+        assert call is not None
+        request = left.call(call, self._headers((), left, step.number))
+        return Outcome(step, await self._exchange(step.line, request))
 
     # Requests.
 
@@ -204,22 +235,24 @@ class Stage:
     def _request(self, ask: Ask) -> Request:
         route = self._routes[ask.route]
         case = self._material.cases[ask.route][ask.case].filled(
-            self._word(ask.user, ask.word, ask.number, ask.case), self._ids.of(ask.ids_of or ask.user, route, ask.case)
+            self._word(ask.user, ask.word, ask.number, ask.case),
+            self._ids.of(ask.ids_of or ask.user, route, ask.case, ask.user),
         )
         body = case.body
         if ask.padding and body is not None:
             body += b" " * ask.padding
-        headers = self._headers(case, ask.user, ask.number)
+        headers = self._headers(case.headers, self._credentials[ask.user], ask.number)
         return Request(route.method, self._credentials[ask.user].target(case.target), headers, body, ask.manner)
 
-    def _headers(self, case: Case, user: str, number: int) -> tuple[tuple[str, str], ...]:
+    def _headers(
+        self, made: Iterable[tuple[str, str]], credentials: Credentials, number: int
+    ) -> tuple[tuple[str, str], ...]:
         """A user's own go before those that the schema has: a made-up credential would make one user of all."""
-        credentials = self._credentials[user]
-        own = credentials.headers()
+        user, own = credentials.user, credentials.headers()
         names = {name.lower() for name, _ in own}
-        made = (each for each in case.headers if each[0].lower() not in names)
-        who = [(USER, str(self._cast.names.index(user)))] if own or credentials.user.query else []
-        return (*made, *own, (NUMBER, str(number)), *who)
+        others = (each for each in made if each[0].lower() not in names)
+        who = [(USER, str(self._cast.names.index(user.name)))] if own or user.query else []
+        return (*others, *own, (NUMBER, str(number)), *who)
 
     def _word(self, user: str, word: Word, number: int, choice: int) -> str:
         return self._canaries.make(user, number) if word == "own" else SHARED[choice % len(SHARED)]
@@ -233,14 +266,17 @@ class Stage:
 
     # WebSockets.
 
-    async def _connect(self, step: Connect) -> None:
+    async def _connect(self, step: Connect) -> Outcome:
         route: Route = self._routes[step.route]
         word = self._word(step.user, step.word, step.number, step.case)
-        case = self._material.cases[step.route][step.case].filled(word, self._ids.of(step.user, route, step.case))
-        headers = self._headers(case, step.user, step.number)
-        target = self._credentials[step.user].target(case.target)
-        if not await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{target}", headers):
-            self._refused(step)
+        found_id = self._ids.of(step.user, route, step.case, step.user)
+        case = self._material.cases[step.route][step.case].filled(word, found_id)
+        credentials = self._credentials[step.user]
+        headers = self._headers(case.headers, credentials, step.number)
+        target = credentials.target(case.target)
+        answer = await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{target}", headers)
+        credentials.keep(answer.headers)
+        return Outcome(step, answer)
 
     def _said(self, step: Say) -> str:
         messages = self._routes[step.route].messages

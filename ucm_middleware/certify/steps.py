@@ -119,35 +119,55 @@ class HangUp:
 
 @dataclass(frozen=True, slots=True)
 class SignOut:
-    """A user signs out."""
+    """A user signs out, and takes no part until they sign in."""
 
+    number: int
     user: str
+    route: str
     line: str
 
     def __str__(self) -> str:
-        return f"{self.user}: signs out (on the connection {self.line!r})"
+        return f"{self.user}: signs out by {self.route} (on the connection {self.line!r})"
 
 
 @dataclass(frozen=True, slots=True)
 class SignIn:
-    """A user signs in."""
+    """A user signs in. Who does anything else first in a row of steps has signed in before them."""
 
+    number: int
     user: str
+    route: str
     line: str
 
     def __str__(self) -> str:
-        return f"{self.user}: signs in (on the connection {self.line!r})"
+        return f"{self.user}: signs in by {self.route} (on the connection {self.line!r})"
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """The server is told to end, and started again; everybody signs in."""
+    """The server is told to end, and started again; whoever signs in does it anew."""
+
+    sign_ins: tuple[SignIn, ...] = ()
 
     def __str__(self) -> str:
         return "the server is restarted"
 
 
 Step = Ask | Together | Connect | Say | HangUp | SignOut | SignIn | Restart
+
+
+Asked = Ask | SignIn | SignOut | Connect
+
+
+def requests_of(step: Step) -> tuple[Asked, ...]:
+    """All that is answered in a step."""
+    match step:
+        case SignIn() | SignOut() | Connect():
+            return (step,)
+        case Restart():
+            return step.sign_ins
+        case _:
+            return asks_of(step)
 
 
 def asks_of(step: Step) -> tuple[Ask, ...]:

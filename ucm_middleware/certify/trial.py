@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -10,14 +10,16 @@ from ucm_middleware.certify.canaries import Canaries
 from ucm_middleware.certify.cast import Cast
 from ucm_middleware.certify.coverage import Coverage
 from ucm_middleware.certify.database import Settings, watched
-from ucm_middleware.certify.drives import Plan, Planned
+from ucm_middleware.certify.drives import Plan, Planned, first_sign_ins
+from ucm_middleware.certify.house import House
 from ucm_middleware.certify.material import Material
 from ucm_middleware.certify.postgres import Use
-from ucm_middleware.certify.server import Process, Subject, SubjectError, start
+from ucm_middleware.certify.server import Subject, SubjectError
 from ucm_middleware.certify.sightings import Examiner, Place, Sighting
-from ucm_middleware.certify.stage import Outcome, SignInError, Stage
-from ucm_middleware.certify.steps import Connect, Restart, Step, asks_of
+from ucm_middleware.certify.stage import Outcome, Stage
+from ucm_middleware.certify.steps import Connect, Restart, SignIn, Step, requests_of
 from ucm_middleware.certify.witness.wire import Told
+from ucm_middleware.errors import ConfigurationError
 
 _MOST_ENDS: Final = 5
 """How often a server may end by itself before it is given up."""
@@ -27,6 +29,10 @@ _LAST_WORDS: Final = 0.1
 
 Tell = Callable[[Coverage, int], None]
 """Told of progress: the coverage so far, and how many findings there are."""
+
+
+class SignInError(ConfigurationError):
+    """A user could not sign in at the beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,9 @@ class Trial:
     findings: dict[Place, Finding] = field(default_factory=dict[Place, Finding])
     history: list[Step] = field(default_factory=list[Step])
     cut_short: str | None = None
-    """Why it ended before its time, though it had found something."""
+    """Why it ended before its time."""
+    given: Iterable[str] = field(default=(), repr=False)
+    """Credentials that users were given."""
 
 
 class Watcher:
@@ -73,26 +81,29 @@ class Watcher:
         self._askers: dict[int, tuple[str, str, int | None]] = {}
         self._settings = Settings(examiner)
 
-    def begin(self, planned: Planned) -> None:
+    def begin(self, step: Step) -> None:
         """A step is about to be taken."""
-        self._settings.begin(planned.step)
-        at = len(self._trial.history)
-        self._trial.history.append(planned.step)
-        self._trial.coverage.step(planned.drive)
-        if isinstance(planned.step, Connect):
-            self._askers[planned.step.number] = planned.step.user, planned.step.route, None
-            self._trial.coverage.connected(planned.step.route)
-        for ask in asks_of(planned.step):
-            self._askers[ask.number] = ask.user, ask.route, at
+        self._settings.begin(step)
+        at: int | None = len(self._trial.history)
+        self._trial.history.append(step)
+        if isinstance(step, Connect):
+            self._trial.coverage.connected(step.route)
+            at = None
+        for request in requests_of(step):
+            self._askers[request.number] = request.user, request.route, at
 
     def answered(self, outcome: Outcome) -> None:
         """A request was."""
-        ask, answer = outcome.ask, outcome.answer
+        request, answer = outcome.request, outcome.answer
         self._settings.answered(outcome)
-        self._trial.coverage.outcome(
-            outcome, is_own=self._examiner.own(ask.user, _of_the_answer(answer.headers, answer.plain))
+        is_own = self._examiner.own(request.user, _of_the_answer(answer.headers, answer.plain))
+        if isinstance(request, Connect):
+            self._trial.coverage.handshake(request.route, answer, is_own=is_own)
+        else:
+            self._trial.coverage.outcome(outcome, is_own=is_own)
+        self._take_down(
+            self._examiner.in_answer(request.user, request.route, request.number, answer.headers, answer.plain)
         )
-        self._take_down(self._examiner.in_answer(ask.user, ask.route, ask.number, answer.headers, answer.plain))
 
     def heard(self, connect: Connect, data: bytes) -> None:
         """A WebSocket brought a message."""
@@ -112,9 +123,11 @@ class Watcher:
         """A connection to the database is used again, with settings on it."""
         self._take_down(self._settings.sightings(use))
 
-    def refused(self, connect: Connect) -> None:
-        """A WebSocket was not accepted."""
-        self._trial.coverage.refused(connect.route)
+    def closed(self, connect: Connect, reason: str) -> None:
+        """A WebSocket was, by the server."""
+        where = "reason of the close"
+        seen = self._examiner.in_text("event", connect.user, connect.route, connect.number, where, reason)
+        self._take_down(seen)
 
     def _take_down(self, sightings: Iterable[Sighting], at: int | None = None) -> None:
         """``at`` is the step that it belongs to, where that may be an earlier one than the last."""
@@ -131,46 +144,16 @@ def _of_the_answer(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> bytes
     return b"\n".join([*(value for _, value in headers), body])
 
 
-@dataclass(slots=True)
-class House:
-    """Keeps the server running: restarts it when it is asked to, and when it has ended by itself."""
-
-    subject: Subject
-    hear: Callable[[Told], None]
-    process: Process | None = None
-    written: int = 0
-    _open: AsyncExitStack = field(default_factory=AsyncExitStack)
-
-    async def open(self) -> int:
-        """Start it, or start it again. Returns its port. Raises SubjectError."""
-        await self.aclose()
-        self.process = await self._open.enter_async_context(start(self.subject, self.hear))
-        return self.process.port
-
-    async def aclose(self) -> None:
-        """End it."""
-        if self.process is not None:
-            self.written += self.process.size
-        await self._open.aclose()
-        self._open = AsyncExitStack()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it has ended without being told to."""
-        return self.process is not None and self.process.returncode is not None
-
-
 @asynccontextmanager
 async def staged(
     cast: Cast, material: Material, canaries: Canaries, house: House, watcher: Watcher
 ) -> AsyncGenerator[Stage]:
-    """A server that runs, and the users signed in. Raises SubjectError, SignInError."""
+    """A server that runs, and nobody signed in yet. Raises SubjectError."""
     async with watched(house.subject, watcher.used, watcher.told) as house.subject:
         try:
             port = await house.open()
-            stage = Stage(cast, material, canaries, port, watcher.heard, watcher.refused, house.open)
+            stage = Stage(cast, material, canaries, port, watcher.heard, watcher.closed, house.open)
             try:
-                await stage.sign_all_in()
                 yield stage
             finally:
                 await stage.aclose()
@@ -178,12 +161,17 @@ async def staged(
             await house.aclose()  # whatever becomes of the rest: no server is left running
 
 
-async def take_all(stage: Stage, steps: Iterable[Planned], house: House, watcher: Watcher, trial: Trial) -> None:
-    """Take steps, one after another. Raises SubjectError when the server ends again and again."""
+async def take_all(
+    stage: Stage, steps: Iterable[Planned], restart: Restart, house: House, watcher: Watcher, trial: Trial
+) -> None:
+    """Take steps, one after another, and ``restart`` where the server has ended.
+
+    Raises SubjectError when it ends again and again.
+    """
     for planned in steps:
-        watcher.begin(planned)
-        for outcome in await _taken(stage, planned.step, trial):
-            watcher.answered(outcome)
+        trial.coverage.step(planned.drive)
+        watcher.begin(planned.step)
+        await _take(stage, planned.step, watcher, trial)
         if house.has_ended:
             trial.coverage.ends += 1
             if trial.coverage.ends >= _MOST_ENDS:
@@ -192,16 +180,28 @@ async def take_all(stage: Stage, steps: Iterable[Planned], house: House, watcher
                     f"the server ended by itself {_MOST_ENDS} times, the last time after: {planned.step}",
                     house.process.output,
                 )
-            await _taken(stage, Restart(), trial)
+            await _take(stage, restart, watcher, trial)
+        if stage.is_deserted:
+            trial.cut_short = "nobody is signed in any more, nor can sign in"
+            return
 
 
-async def _taken(stage: Stage, step: Step, trial: Trial) -> Sequence[Outcome]:
+async def _take(stage: Stage, step: Step, watcher: Watcher, trial: Trial) -> None:
     """A sign-in that fails in the middle, since there were too many for example, ends nothing but is told of."""
-    try:
-        return await stage.take(step)
-    except SignInError as error:
-        trial.coverage.without["sign out and in"] = f"in the middle of the run {error}"
-        return []
+    for outcome in await stage.take(step):
+        watcher.answered(outcome)
+        if outcome.wrong is not None:
+            user = outcome.request.user
+            trial.coverage.not_signed_in(user, outcome.wrong, goes_on=stage.takes_part(user))
+
+
+async def _sign_in(stage: Stage, step: SignIn) -> Sequence[Outcome]:
+    """At the beginning. Raises SignInError."""
+    outcomes = await stage.take(step)
+    for outcome in outcomes:
+        if outcome.wrong is not None:
+            raise SignInError(outcome.wrong)
+    return outcomes
 
 
 async def run_trial(
@@ -213,15 +213,24 @@ async def run_trial(
     watcher = Watcher(trial, examiner)
     house = House(subject, watcher.told)
     async with staged(plan.cast, plan.material, canaries, house, watcher) as stage:
+        trial.given = stage.given
+        for step in plan.sign_ins:
+            watcher.begin(step)
+            for outcome in await _sign_in(stage, step):
+                watcher.answered(outcome)
+        restart = Restart(plan.sign_ins)
         try:
-            await take_all(stage, _within(budget, plan.steps(), trial, tell), house, watcher, trial)
+            await take_all(stage, _within(budget, plan.steps(), trial, tell), restart, house, watcher, trial)
         except SubjectError as error:
             if not trial.findings:
+                error.given = frozenset(trial.given)
                 raise
             trial.cut_short = str(error)
         await asyncio.sleep(_LAST_WORDS)
         if trial.coverage.drives["others' ids"] and not stage.was_told_ids:
-            trial.coverage.without["others' ids"] = "no answer told an id that a path takes: they were only guessed"
+            trial.coverage.without["others' ids"] = (
+                "no answer told an id that a path takes and that others can ask by: they were only guessed"
+            )
     trial.coverage.output = house.written
     return trial
 
@@ -237,13 +246,30 @@ def _within(budget: Budget, steps: Iterable[Planned], trial: Trial, tell: Tell) 
 
 
 async def replay(
-    subject: Subject, cast: Cast, material: Material, examiner: Examiner, canaries: Canaries, steps: Iterable[Step]
+    subject: Subject, cast: Cast, material: Material, examiner: Examiner, canaries: Canaries, steps: Sequence[Step]
 ) -> Trial:
-    """Take these steps on a server of their own. Raises SubjectError, SignInError."""
+    """Take these steps on a server of their own, where whoever does not sign in first has signed in before them.
+
+    Raises SubjectError, SignInError.
+    """
     trial = Trial(Coverage.of(material))
     watcher = Watcher(trial, examiner)
     house = House(subject, watcher.told)
     async with staged(cast, material, canaries, house, watcher) as stage:
-        await take_all(stage, (Planned("tour", step) for step in steps), house, watcher, trial)
+        sign_ins, by_steps = first_sign_ins(cast), _sign_in_first(steps)
+        for step in sign_ins:
+            if step.user not in by_steps:
+                await _sign_in(stage, step)
+        planned = (Planned("tour", step) for step in steps)
+        await take_all(stage, planned, Restart(sign_ins), house, watcher, trial)
         await asyncio.sleep(_LAST_WORDS)
     return trial
+
+
+def _sign_in_first(steps: Iterable[Step]) -> set[str]:
+    """The users who do nothing in these steps before they sign in."""
+    first: dict[str, bool] = {}
+    for step in steps:
+        for one in requests_of(step):
+            first.setdefault(one.user, isinstance(one, SignIn))
+    return {user for user, signs_in in first.items() if signs_in}

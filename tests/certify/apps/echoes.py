@@ -35,7 +35,15 @@ async def _talk(path: str, scope: Scope, receive: Receive, send: Send) -> None:
     if path == "/refused":
         await send({"type": "websocket.close", "code": 1008})
         return
-    await send({"type": "websocket.accept"})
+    told = [(b"x-told", b"in a header"), (b"set-cookie", b"sid=of-the-handshake")]
+    if path == "/denied":
+        await send({"type": "websocket.http.response.start", "status": 403, "headers": told})
+        await send({"type": "websocket.http.response.body", "body": b"in a body"})
+        return
+    await send({"type": "websocket.accept", "headers": told})
+    if path == "/closed":
+        await send({"type": "websocket.close", "code": 1000, "reason": "in a reason"})
+        return
     while (message := await receive())["type"] == "websocket.receive":
         await send({"type": "websocket.send", "text": str(message.get("text"))})
         if path == "/once":

@@ -6,6 +6,7 @@ from collections.abc import Generator
 import pytest
 
 from support.certifying import ROOT
+from ucm_middleware.certify.lines.answer import Answer
 from ucm_middleware.certify.lines.sockets import Sockets
 from ucm_middleware.certify.steps import Connect
 from ucm_middleware.testing.server import start_server
@@ -20,11 +21,23 @@ def url() -> Generator[str]:
 class Ears:
     def __init__(self) -> None:
         self.heard: list[tuple[str, bytes]] = []
+        self.reasons: list[tuple[str, str]] = []
         self.something = asyncio.Event()
 
     def hear(self, step: Connect, data: bytes) -> None:
         self.heard.append((step.user, data))
         self.something.set()
+
+    def closed(self, step: Connect, reason: str) -> None:
+        self.reasons.append((step.user, reason))
+        self.something.set()
+
+
+def unclosed(_: Connect, reason: str) -> None:
+    raise AssertionError(reason)
+
+
+TOLD = [(b"x-told", b"in a header"), (b"set-cookie", b"sid=of-the-handshake")]
 
 
 def connect(user: str) -> Connect:
@@ -32,9 +45,9 @@ def connect(user: str) -> Connect:
 
 
 async def test_each_hears_their_own(url: str) -> None:
-    sockets = Sockets((ears := Ears()).hear)
+    sockets = Sockets((ears := Ears()).hear, ears.closed)
     for user in ("alice", "bob"):
-        assert await sockets.connect(connect(user), f"{url}/live", ())
+        await sockets.connect(connect(user), f"{url}/live", ())
     for user in ("bob", "alice"):
         ears.something.clear()
         await sockets.say(f"{user} at live", f"of {user}")
@@ -44,21 +57,41 @@ async def test_each_hears_their_own(url: str) -> None:
 
 
 async def test_one_that_is_refused_is_not_open(url: str) -> None:
-    sockets = Sockets(Ears().hear)
-    assert not await sockets.connect(connect("alice"), f"{url}/refused", ())
-    assert not await sockets.connect(connect("alice"), "ws://127.0.0.1:1/live", ())
+    sockets = Sockets(Ears().hear, unclosed)
+    assert (await sockets.connect(connect("alice"), f"{url}/refused", ())).status == 403
+    assert await sockets.connect(connect("alice"), "ws://127.0.0.1:1/live", ()) == Answer("refused")
     await sockets.say("alice at live", "nobody hears it")
     await sockets.hang_up("alice at live", abruptly=True)
     await sockets.aclose()
 
 
+async def test_what_a_handshake_and_a_denial_say_is_returned(url: str) -> None:
+    sockets = Sockets(Ears().hear, unclosed)
+    opened = await sockets.connect(connect("alice"), f"{url}/live", ())
+    denied = await sockets.connect(connect("bob"), f"{url}/denied", ())
+    assert (opened.ending, opened.status, opened.body) == ("complete", 101, b"")
+    assert (denied.ending, denied.status, denied.body) == ("complete", 403, b"in a body")
+    for answer in (opened, denied):
+        assert [header for header in answer.headers if header in TOLD] == TOLD
+    await sockets.aclose()
+
+
+async def test_why_the_server_closes_one_is_told(url: str) -> None:
+    sockets = Sockets((ears := Ears()).hear, ears.closed)
+    await sockets.connect(connect("alice"), f"{url}/closed", ())
+    await ears.something.wait()
+    await sockets.aclose()
+    assert ears.reasons == [("alice", "in a reason")]
+    assert ears.heard == []
+
+
 async def test_what_the_server_has_closed_is_neither_waited_for_nor_failed_on(url: str) -> None:
-    sockets = Sockets((ears := Ears()).hear)
-    assert await sockets.connect(connect("alice"), f"{url}/once", ())
+    sockets = Sockets((ears := Ears()).hear, ears.closed)
+    await sockets.connect(connect("alice"), f"{url}/once", ())
     await sockets.say("alice at live", "once")
     await ears.something.wait()
     await sockets.say("alice at live", "twice")
-    assert await sockets.connect(connect("bob"), f"{url}/live", ())
+    await sockets.connect(connect("bob"), f"{url}/live", ())
     await sockets.hang_up("bob at live", abruptly=True)
     await sockets.aclose()
     assert ears.heard == [("alice", b"once")]
@@ -70,9 +103,9 @@ async def test_what_hearing_fails_on_leaves_no_other_open(url: str) -> None:
             raise ValueError("in the listener")
 
     before = asyncio.all_tasks()
-    sockets = Sockets(fail)
+    sockets = Sockets(fail, unclosed)
     for user in ("alice", "bob"):
-        assert await sockets.connect(connect(user), f"{url}/live", ())
+        await sockets.connect(connect(user), f"{url}/live", ())
         await sockets.say(f"{user} at live", "hello")
     with pytest.raises(ValueError, match="in the listener"):
         await sockets.aclose()

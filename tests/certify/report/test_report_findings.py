@@ -7,17 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.reports import DASHBOARD, canary, cast_of, dashboard, report, secret_of, shown
-from ucm_middleware.certify.cast import Cast, User
+from ucm_middleware.certify.cast import Call, Cast, User
+from ucm_middleware.certify.coverage import RouteCoverage
 from ucm_middleware.certify.report.findings import reported
 from ucm_middleware.certify.report.saying import Saying, visible
 from ucm_middleware.certify.sightings import Place
-from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, SignIn, Step, Together
+from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, SignIn, SignOut, Step, Together
 
 BOBS = f"bob's {DASHBOARD} was answered"
 
 
 def saying(*names: str) -> Saying:
-    return Saying(cast_of(names))
+    return Saying(cast_of(names), ())
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,31 @@ def test_no_secret_credential_or_canary_is_said() -> None:
 def test_no_credential_of_a_query_is_said() -> None:
     cast = Cast((User("alice", query={"access_token": "hush-hush", "version": "2026-11-30"}), User("bob")))
 
-    assert Saying(cast).text("hush-hush 2026-11-30") == "(secret) 2026-11-30"
+    assert Saying(cast, ()).text("hush-hush 2026-11-30") == "(secret) 2026-11-30"
+
+
+def test_nothing_that_users_sign_in_with_is_said_nor_what_they_are_given() -> None:
+    form = {"grant_type": "password", "username": "alice-the-first", "password": "hunter2-of-alice"}
+    body = {"users": [{"name": "bob", "pin": 12345678, "key": "correct-horse-bob"}]}
+    cast = Cast(
+        (
+            User("alice-the-first", sign_in=Call("/login", form=form), sign_out=Call("/out", body=["bye-bye-alice"])),
+            User("bob", sign_in=Call("/login", body=body)),
+        )
+    )
+
+    said = Saying(cast, {"s3ssion-of-bob", "short"})
+
+    assert said.text("hunter2-of-alice, correct-horse-bob; bye-bye-alice") == "(secret), (secret); (secret)"
+    assert said.text("s3ssion-of-bob short alice-the-first bob password") == (
+        "(secret) short alice-the-first bob password"
+    )
 
 
 def test_a_name_is_said_even_where_it_is_a_credential_too() -> None:
     cast = Cast((User("visitor-one", {"X-Auth-User": "visitor-one"}), User("visitor-two")))
 
-    assert Saying(cast).text("visitor-one: GET /") == "visitor-one: GET /"
+    assert Saying(cast, ()).text("visitor-one: GET /") == "visitor-one: GET /"
 
 
 def test_steps_are_said_like_everything_else() -> None:
@@ -119,7 +138,8 @@ def test_steps_are_said_like_everything_else() -> None:
         Connect(2, "bob", route, 0, f"bob at {route}"),
         HangUp("bob", f"bob at {route}"),
     )
-    steps = (*steps, SignIn("bob", "bob.0"), Restart())
+    sign_in = SignIn(3, "bob", route, "bob.0")
+    steps = (*steps, sign_in, SignOut(4, "bob", route, "bob.0"), Restart((sign_in,)))
 
     (found,) = report([shown(Place("body", DASHBOARD), {("bob", "alice"): 1}, steps)]).plain.findings
 
@@ -148,6 +168,16 @@ def test_a_known_gap_of_the_package_is_not_gone() -> None:
         (f"header of {DASHBOARD} at x-user", "only with ucm"),
     }
     assert report([dashboard()], after=[dashboard()]).compared[0].change == "still there"
+
+
+def test_what_users_sign_in_by_is_tried_though_that_covers_nothing() -> None:
+    found = shown(Place("body", "POST /login"), {("bob", "alice"): 1})
+    login = RouteCoverage("POST /login", "schema", "users sign in by it", users={"alice", "bob"})
+
+    made = report([found], after=[], routes=[login])
+
+    assert not login.is_covered
+    assert [one.change for one in made.compared] == ["gone with ucm"]
 
 
 def test_a_canary_of_whatever_run_is_not_said() -> None:

@@ -45,7 +45,8 @@ def test_json_has_findings_with_steps_as_data_and_as_text() -> None:
         Connect(2, "bob", "WS /live", 0, "b"),
         Say(3, "bob", "WS /live", "b", 1),
     )
-    steps = (*steps, HangUp("bob", "b", abruptly=True), SignOut("bob", "c"), SignIn("alice", "c"), Restart())
+    steps = (*steps, HangUp("bob", "b", abruptly=True), SignOut(4, "bob", "POST /out", "c"))
+    steps = (*steps, SignIn(5, "alice", "POST /in", "c"), Restart())
 
     document = json.loads(as_json(report([shown(Place("body", DASHBOARD, "$.a"), PAIRS, steps)])))
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import Cookie, FastAPI, Header, HTTPException, Response, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel
+from starlette.responses import JSONResponse
 
 from ucm_middleware import current_context
 
@@ -24,6 +25,12 @@ class Note(BaseModel):
     """What a user writes down."""
 
     text: str
+
+
+class NamedNote(Note):
+    """One that the user has called something."""
+
+    id: str
 
 
 def with_sessions(*, planted: bool) -> FastAPI:
@@ -98,6 +105,40 @@ def with_queries(*, planted: bool) -> FastAPI:
     return app
 
 
+def sockets_told(*, planted: bool) -> FastAPI:
+    """A WebSocket says whose it is in its handshake and as it closes, another why it is denied; planted, who came last.
+    The handshake gives a session.
+    """
+    app, last = FastAPI(), list[str]()
+
+    def key_of(websocket: WebSocket) -> str:
+        user = websocket.headers["x-user"]
+        shown = KEYS[last[-1] if planted and last else user]
+        last.append(user)
+        return shown
+
+    @app.websocket("/live")
+    async def live(websocket: WebSocket) -> None:
+        key = key_of(websocket)
+        cookie = f"sid={websocket.headers['x-user']}; Path=/"
+        await websocket.accept(headers=[(b"x-key", key.encode()), (b"set-cookie", cookie.encode())])
+        await websocket.send_text("hello")
+        await websocket.close(1000, key)
+
+    @app.websocket("/denied")
+    async def denied(websocket: WebSocket) -> None:
+        key = key_of(websocket)
+        await websocket.send_denial_response(JSONResponse({"key": key}, 403, {"x-key": key}))
+
+    @app.get("/me")
+    def me(sid: Annotated[str | None, Cookie()] = None) -> dict[str, str]:
+        if sid is None:
+            raise HTTPException(401)
+        return {"key": KEYS[sid]}
+
+    return app
+
+
 Caller = Annotated[str, Header(alias="x-user")]
 
 
@@ -125,10 +166,29 @@ def with_ids(*, planted: bool) -> FastAPI:
     return app
 
 
+def ids_chosen() -> FastAPI:
+    """Notes of each user under ids that the client chooses; one that is not there is named."""
+    app, notes = FastAPI(), dict[tuple[str, str], str]()
+
+    @app.post("/notes")
+    def add(note: NamedNote, user: Caller) -> NamedNote:
+        notes[user, note.id] = note.text
+        return note
+
+    @app.get("/notes/{note_id}")
+    def one(note_id: str, user: Caller) -> dict[str, str]:
+        if (user, note_id) not in notes:
+            raise HTTPException(404, f"you have no note {note_id!r}")
+        return {"id": note_id, "text": notes[user, note_id]}
+
+    return app
+
+
 def _of(make: Callable[..., FastAPI], *, planted: bool) -> Callable[[], FastAPI]:
     return partial(make, planted=planted)
 
 
 sessions_mixed, sessions_apart = _of(with_sessions, planted=True), _of(with_sessions, planted=False)
 ids_open, ids_closed = _of(with_ids, planted=True), _of(with_ids, planted=False)
+sockets_mixed, sockets_apart = _of(sockets_told, planted=True), _of(sockets_told, planted=False)
 queries_mixed, queries_apart = _of(with_queries, planted=True), _of(with_queries, planted=False)

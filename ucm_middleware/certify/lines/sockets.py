@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.http11 import Response
 
+from ucm_middleware.certify.lines.answer import Answer
 from ucm_middleware.certify.steps import Connect
 
 _PATIENCE: Final = 3.0
@@ -27,16 +29,19 @@ class _Socket:
 
 
 class Sockets:
-    """Not thread-safe. ``heard`` is given each message, with the step that opened its WebSocket."""
+    """Not thread-safe. ``heard`` is given each message, with the step that opened its WebSocket, and ``closed`` the
+    reason that the server gives where it closes one.
+    """
 
-    __slots__ = ("_heard", "_open")
+    __slots__ = ("_closed", "_heard", "_open")
 
-    def __init__(self, heard: Callable[[Connect, bytes], None]) -> None:
+    def __init__(self, heard: Callable[[Connect, bytes], None], closed: Callable[[Connect, str], None]) -> None:
         self._heard = heard
+        self._closed = closed
         self._open: dict[str, _Socket] = {}
 
-    async def connect(self, step: Connect, url: str, headers: Sequence[tuple[str, str]]) -> bool:
-        """Open one. Returns whether it was accepted."""
+    async def connect(self, step: Connect, url: str, headers: Sequence[tuple[str, str]]) -> Answer:
+        """Open one. Returns what the handshake is answered with: of status 101 where it is accepted."""
         await self.hang_up(step.socket, abruptly=False)
         try:
             connection = await connect(
@@ -48,15 +53,20 @@ class Sockets:
                 proxy=None,
                 compression=None,
             )
+        except InvalidStatus as error:
+            return _answer(error.response)
         except (OSError, TimeoutError, WebSocketException):
-            return False
+            return Answer("refused")
         self._open[step.socket] = _Socket(connection, asyncio.create_task(self._read(step, connection)))
-        return True
+        assert connection.response is not None
+        return _answer(connection.response)
 
     async def _read(self, step: Connect, connection: ClientConnection) -> None:
         with suppress(WebSocketException):
             async for message in connection:
                 self._heard(step, message.encode() if isinstance(message, str) else message)
+        if connection.close_reason:
+            self._closed(step, connection.close_reason)
 
     async def say(self, name: str, text: str) -> None:
         """Send a text, where the WebSocket is still open."""
@@ -89,3 +99,9 @@ class Sockets:
         if open_ones:
             await asyncio.sleep(_LISTENING)
             await asyncio.gather(*(self._end(socket, abruptly=False) for socket in open_ones))
+
+
+def _answer(response: Response) -> Answer:
+    # The library reads header lines as ASCII, and whatever else is in them as surrogates.
+    headers = [(name.encode(), value.encode(errors="surrogateescape")) for name, value in response.headers.raw_items()]
+    return Answer("complete", response.status_code, tuple(headers), bytes(response.body or b""))

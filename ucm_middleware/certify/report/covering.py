@@ -36,6 +36,11 @@ class RouteRow:
     problem: str | None
 
     @property
+    def is_tried(self) -> bool:
+        """Whether it answered two users, if only as they signed in."""
+        return len(self.answered) > 1
+
+    @property
     def state(self) -> Literal["covered", "blind", "not covered"]:
         """In a word or two."""
         return "not covered" if not self.is_covered else "blind" if self.is_blind else "covered"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ucm_middleware.testing.server import ServerKind
 
 Change = Literal["gone with ucm", "still there", "not tried with ucm", "only with ucm"]
-"""What the package changes about a finding. One on a route that is not covered with it was not tried, which says
+"""What the package changes about a finding. One on a route where it answers nobody else was not tried, which says
 nothing; and what is gone was not seen, which is no proof.
 """
 
@@ -88,7 +88,7 @@ class Report:
         route = next((route for route in self.plain.covering.routes if route.key == known.place.route), None)
         if route is None:
             return "not seen this time: there is no such route now"
-        return "not seen this time" if route.is_covered else f"not seen this time: {route.problem}"
+        return "not seen this time" if route.is_tried else f"not seen this time: {route.problem}"
 
 
 def make_report(
@@ -103,7 +103,7 @@ def make_report(
     ``command`` is the command line that runs it again, with the seed, as words. It must have no secret in it.
     """
     options = result.options
-    saying = Saying(options.cast)
+    saying = Saying(options.cast, {*result.given, *(() if with_ucm is None else with_ucm.given)})
     plain, other = _run(result, saying), None if with_ucm is None else _run(with_ucm, saying)
     known = baseline or Baseline()
     compared = () if other is None else _compared(plain, other)
@@ -145,12 +145,12 @@ def _run(result: "Result", saying: Saying) -> Run:
 def _compared(plain: Run, with_ucm: Run) -> tuple[Compared, ...]:
     after = {finding.fingerprint for finding in with_ucm.findings}
     before = {finding.fingerprint for finding in plain.findings}
-    covered = {route.key for route in with_ucm.covering.routes if route.is_covered}
+    tried = {route.key for route in with_ucm.covering.routes if route.is_tried}
 
     def change_of(finding: Reported) -> Change:
         if finding.fingerprint in after:
             return "still there"
-        return "gone with ucm" if finding.place.route in covered else "not tried with ucm"
+        return "gone with ucm" if finding.place.route in tried else "not tried with ucm"
 
     return (
         *(Compared(finding, change_of(finding)) for finding in plain.findings),

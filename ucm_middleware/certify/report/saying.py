@@ -4,12 +4,13 @@ Names of routes, headers, loggers and users come from the application that is tr
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from ucm_middleware.certify.canaries import MADE, forms_of_secrets
 from ucm_middleware.certify.cast import SHORTEST_SECRET, Cast
+from ucm_middleware.certify.plain import is_list, is_object
 from ucm_middleware.certify.sightings import Place
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, Say, SignIn, SignOut, Step, Together
 
@@ -23,12 +24,14 @@ _CREDENTIAL: Final = re.compile("auth|cookie|token|key|secret|password|session",
 
 
 class Saying:
-    """Knows what may not be said of these users."""
+    """Knows what may not be said of these users; ``given`` are credentials that the application gave them."""
 
     __slots__ = ("_names", "_secrets")
 
-    def __init__(self, cast: Cast) -> None:
-        hidden = {*forms_of_secrets(cast), *_secrets(cast), *_credentials(cast)} - set(cast.names)
+    def __init__(self, cast: Cast, given: Iterable[str]) -> None:
+        credentials = {*_credentials(cast), *_signing(cast), *given}
+        long_ones = {text for text in credentials if len(text) >= SHORTEST_SECRET}
+        hidden = {*forms_of_secrets(cast), *_secrets(cast), *long_ones} - set(cast.names)
         self._secrets = _any_of(hidden)
         self._names = re.compile(rf"(?<!\w)(?:{_any_of(cast.names).pattern})(?!\w)")
 
@@ -52,8 +55,10 @@ class Saying:
                 return replace(step, route=self.text(step.route), socket=self.text(step.socket))
             case HangUp():
                 return replace(step, socket=self.text(step.socket))
-            case SignIn() | SignOut() | Restart():
-                return step
+            case SignIn() | SignOut():
+                return replace(step, route=self.text(step.route))
+            case Restart():
+                return replace(step, sign_ins=tuple(replace(one, route=self.text(one.route)) for one in step.sign_ins))
 
     def _ask(self, ask: Ask) -> Ask:
         return replace(ask, route=self.text(ask.route))
@@ -89,5 +94,19 @@ def _credentials(cast: Cast) -> set[str]:
     """
     given = [one for user in cast.users for one in (*user.headers.items(), *user.query.items())]
     values = {value for name, value in given if _CREDENTIAL.search(name)}
-    values |= {value.partition(" ")[2] for value in values}
-    return {value for value in values if len(value) >= SHORTEST_SECRET}
+    return values | {value.partition(" ")[2] for value in values}
+
+
+def _signing(cast: Cast) -> Iterator[str]:
+    """What users sign in and out with, but for what is a field's name too: OAuth's "password" is a kind of grant."""
+    for call in (call for user in cast.users for call in (user.sign_in, user.sign_out) if call is not None):
+        sent = call.body if call.form is None else dict(call.form)
+        yield from {*_texts_in(sent)} - {*(sent if is_object(sent) else ())}
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif is_list(value) or is_object(value):
+        for one in value.values() if is_object(value) else value:
+            yield from _texts_in(one)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import threading
 
@@ -23,6 +24,16 @@ class Reporter:
         self._socket.connect(where)
         with self._socket.makefile("rb") as lines:
             self.order = Order.of_json(json.loads(lines.readline()))
+        threading.Thread(target=self._end_with_the_runner, name="ucm certify", daemon=True).start()
+
+    def _end_with_the_runner(self) -> None:
+        """Nobody is left to end a server whose runner was killed, which closes the socket later than it ends that.
+
+        The server leads a process group of its own; what it started is in it.
+        """
+        while self._socket.recv(1024):
+            pass
+        os.killpg(0, signal.SIGKILL)
 
     def tell(self, told: Told) -> None:
         """Never raises: the application must not notice."""

@@ -1,6 +1,5 @@
 """The command: what it is told, and how it ends."""
 
-import asyncio
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from ucm_middleware.cli.certify.progress import Bar, bar
+from ucm_middleware.cli.certify.signals import ended_by_signals
 from ucm_middleware.cli.certify.writing import Wanted, report_of, write_all
 from ucm_middleware.cli.terminal import BAD, NOT_DONE, refusals, say
 from ucm_middleware.errors import ConfigurationError
@@ -118,9 +118,9 @@ def _run(options: "Options", *, twice: bool) -> "list[Result]":
 
     with bar() as shown:
         try:
-            return asyncio.run(run_all(shown))
+            return ended_by_signals(run_all(shown))
         except SubjectError as error:
-            saying = Saying(options.cast)  # applications write credentials too
+            saying = Saying(options.cast, error.given)  # applications write credentials too
             for line in error.output.splitlines():
                 say(saying.text(line), style="dim", err=True)
             raise ConfigurationError(saying.text(str(error))) from None
