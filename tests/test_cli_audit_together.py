@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,20 @@ def test_checkpoints_of_each_machine_under_a_key_of_its_own(folder: Path) -> Non
     assert "as 1 checkpoint said, up to record 4; the 6 after it are behind no checkpoint" in done.stdout
     assert done.stdout.count("no checkpoint was given") == 1
     assert "24 of the 40 records are as checkpoints said" in done.stdout
+
+
+def test_each_ledger_has_a_file_of_checkpoints_of_its_own(folder: Path) -> None:
+    ucm = partial(CliRunner().invoke, make_app())
+    assert ucm(["audit", "keygen", "mine"]).exit_code == 0
+    for number in ("1", "2"):
+        done = ucm(["audit", "checkpoint", f"{number}.db", "--key", "mine", "--to", f"{number}.checkpoints"])
+        assert done.exit_code == 0, done.output
+    given = ("--checkpoints", "1.checkpoints", "--checkpoints", "2.checkpoints", "--public-key", "mine.pub")
+    done = verify("1.db", "2.db", *given, "--expect", "2", status=0)
+    assert "20 of the 20 records are as checkpoints said" in done.stdout
+    refused = ucm(["audit", "checkpoint", "2.db", "--key", "mine", "--to", "1.checkpoints"])
+    assert refused.exit_code == 1
+    assert "a file has the checkpoints of one ledger" in " ".join(refused.output.split())
 
 
 def test_a_tail_that_was_cut_off_is_found_behind_its_checkpoint(folder: Path) -> None:

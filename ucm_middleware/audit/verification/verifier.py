@@ -165,7 +165,7 @@ class _Verifier:
                 roots[checkpoint.size].append(checkpoint.root)
             elif not self._of_several:
                 whose = f"is of another ledger, {checkpoint.stream}, and this one is {stream}"
-                remedy = "one of the two files is not the right one, or the ledger was replaced"
+                remedy = "a file has the checkpoints of one ledger; it is not this one's, or the ledger was replaced"
                 self._found(None, f"checkpoint {number} {whose}: {remedy}")
         return roots
 
