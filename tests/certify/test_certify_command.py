@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -114,6 +115,23 @@ def test_what_an_application_writes_before_it_exits_has_nothing_in_it_that_it_ga
     assert "asked with Bearer (secret) sid=(secret)" in result.stderr
     assert "login (secret)" in result.stderr
     assert not [text for text in ("hunter2", "-behind-") if text in result.output]
+
+
+def test_the_command_that_is_told_finds_the_application_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = tmp_path / "r.json"
+    certify(*GALLERY, "--seconds", "1", "--shorten", "0", "--json", str(report), f"{CACHE}:clean")
+    words = shlex.split(json.loads(report.read_text())["options"]["replay"])
+    assert words[words.index("--app-dir") + 1] == str(ROOT)
+
+
+@pytest.mark.parametrize("option", ["--json", "--junit", "--html", "--baseline"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_run(option: str, tmp_path: Path) -> None:
+    where = tmp_path / "nowhere" / "file"
+    more = ["--update-baseline"] if option == "--baseline" else []
+    result = certify("not_there_at_all:app", option, str(where), *more)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {where} cannot be written: there is no folder {where.parent}")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from ucm_middleware.certify.lines.answer import Answer
 IN = Call("/login", body={"user": "alice"}, token="access_token")
 
 
-def cookies_after(*texts: str) -> str | None:
+def cookies_after(*texts: str, target: str = "/") -> str | None:
     credentials = Credentials(User("alice"), [])
     credentials.keep([(b"Set-Cookie", text.encode("latin-1")) for text in texts])
-    return dict(credentials.headers()).get("Cookie")
+    return dict(credentials.headers(target)).get("Cookie")
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,35 @@ def test_cookies_are_kept_and_forgotten(texts: list[str], sent: str | None) -> N
     assert cookies_after(*texts) == sent
 
 
+@pytest.mark.parametrize(
+    ("target", "sent"),
+    [
+        ("/", "all=0"),
+        ("/admin", "sid=2; all=0"),
+        ("/admin?next=/shop/1", "sid=2; all=0"),
+        ("/admin/users", "sid=2; all=0"),
+        ("/administration", "all=0"),
+        ("/shop/1", "sid=1; all=0"),
+        ("/shop", "all=0"),
+    ],
+)
+def test_cookies_are_sent_where_their_path_is(target: str, sent: str) -> None:
+    texts = (
+        "all=0",
+        "sid=1; Path=/shop/",
+        "sid=2; path=/admin",
+        "gone=3; Path=/admin",
+        "gone=; Path=/admin; Max-Age=0",
+    )
+    assert cookies_after(*texts, target=target) == sent
+
+
 def test_a_token_is_sent_in_place_of_the_header_and_cookies_with_the_user_s_own() -> None:
     given: list[str] = []
     credentials = Credentials(User("alice", {"authorization": "Basic x", "cookie": "lang=en", "X-Tenant": "1"}), given)
     cookie = ((b"set-cookie", b"sid=s"),)
     assert credentials.signed_in(IN, Answer("complete", 200, cookie, b'{"access_token": "t"}')) is None
-    assert credentials.headers() == (
+    assert credentials.headers("/") == (
         ("Authorization", "Bearer t"),
         ("Cookie", "lang=en; sid=s"),
         ("X-Tenant", "1"),

@@ -23,6 +23,15 @@ def made(schema: Mapping[str, Any] | None, *given: Given, seed: int = 1) -> Mate
     return make_material(whole, routes, seed)
 
 
+@pytest.mark.parametrize("schema", [True, {}])
+def test_an_id_of_which_the_schema_says_nothing_is_a_text(schema: Any) -> None:
+    item = {"name": "item_id", "in": "path", "required": True, "schema": schema}
+    whole = {"openapi": "3.1.0", "paths": {"/items/{item_id}": {"get": {"parameters": [item], "responses": {}}}}}
+    (case,) = made(whole).cases["GET /items/{item_id}"]
+    assert case.filled("tea", None).target == "/items/tea"
+    assert case.filled("tea", "a-1").target == "/items/a-1"
+
+
 def posting(schema: Mapping[str, Any], **components: Any) -> dict[str, Any]:
     operation = {
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},

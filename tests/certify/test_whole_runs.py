@@ -7,7 +7,7 @@ import pytest
 from examples.gallery.certify import cast as gallery_cast
 from support.apps.certify_shops import KEYS
 from support.certifying import certified
-from ucm_middleware.certify.cast import Call, Cast, User
+from ucm_middleware.certify.cast import Call, Cast, User, strangers
 from ucm_middleware.certify.certifying import Options, Result
 
 APPS = "support.apps.certify_shops"
@@ -81,6 +81,13 @@ def test_what_websockets_are_opened_denied_and_closed_with_is_looked_at() -> Non
     assert result.coverage.routes["WS /denied"].problem == "nobody got a message: {times} times not accepted".format(
         times=result.coverage.routes["WS /denied"].answers["not accepted"]
     )
+
+
+def test_spans_of_a_provider_that_is_made_at_import_and_set_nowhere_are_looked_at() -> None:
+    places = {
+        str(each.finding.place) for each in tried("support.apps.certify_spans:app", strangers(), factory=False).shown
+    }
+    assert places == {"span of POST /say at saying"}
 
 
 def test_an_id_that_is_all_it_takes_is_found() -> None:

@@ -228,7 +228,7 @@ async def _document(port: int, options: Options) -> tuple[Mapping[str, Any] | No
     path = options.schema or _SCHEMA
     line = await Line.open(port)
     first = Credentials(options.cast.users[0], [])
-    answer = await line.answer(line.send(Request("GET", first.target(path), first.headers())))
+    answer = await line.answer(line.send(Request("GET", first.target(path), first.headers(path))))
     line.close()
     try:
         document = json.loads(answer.body) if answer.is_success else None

@@ -1,7 +1,7 @@
 """What users call with: their headers, the cookies that they were given, and the token of their last sign-in."""
 
 import json
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable, Mapping, MutableSequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -23,20 +23,24 @@ class Credentials:
     def __init__(self, user: User, given: Given) -> None:
         self.user = user
         self._given = given
-        self._cookies: dict[str, str] = {}
+        self._cookies: dict[tuple[str, str], str] = {}  # by name and path
         self._token: str | None = None
 
-    def headers(self) -> tuple[tuple[str, str], ...]:
-        """Those of the next request."""
+    def headers(self, target: str) -> tuple[tuple[str, str], ...]:
+        """Those of a request that goes there."""
         made = {name.lower(): (name, value) for name, value in self.user.headers.items()}
         if self._token is not None:
             made["authorization"] = ("Authorization", f"Bearer {self._token}")
-        if self._cookies:
-            cookies = [f"{name}={value}" for name, value in self._cookies.items()]
+        if cookies := self._cookies_for(target.partition("?")[0]):
             if "cookie" in made:
                 cookies.insert(0, made["cookie"][1])
             made["cookie"] = ("Cookie", "; ".join(cookies))
         return tuple(made.values())
+
+    def _cookies_for(self, path: str) -> list[str]:
+        """Those of longer paths first."""
+        fitting = [(name, at, value) for (name, at), value in self._cookies.items() if _is_below(path, at)]
+        return [f"{name}={value}" for name, _, value in sorted(fitting, key=lambda one: -len(one[1]))]
 
     def target(self, target: str) -> str:
         """Where a request goes, with the user's own in the query, and nothing else under those names."""
@@ -58,10 +62,13 @@ class Credentials:
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not name:
             return
-        if _is_over(attributes):
-            self._cookies.pop(name, None)
+        said = {key.strip().lower(): text.strip() for key, _, text in (each.partition("=") for each in attributes)}
+        path = said.get("path", "")
+        key = name, path if path.startswith("/") else "/"
+        if _is_over(said):
+            self._cookies.pop(key, None)
         else:
-            self._cookies[name] = value
+            self._cookies[key] = value
             self._note(value)
 
     def _note(self, value: str) -> None:
@@ -98,9 +105,13 @@ class Credentials:
         return Request(call.method, call.path, tuple(headers), body)
 
 
-def _is_over(attributes: Iterable[str]) -> bool:
+def _is_below(path: str, where: str) -> bool:
+    """Whether a cookie of the path ``where`` is sent to ``path``."""
+    return path == where or path.startswith(where if where.endswith("/") else f"{where}/")
+
+
+def _is_over(said: Mapping[str, str]) -> bool:
     """Whether a cookie's attributes say that it is to be forgotten. Max-Age goes before Expires."""
-    said = {name.strip().lower(): value.strip() for name, _, value in (each.partition("=") for each in attributes)}
     with suppress(ValueError, TypeError):  # what cannot be read is as if it were not there
         if "max-age" in said:
             return int(said["max-age"]) <= 0

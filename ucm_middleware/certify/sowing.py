@@ -81,7 +81,9 @@ def is_id(name: str) -> bool:
     return _ID_NAME.search(name) is not None
 
 
-def _kind_of(schema: Mapping[str, Any]) -> str:
+def _kind_of(schema: Any) -> str:
+    if not is_object(schema):
+        return "text"  # a schema may be true, and says nothing then
     if schema.get("type") in ("integer", "number"):
         return "int"
     return "uuid" if schema.get("format") == "uuid" else "text"

@@ -156,7 +156,7 @@ class Stage:
         made = Credentials(self._cast[step.user], self.given)
         call = made.user.sign_in
         assert call is not None
-        answer = await self._exchange(step.line, made.call(call, self._headers((), made, step.number)))
+        answer = await self._exchange(step.line, made.call(call, self._headers((), made, step.number, call.path)))
         if (wrong := made.signed_in(call, answer)) is not None:
             if not self.takes_part(step.user):
                 self._locked_out.add(step.user)
@@ -169,7 +169,7 @@ class Stage:
         left = self._credentials.pop(step.user)
         call = left.user.sign_out
         assert call is not None
-        request = left.call(call, self._headers((), left, step.number))
+        request = left.call(call, self._headers((), left, step.number, call.path))
         return Outcome(step, await self._exchange(step.line, request))
 
     # Requests.
@@ -241,14 +241,14 @@ class Stage:
         body = case.body
         if ask.padding and body is not None:
             body += b" " * ask.padding
-        headers = self._headers(case.headers, self._credentials[ask.user], ask.number)
+        headers = self._headers(case.headers, self._credentials[ask.user], ask.number, case.target)
         return Request(route.method, self._credentials[ask.user].target(case.target), headers, body, ask.manner)
 
     def _headers(
-        self, made: Iterable[tuple[str, str]], credentials: Credentials, number: int
+        self, made: Iterable[tuple[str, str]], credentials: Credentials, number: int, target: str
     ) -> tuple[tuple[str, str], ...]:
         """A user's own go before those that the schema has: a made-up credential would make one user of all."""
-        user, own = credentials.user, credentials.headers()
+        user, own = credentials.user, credentials.headers(target)
         names = {name.lower() for name, _ in own}
         others = (each for each in made if each[0].lower() not in names)
         who = [(USER, str(self._cast.names.index(user.name)))] if own or user.query else []
@@ -272,7 +272,7 @@ class Stage:
         found_id = self._ids.of(step.user, route, step.case, step.user)
         case = self._material.cases[step.route][step.case].filled(word, found_id)
         credentials = self._credentials[step.user]
-        headers = self._headers(case.headers, credentials, step.number)
+        headers = self._headers(case.headers, credentials, step.number, case.target)
         target = credentials.target(case.target)
         answer = await self._sockets.connect(step, f"ws://127.0.0.1:{self._port}{target}", headers)
         credentials.keep(answer.headers)

@@ -11,7 +11,7 @@ from ucm_middleware.certify.cast import Call, Cast, User
 from ucm_middleware.certify.coverage import RouteCoverage
 from ucm_middleware.certify.report.findings import reported
 from ucm_middleware.certify.report.saying import Saying, visible
-from ucm_middleware.certify.sightings import Place
+from ucm_middleware.certify.sightings import Channel, Place
 from ucm_middleware.certify.steps import Ask, Connect, HangUp, Restart, SignIn, SignOut, Step, Together
 
 BOBS = f"bob's {DASHBOARD} was answered"
@@ -54,6 +54,15 @@ def test_a_fingerprint_does_not_depend_on_who_takes_part() -> None:
 
     assert one[0].fingerprint == other[0].fingerprint
     assert one[0].place.detail == "$.members.*.key"
+
+
+@pytest.mark.parametrize("channel", ["log", "header", "span", "setting"])
+def test_a_word_of_the_application_s_is_no_name_though_a_user_is_called_so(channel: Channel) -> None:
+    places = [Place(channel, DASHBOARD, f"app.{name}") for name in ("admin", "user")]
+
+    findings = reported([shown(place, {("admin", "user"): 1}) for place in places], saying("admin", "user"))
+
+    assert [found.place for found in findings] == places
 
 
 @pytest.mark.parametrize(

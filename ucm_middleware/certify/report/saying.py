@@ -64,9 +64,14 @@ class Saying:
         return replace(ask, route=self.text(ask.route))
 
     def lasting(self, place: Place) -> Place:
-        """The place as it is called in every run: whoever takes part, nobody's name is in it."""
+        """The place as it is called in every run: whoever takes part, nobody's name is in it.
+
+        A path into JSON may have names of users for keys. What loggers, spans, headers and settings are called are the
+        application's own words, and two of them stay two where users are called so.
+        """
         said = self.place(place)
-        return Place(said.channel, said.route, self._names.sub("*", said.detail))
+        is_path = place.channel in ("body", "event")
+        return replace(said, detail=self._names.sub("*", said.detail)) if is_path else said
 
 
 def visible(text: str) -> str:

@@ -22,11 +22,12 @@ def subject() -> ASGIApp:
     variable: ContextVar[Asked | None] = ContextVar("ucm_certify", default=None)
     watch = Watch(reporter, variable)
     order = reporter.order
+    # Before the application is loaded: it may make a provider then that nobody else knows.
+    if (why := watch_spans(watch.number, watch.look_at_span)) is not None:
+        reporter.tell(Told("unavailable", where="span", text=why))
     app: Any = load(order.app, factory=order.factory)
     reporter.tell(Told("routes", routes=tuple(routes_of(app))))
     watch_logs(watch.look_at_log)
-    if (why := watch_spans(watch.number, watch.look_at_span)) is not None:
-        reporter.tell(Told("unavailable", where="span", text=why))
     return Marker(_with_the_package(app, order, variable), variable, provide)
 
 

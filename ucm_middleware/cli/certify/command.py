@@ -82,7 +82,8 @@ def certify(
         from ucm_middleware.certify.certifying import Options, any_seed
 
         wanted = Wanted(json, junit, html, baseline, update_baseline)
-        known = wanted.known()  # before anything is run
+        wanted.check()  # before anything is run
+        known = wanted.known()
         where = app_dir.resolve()
         sys.path.insert(0, str(where))  # as the server does, for a function of --users
         options = Options(

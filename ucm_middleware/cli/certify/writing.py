@@ -1,5 +1,6 @@
 """The report of a run: on the terminal, and in the files that are asked for."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,12 @@ class Wanted:
             return None
         return None if self.update and not self.baseline.exists() else read_baseline(self.baseline)
 
+    def check(self) -> None:
+        """Raises ConfigurationError for a file that cannot be written, before a run that would be for nothing."""
+        for path in (self.json, self.junit, self.html, self.baseline if self.update else None):
+            if path is not None:
+                _check_writable(path)
+
 
 def report_of(results: "list[Result]", users: str | None, known: "Baseline | None") -> "Report":
     """Of one run, or of one without the package and one with it."""
@@ -59,6 +66,13 @@ def write_all(report: "Report", wanted: Wanted) -> None:
         write_baseline(wanted.baseline, report.baseline.with_all(found))
 
 
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigurationError(f"{path} cannot be written: it is a folder, or may not be changed")
+
+
 def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
@@ -72,6 +86,8 @@ def _command(options: "Options", users: str | None, *, with_ucm: bool) -> tuple[
     words += ["--seconds", f"{options.seconds:g}"]
     if users is not None:
         words += ["--users", users]
+    if options.app_dir != Path.cwd():
+        words += ["--app-dir", str(options.app_dir)]
     if options.factory:
         words.append("--factory")
     if options.schema is not None:
