@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import MethodType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ucm_middleware.agents.policy import checked_timeout
 from ucm_middleware.context import UserExecutionContext
@@ -116,7 +116,7 @@ def _what_runs_share(agent: Any) -> object:
     """A method is made anew each time that it is asked for, as is a partial of it; what it is a method of is not. Nor
     is the agent in what an adapter lets a factory return instead, whose ``__ucm_agent__`` it is.
     """
-    if hasattr(type(agent), "__ucm_agent__"):  # of the class: a mock has whatever it is asked for
+    if hasattr(cast("object", type(agent)), "__ucm_agent__"):  # of the class: a mock has whatever it is asked for
         return _what_runs_share(agent.__ucm_agent__)
     function = agent
     while isinstance(function, partial):

@@ -90,6 +90,7 @@ async def test_a_block_that_ends_too_early_is_rolled_back_and_says_so(
 async def test_a_context_closes_whose_rows_nobody_reads(emptied: Database) -> None:
     async with open_pool("psycopg", emptied.app) as pool:
         manager = pool.manager()
+        rows: object = None
         with running_as(manager, "alice") as context, pytest.raises(Exception, match="closed"):
             async with pool.plugin.transaction() as connection:
                 rows = await rows_left(connection)
