@@ -68,6 +68,16 @@ def test_a_users_trail_is_shown(kind: str) -> None:
     assert "gold" in done.stdout
 
 
+@pytest.mark.usefixtures("folder")
+def test_the_ids_of_tracing_come_last() -> None:
+    with closing(SQLiteLedger("plain.db", keys=None)) as ledger:
+        ledger.start(ring())
+        ledger.append(row("mallory", 7, seconds=2.0, data=(("phase", "teardown"),), trace_id=10, span_id=11))
+    done = ucm("show", "plain.db", "--user", "mallory")
+    more = done.stdout.splitlines()[1].partition("seconds=")[2]
+    assert more.split(", ") == ["2.0", "phase=teardown", f"trace_id={10:032x}", f"span_id={11:016x}"]
+
+
 @pytest.mark.parametrize("kind", LEDGERS)
 @pytest.mark.usefixtures("folder")
 def test_a_users_trail_as_json(kind: str) -> None:

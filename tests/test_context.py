@@ -358,6 +358,32 @@ class TestResources:
             context.enter_context(broken_here())
         assert await context.aclose() == ()
 
+    async def test_what_is_entered_the_other_way_is_told_how(self, context: UserExecutionContext) -> None:
+        asynchronous: Any = asyncio.timeout(1)
+        synchronous: Any = broken_here()
+        neither: Any = broken_here
+        with pytest.raises(ConfigurationError) as raised:
+            context.enter_context(asynchronous)
+        assert str(raised.value) == (
+            "Timeout is an asynchronous context manager: await context.enter_async_context(...)"
+        )
+        with pytest.raises(ConfigurationError) as raised:
+            await context.enter_async_context(synchronous)
+        assert str(raised.value).endswith(" is a synchronous context manager: context.enter_context(...)")
+        for entered in (lambda: context.enter_context(neither), lambda: context.enter_async_context(neither)):
+            with pytest.raises(ConfigurationError, match="broken_here is no context manager"):
+                await entered()
+        assert await context.aclose() == ()
+
+    async def test_what_fails_on_its_way_in_is_not_taken_for_that(self, context: UserExecutionContext) -> None:
+        @contextmanager
+        def failing() -> Iterator[None]:
+            raise AttributeError("of its own")
+            yield
+
+        with pytest.raises(AttributeError, match="of its own"):
+            context.enter_context(failing())
+
     def test_a_callback_gets_its_arguments(self, context: UserExecutionContext) -> None:
         callback = mock.Mock()
         context.callback(callback, 1, key="word")

@@ -183,6 +183,18 @@ class TestRefusedDistributions:
             assert "no installed distribution has an entry point of this name" in str(error)
             assert "diary" in error.remedy.partition("installed: ")[2].split(", ")
 
+    def test_one_that_is_installed_and_given_as_an_object(self, shelf: Shelf) -> None:
+        shelf.install("ucm-big-journal", JOURNAL, entry_points={})
+        for error in (refused("big_journal"), refused(UCM_PLUGINS="big_journal")):
+            assert str(error) == (
+                "plugin 'big_journal' (ucm-big-journal 1.5): is installed, but is no plugin by name; "
+                "give an object of its own, such as plugins=[SQLAlchemy(engine)], and take the name out of UCM_PLUGINS"
+            )
+
+    def test_one_that_is_installed_under_another_name(self, shelf: Shelf) -> None:
+        shelf.install("ucm-big-journal", JOURNAL, entry_points={"big-journal": "ucm_big_journal"})
+        assert "installed: big-journal" in refused("big_journal").remedy
+
     @pytest.mark.parametrize(
         ("code", "found"),
         [

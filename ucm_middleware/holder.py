@@ -17,6 +17,7 @@ from ucm_middleware.resources import (
     closing_resource,
     owner_resource,
     plugin_resource,
+    require_entry,
     sync_resource,
 )
 from ucm_middleware.teardown import Closable
@@ -29,7 +30,8 @@ class ResourceHolder(Closable):
     """Something that closes, and lets go of what was entered on it, last first.
 
     What is entered too late, because the closing has begun, is let go of at once, and ContextClosedError raised. The
-    optional ``name`` stands for a resource in logs and records; ``timeout`` is in seconds.
+    optional ``name`` stands for a resource in logs and records; ``timeout`` is in seconds. What cannot be entered or
+    closed in the way that is asked for raises ConfigurationError.
     """
 
     __slots__ = ()
@@ -37,6 +39,7 @@ class ResourceHolder(Closable):
     def enter_context(self, cm: AbstractContextManager[T], *, name: str | None = None) -> T:
         """Enter a context manager and exit it at teardown."""
         self.require_usable()
+        require_entry(cm, "__enter__")
         self._begin_journal()
         value = cm.__enter__()
         self._push(sync_resource(cm, name))
@@ -56,6 +59,7 @@ class ResourceHolder(Closable):
         sessions) wants ``owner_task=True``: one task then does both.
         """
         self.require_usable()
+        require_entry(cm, "__aenter__")
         self._lifetime.require_loop()
         wrapping = self._around_resource(cm, name)
         if not wrapping:

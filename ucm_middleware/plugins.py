@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from importlib.metadata import Distribution, EntryPoint, entry_points, version
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points, version
 from types import ModuleType
 from typing import Final, cast
 
@@ -76,6 +76,7 @@ def _tell_of_others(others: Sequence[EntryPoint]) -> None:
 def _load(name: str, installed: Sequence[EntryPoint]) -> tuple[object, Source]:
     offers = [entry_point for entry_point in installed if entry_point.name == name]
     if not offers:
+        _refuse_as_name(name)
         names = ", ".join(sorted({entry_point.name for entry_point in installed})) or "none"
         raise PluginError(
             name,
@@ -96,6 +97,21 @@ def _load(name: str, installed: Sequence[EntryPoint]) -> tuple[object, Source]:
             f"install what it needs, or take it out of plugins= and {ALLOWED}",
         ) from error
     return plugin, source
+
+
+def _refuse_as_name(name: str) -> None:
+    """Raise PluginError for a distribution of ours that is there, and has nothing that could be loaded by a name."""
+    try:
+        found = distribution(f"ucm-{name}")
+    except PackageNotFoundError:
+        return
+    if not found.entry_points.select(group=PROJECT):
+        raise PluginError(
+            name,
+            _label(found),
+            "is installed, but is no plugin by name",
+            f"give an object of its own, such as plugins=[SQLAlchemy(engine)], and take the name out of {ALLOWED}",
+        )
 
 
 def _given(plugin: object) -> tuple[object, Source]:

@@ -51,6 +51,20 @@ class Resource:
     on_record: bool = False
 
 
+_WAYS: Final = {
+    "__enter__": "a synchronous context manager: context.enter_context(...)",
+    "__aenter__": "an asynchronous context manager: await context.enter_async_context(...)",
+}
+_NO_WAY: Final = "no context manager; give what only closes to context.closing(...)"
+
+
+def require_entry(cm: object, method: Literal["__enter__", "__aenter__"]) -> None:
+    """Raise ConfigurationError for what is not entered by this method; it says how it is."""
+    if not hasattr(cm, method):
+        way = next((way for other, way in _WAYS.items() if hasattr(cm, other)), _NO_WAY)
+        raise ConfigurationError(f"{name_of(cm)} is {way}")
+
+
 def sync_resource(cm: AbstractContextManager[Any], name: str | None) -> Resource:
     """The exit of an entered synchronous context manager."""
     return Resource(

@@ -290,8 +290,9 @@ def test_not_meant(): kept.append(manager.create_isolated_context("bob"))
     result.stdout.fnmatch_lines(["*test_environment left behind*", "*UCM_LEFT*", "*test_not_meant left behind*"])
 
 
-def test_leaving_something_on_purpose_wants_a_reason(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(PRELUDE + "\n@pytest.mark.ucm_leaks\ndef test_it(): pass\n")
-    result = pytester.runpytest_subprocess("--ucm-strict", "-p", "no:xdist")
-    assert result.ret != 0
+@pytest.mark.parametrize("xdist", [("-p", "no:xdist"), ("-n", "2")], ids=["alone", "xdist"])
+def test_leaving_something_on_purpose_wants_a_reason(pytester: pytest.Pytester, xdist: tuple[str, str]) -> None:
+    pytester.makepyfile(PRELUDE + "\n@pytest.mark.ucm_leaks\ndef test_it(): pass\n\ndef test_other(): pass\n")
+    result = pytester.runpytest_subprocess("--ucm-strict", *xdist)
+    result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["*test_it: ucm_leaks wants a reason*"])

@@ -49,11 +49,14 @@ class StrictMode:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
+        self._environment.begin()
+        result = yield
+        # Not before: pytest tears down what it has not set up, and fails. And not after the collection: in a worker of
+        # xdist that ends the session with an internal error.
         marker = item.get_closest_marker("ucm_leaks")
         if marker is not None and not (marker.args or marker.kwargs.get("reason")):
             raise pytest.UsageError(f"{item.nodeid}: ucm_leaks wants a reason, such as ucm_leaks('its pool is gone')")
-        self._environment.begin()
-        return (yield)
+        return result
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_fixture_setup(

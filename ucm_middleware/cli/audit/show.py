@@ -16,6 +16,7 @@ from ucm_middleware.errors import LedgerFileError
 _SHOWN_APART = frozenset({"at", "event", "outcome", "reason", "request_id"})
 _UNFOLDED = 10_000  # columns: a program that reads it must not find an id in two pieces
 _REST = "context_id", "thread_id", "run_id"
+_LAST = "trace_id", "span_id"  # long, and of no use to whoever only reads
 
 
 def show(
@@ -57,7 +58,8 @@ def _table(records: tuple[AuditRecord, ...]) -> Table:
         table.add_column(title, overflow="fold")
     for record in records:
         shown = record.to_dict()
-        more = ", ".join(f"{name}={value}" for name, value in shown.items() if name not in {*_SHOWN_APART, *_REST})
+        rest = [name for name in shown if name not in {*_SHOWN_APART, *_REST}]
+        more = ", ".join(f"{name}={shown[name]}" for name in sorted(rest, key=_LAST.__contains__))
         cells = (
             str(shown["at"]), record.event, record.outcome, record.reason or "", record.request_id or "", more
         )  # fmt: skip
