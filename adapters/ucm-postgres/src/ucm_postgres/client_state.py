@@ -30,7 +30,6 @@ def remember_psycopg(connection: Any) -> Restore:
     handlers = [(each, each[:]) for each in (connection._notice_handlers, connection._notify_handlers)]
     if (adapters := connection._adapters) is not None:
         connection._adapters = type(adapters)(adapters)  # a copy, which copies no more than what is changed
-
     modes = [getattr(connection, name) for name in _MODES]
 
     def restore() -> None:
@@ -56,7 +55,8 @@ def remember_asyncpg(connection: Any) -> Restore:
     asyncpg does not tell which codecs are set. For types of PostgreSQL's own they can be compared; for others it shows
     in the question about the type that asyncpg asks the server first.
     """
-    from asyncpg.introspection import TYPE_BY_NAME  # type: ignore[import-untyped] # who has psycopg may not have it
+    # Not above, since who has psycopg may have no asyncpg.
+    from asyncpg.introspection import TYPE_BY_NAME  # type: ignore[import-untyped]
 
     channels = connection._listeners
     channels_before = {channel: set(callbacks) for channel, callbacks in channels.items()}
@@ -84,6 +84,6 @@ def remember_asyncpg(connection: Any) -> Restore:
 
 
 def _codecs(settings: Any) -> list[object]:
-    from asyncpg.protocol.protocol import BUILTIN_TYPE_NAME_MAP  # type: ignore[import-untyped] # likewise
+    from asyncpg.protocol.protocol import BUILTIN_TYPE_NAME_MAP  # type: ignore[import-untyped]
 
     return [*map(settings.get_data_codec, BUILTIN_TYPE_NAME_MAP.values())]
