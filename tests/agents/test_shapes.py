@@ -239,8 +239,12 @@ async def test_a_tool_that_yields_in_a_thread_is_listed_when_it_outlives_its_run
 
     async def answer() -> None:
         tool = current_run().wrap_tool(work)
-        thread = threading.Thread(target=lambda: (list(tool()), ended.set()))
-        thread.start()
+
+        def read() -> None:
+            list(tool())
+            ended.set()
+
+        threading.Thread(target=read).start()
         await asyncio.to_thread(began.wait, PATIENCE)
 
     manager.register_agent("worker", lambda context: answer, stateless=True)
