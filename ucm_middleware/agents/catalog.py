@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import MethodType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from ucm_middleware.agents.policy import checked_timeout
 from ucm_middleware.context import UserExecutionContext
@@ -16,6 +16,9 @@ AgentFactory = Callable[[UserExecutionContext], Any | Awaitable[Any]]
 
 MAX_NAME: Final = 128
 """Characters of an agent's name."""
+
+_WRAPPED: Final = "__ucm_agent__"
+"""What an object of an adapter's has that a factory may return instead of an agent: that agent."""
 
 
 class RegisteredAgent:
@@ -112,12 +115,12 @@ class AgentCatalog:
         return found
 
 
-def _what_runs_share(agent: Any) -> object:
+def _what_runs_share(agent: object) -> object:
     """A method is made anew each time that it is asked for, as is a partial of it; what it is a method of is not. Nor
-    is the agent in what an adapter lets a factory return instead, whose ``__ucm_agent__`` it is.
+    is the agent in what an adapter lets a factory return instead.
     """
-    if hasattr(cast("object", type(agent)), "__ucm_agent__"):  # of the class: a mock has whatever it is asked for
-        return _what_runs_share(agent.__ucm_agent__)
+    if hasattr(type(agent), _WRAPPED):  # the class: a mock has whatever it is asked for
+        return _what_runs_share(getattr(agent, _WRAPPED))
     function = agent
     while isinstance(function, partial):
         function = function.func
