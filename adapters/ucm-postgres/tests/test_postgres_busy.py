@@ -91,7 +91,6 @@ async def test_a_context_closes_whose_rows_nobody_reads(emptied: Database) -> No
     kept: list[Any] = []
     async with open_pool("psycopg", emptied.app) as pool:
         manager = pool.manager()
-        rows: object = None
         with running_as(manager, "alice") as context, pytest.raises(Exception, match="closed"):
             async with pool.plugin.transaction() as connection:
                 kept.append(await rows_left(connection))
