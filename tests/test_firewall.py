@@ -621,7 +621,8 @@ async def refused(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def cut_off(scope: Scope, receive: Receive, send: Send) -> None:
     context = current_context()
-    asyncio.get_running_loop().call_soon(context.close, "revoked")
+    # From outside of it: a request that closes its own context is not cut off.
+    asyncio.get_running_loop().call_soon(context.close, "revoked", context=contextvars.Context())
     await asyncio.Event().wait()
 
 

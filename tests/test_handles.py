@@ -331,7 +331,7 @@ class TestUntilWhen:
         closing: list[asyncio.Task[None]] = []
         with pytest.raises(ContextClosedError):
             async with managed_user_context(alice):
-                closing.append(asyncio.create_task(close()))
+                closing.append(asyncio.create_task(close(), context=Context()))
                 with handle.begin():
                     try:
                         await asyncio.Event().wait()

@@ -313,7 +313,7 @@ assert closes_at_its_deadline("alice")
 context = manager.create_isolated_context("bob", ttl_seconds=3600)
 child = os.fork()
 if child == 0:
-    ok = closes_at_its_deadline("alice") and closes_at_its_deadline("carol") and context.is_open
+    ok = closes_at_its_deadline("alice") and closes_at_its_deadline("carol") and not context.is_open
     os._exit(0 if ok else 3)
 assert closes_at_its_deadline("carol")
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -295,8 +295,12 @@ class UserContextMiddleware:
             if self._strict_ledger is not None and (interrupted or not cancelled) and lifetime.reason != "revoked":
                 refusal = await _unrecorded(self._strict_ledger) or refusal
             if refusal is not None:
-                said = lifetime.reason if interrupted else error
-                logger.info("answered with %d: %s", refusal.status, said, exc_info=logger.isEnabledFor(logging.DEBUG))
+                logger.info(
+                    "answered with %d: %s",
+                    refusal.status,
+                    lifetime.reason if interrupted else error,  # no name for it: its traceback holds this frame
+                    exc_info=logger.isEnabledFor(logging.DEBUG),
+                )
             answered = refusal is not None and await send_refusal(refusal, scope, send, sent.last_sent)
             if not (is_known and answered) and not (cancelled and interrupted):
                 raise

@@ -25,8 +25,9 @@ def ended_by_signals(main: Coroutine[Any, Any, Result]) -> Result:
         assert task is not None
 
         def end(number: int) -> None:
+            if not came:  # the clean-up has its own limits, and is not to be cut off
+                task.cancel()
             came.append(number)
-            task.cancel()
 
         for number in _ENDING:
             if signal.getsignal(number) is signal.SIG_DFL:
