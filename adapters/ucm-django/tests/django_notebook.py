@@ -4,6 +4,7 @@ What it runs with is in the environment: ``NOTEBOOK_DATABASES``, ``NOTEBOOK_SETT
 ``NOTEBOOK_OPTIONS`` (of the middleware), each JSON.
 """
 
+import asyncio
 import json
 import os
 from collections.abc import AsyncGenerator, Generator
@@ -44,6 +45,8 @@ from django.contrib.auth import aauthenticate, alogin, authenticate, login  # no
 from ucm_django.asgi import get_asgi_application  # noqa: E402
 
 manager = UserContextManager()
+order: list[str] = []
+"""What has happened so far to views that were cut off."""
 
 
 class Note(models.Model):
@@ -194,6 +197,34 @@ def slow(request: HttpRequest) -> HttpResponse:
     return HttpResponse()
 
 
+async def waiting(request: HttpRequest) -> HttpResponse:
+    """Wait until it is cut off, and tell ``order``."""
+    current_context().callback(order.append, "released")
+    try:
+        return HttpResponse(await asyncio.get_running_loop().create_future())
+    finally:
+        order.append("ended")
+
+
+async def ticking(request: HttpRequest) -> StreamingHttpResponse:
+    """A stream without an end, which tells ``order`` when it is cut off."""
+
+    async def ticks() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "tick\n"
+                await asyncio.sleep(0.01)
+        finally:
+            order.append("ended")
+
+    current_context().callback(order.append, "released")
+    return StreamingHttpResponse(ticks())
+
+
+async def ordered(request: HttpRequest) -> HttpResponse:
+    return JsonResponse({"order": order})
+
+
 def failing(request: HttpRequest) -> HttpResponse:
     write("not kept where a request is one transaction")
     owners()
@@ -228,6 +259,9 @@ urlpatterns = [
     path("streaming", streaming),
     path("astreaming", astreaming),
     path("slow", slow),
+    path("waiting", waiting),
+    path("ticking", ticking),
+    path("ordered", ordered),
     path("failing", failing),
 ]
 

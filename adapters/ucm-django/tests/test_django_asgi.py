@@ -126,3 +126,18 @@ def test_a_request_that_is_cut_off_leaves_nothing(database: Database, how: str) 
         assert get(server, "listing", "bob") == {"user": "bob", "notes": []}
         assert get(server, "left", "alice")["owners"] == []
     assert rows(database, "select * from notes") == []
+
+
+@pytest.mark.parametrize("view", ["waiting", "ticking"])
+def test_a_view_that_is_cut_off_ends_before_anything_is_released(database: Database, view: str) -> None:
+    """Django runs it in a task of its own, and leaves that to itself."""
+    with serving(database, middleware={"ttl": 2.0}) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            if view == "waiting":
+                assert client.get(view, headers={"user": "alice"}).status_code == 504
+            else:
+                with pytest.raises(httpx.RemoteProtocolError):
+                    client.get(view, headers={"user": "alice"})
+        assert get(server, "ordered", "bob")["order"] == ["ended", "released"]
+        server.stop()
+        assert "Task exception was never retrieved" not in server.output

@@ -2,18 +2,56 @@
 
 Django's own refuses the lifespan, by which a server announces that it shuts down, so that open requests end first. And
 when a request is cut off, it waits for its thread, which may wait for the database: the statement is cancelled there.
+Django serves a request in tasks of its own, to which nobody tells that it is cut off: they are ended here.
 """
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, Final
 
 import django
 from asgiref.sync import sync_to_async
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connections
 
-from ucm_django.running import running_of
-from ucm_middleware.types import ASGIApp, Receive, Send
+from ucm_django.running import Running, running_of
+from ucm_middleware.types import ASGIApp, Message, Receive, Send
+
+_EXCHANGE: Final = "ucm_django.exchange"
+"""Where in the scope the exchange stands."""
+
+
+class _Exchange:
+    """The tasks that Django serves one request in: one listens to the client, one runs the view and answers."""
+
+    __slots__ = ("_is_cut_off", "_receive", "_tasks")
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_cut_off = False
+
+    def receive(self) -> Awaitable[Message]:
+        self.join()
+        return self._receive()
+
+    def join(self) -> None:
+        """The running task is one of them. Raises CancelledError when the request has been cut off before it began."""
+        if self._is_cut_off:
+            raise asyncio.CancelledError
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+
+    async def cut_off(self, running: Running | None) -> None:
+        """Cancel the tasks, and the statements that their threads wait for, and wait until the tasks have ended."""
+        self._is_cut_off = True
+        others = self._tasks - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if running is not None:
+            await asyncio.to_thread(running.cancel)
+        await asyncio.gather(*others, return_exceptions=True)
 
 
 class _Handler(ASGIHandler):
@@ -24,14 +62,17 @@ class _Handler(ASGIHandler):
             await super().__call__(scope, receive, send)
 
     async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        scope[_EXCHANGE] = exchange = _Exchange(receive)
         try:
-            await super().handle(scope, receive, send)
+            await super().handle(scope, exchange.receive, send)
         except asyncio.CancelledError:
             context = scope.get("state", {}).get("user_context")
-            running = None if context is None else running_of(context)
-            if running is not None:
-                await asyncio.to_thread(running.cancel)
+            await exchange.cut_off(None if context is None else running_of(context))
             raise
+
+    async def run_get_response(self, request: Any) -> Any:
+        request.scope[_EXCHANGE].join()
+        return await super().run_get_response(request)
 
 
 def get_asgi_application() -> ASGIApp:
