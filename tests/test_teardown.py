@@ -4,12 +4,14 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any
+from contextvars import Context, copy_context
+from typing import Any, cast
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
+from asgiref.sync import SyncToAsync
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -199,6 +201,171 @@ class PassingOn(BaseHTTPMiddleware):
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         return await call_next(request)
+
+
+async def in_an_executor(work: Callable[[], object]) -> object:
+    return await asyncio.get_running_loop().run_in_executor(None, copy_context().run, work)
+
+
+THREADS: dict[str, Callable[[Callable[[], object]], Awaitable[object]]] = {
+    "asyncio": asyncio.to_thread,
+    "anyio": anyio.to_thread.run_sync,
+    "executor": in_an_executor,
+    "asgiref": lambda work: SyncToAsync(work, thread_sensitive=False)(),  # Django's synchronous views
+}
+
+
+async def some_turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class WorkInAThread:
+    """A request whose handler enters something, and works in a thread until the gate is opened."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.gate = threading.Event()
+        self.then: Callable[[], object] = int
+        self._begun: asyncio.Queue[UserExecutionContext] = asyncio.Queue()
+
+    async def begun(self) -> UserExecutionContext:
+        async with asyncio.timeout(PATIENCE):
+            return await self._begun.get()
+
+    async def serve(self, how: Callable[[Callable[[], object]], Awaitable[object]]) -> list[Message]:
+        loop = asyncio.get_running_loop()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            context = current_context()
+            context.callback(self.log.append, "released")
+
+            def work() -> None:
+                loop.call_soon_threadsafe(self._begun.put_nowait, context)
+                assert self.gate.wait(PATIENCE)
+                self.then()
+                self.log.append("the thread ends")
+
+            await how(work)
+
+        middleware = UserContextMiddleware(app, identify=lambda connection: "alice")
+        return await exchange(middleware, http_scope())
+
+
+class TestAfterItsThreads:
+    """To cancel who waits for a thread does not end the thread."""
+
+    @pytest.fixture
+    async def thread(self, log: Log) -> AsyncIterator[WorkInAThread]:
+        work = WorkInAThread(log)
+        yield work
+        work.gate.set()
+
+    @pytest.mark.parametrize("how", THREADS.values(), ids=THREADS)
+    @pytest.mark.parametrize("reason", ["expired", "revoked", "shutdown", "disconnected", "cancelled"])
+    async def test_nothing_is_released_before_they_have_ended(
+        self, log: Log, thread: WorkInAThread, how: Callable[[Callable[[], object]], Awaitable[object]], reason: str
+    ) -> None:
+        request = asyncio.create_task(thread.serve(how))
+        context = await thread.begun()
+        if reason == "cancelled":
+            request.cancel()
+        else:
+            context.close(cast("CloseReason", reason))
+        await some_turns()
+        thread.gate.set()
+        await asyncio.wait([request])
+        assert log == ["the thread ends", "released"]
+        assert request.cancelled() == (reason == "cancelled")
+        assert context.lifetime.reason == reason
+
+    async def test_so_it_is_when_one_works_for_a_part_of_the_request(self, log: Log, thread: WorkInAThread) -> None:
+        async def in_a_part(work: Callable[[], object]) -> object:
+            async with managed_user_context(current_context().create_child_context("part")):
+                return await asyncio.to_thread(work)
+
+        request = asyncio.create_task(thread.serve(in_a_part))
+        (await thread.begun()).close("expired")
+        await some_turns()
+        thread.gate.set()
+        assert status_of(await request) == 504
+        assert log == ["the thread ends", "released"]
+
+    async def test_a_cancellation_meanwhile_is_raised_after(self, log: Log, thread: WorkInAThread) -> None:
+        request = asyncio.create_task(thread.serve(asyncio.to_thread))
+        (await thread.begun()).close("expired")
+        await some_turns()
+        for _ in range(3):
+            request.cancel()
+            await some_turns()
+        assert log == []
+        thread.gate.set()
+        await asyncio.wait([request])
+        assert request.cancelled()
+        assert log == ["the thread ends", "released"]
+
+    async def test_who_closes_it_meanwhile_waits_too(self, log: Log, thread: WorkInAThread) -> None:
+        request = asyncio.create_task(thread.serve(asyncio.to_thread))
+        context = await thread.begun()
+        context.close("expired")
+        await some_turns()
+        context.close("shutdown")
+        closing = asyncio.create_task(context.aclose("shutdown"), context=Context())
+        await some_turns()
+        assert log == []
+        assert not closing.done()
+        thread.gate.set()
+        await closing
+        assert log == ["the thread ends", "released"]
+        await request
+
+    async def test_a_thread_that_closes_it_does_not_wait_for_itself(
+        self, log: Log, thread: WorkInAThread, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        contexts: list[UserExecutionContext] = []
+
+        async def close() -> None:
+            await contexts[0].aclose()
+
+        def close_in_thread() -> None:
+            anyio.from_thread.run(close)
+
+        thread.then = close_in_thread
+        request = asyncio.create_task(thread.serve(anyio.to_thread.run_sync))
+        contexts.append(await thread.begun())
+        contexts[0].close("expired")
+        await some_turns()
+        thread.gate.set()
+        assert status_of(await request) == 504
+        assert log == ["the thread ends", "released"]
+        assert "did not end" not in caplog.text
+
+    async def test_one_that_does_not_end_is_not_waited_for_for_ever(
+        self, log: Log, thread: WorkInAThread, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ucm_middleware.teardown.HANDLER_GRACE", 0.05)
+        request = asyncio.create_task(thread.serve(asyncio.to_thread))
+        (await thread.begun()).close("expired")
+        assert status_of(await request) == 504
+        assert log == ["released"]
+        assert "a thread of <UserExecutionContext 'alice'" in caplog.text
+
+    async def test_those_of_others_are_none_of_its_concern(self, log: Log, thread: WorkInAThread) -> None:
+        others = asyncio.create_task(thread.serve(asyncio.to_thread))
+        await thread.begun()
+        context = create_isolated_execution_context("alice")
+
+        async def work() -> None:
+            async with managed_user_context(context):
+                context.callback(log.append, "own")
+                asyncio.get_running_loop().call_soon(context.close, "expired", context=Context())
+                await asyncio.Event().wait()
+
+        with pytest.raises(ContextClosedError):
+            await work()
+        assert log == ["own"]
+        thread.gate.set()
+        await others
 
 
 @pytest.mark.usefixtures("_nobody_waits")

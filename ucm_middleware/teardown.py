@@ -344,7 +344,7 @@ class Closable:
         lifetime = self._lifetime
         cancelled = Cancelled()
         try:
-            if after_threads and (lifetime.has_resources or self._children):
+            if after_threads and (lifetime.has_resources or self._children or self._parent):  # whose resources it uses
                 await self._threads_ended(cancelled)
             for child in reversed(tuple(self._children or ())):
                 try:
