@@ -135,23 +135,32 @@ class TcpProxy:
 
     async def serve(self, ready: threading.Event, ended: asyncio.Event) -> None:
         """Run until `ended`."""
-        server = await asyncio.start_server(self._accept, HOST, 0)
-        self.port = server.sockets[0].getsockname()[1]
-        ready.set()
-        await ended.wait()
-        server.close()
+        # No server of asyncio's: when one closes, what it is just accepting is neither served nor closed.
+        with socket.create_server((HOST, 0)) as listening:
+            listening.setblocking(False)
+            self.port = listening.getsockname()[1]
+            self._loop.add_reader(listening, self._accept, listening)
+            ready.set()
+            await ended.wait()
+            self._loop.remove_reader(listening)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.sleep(0)  # what was reset is closed in the loop's next round
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    def _accept(self, listening: socket.socket) -> None:
+        client, _ = listening.accept()
         self.accepted += 1
-        writers = [writer]
+        task = self._loop.create_task(self._connect(client))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: client.close())  # nobody else does where it is cancelled before it begins
+
+    async def _connect(self, client: socket.socket) -> None:
+        writers: list[asyncio.StreamWriter] = []
         try:
+            reader, writer = await asyncio.open_connection(sock=client)
+            writers.append(writer)
             if not self._refuses:
                 upstream_reader, upstream = await asyncio.open_connection(*self.target)
                 writers.append(upstream)
@@ -167,7 +176,6 @@ class TcpProxy:
         finally:
             for each in writers:
                 _reset(each)
-            self._tasks.discard(task)
 
     async def _pump(
         self, line: _Line, direction: Direction, source: asyncio.StreamReader, to: asyncio.StreamWriter

@@ -1,7 +1,9 @@
 """What the tests of databases stand on is itself what they take it for."""
 
 import asyncio
-from contextlib import closing
+import gc
+import socket
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import psycopg
@@ -9,7 +11,8 @@ import pytest
 
 from support.pgbouncer import start_pgbouncer
 from support.postgres import Database, PostgresServer
-from support.tcp_proxy import TcpProxy
+from support.processes import HOST
+from support.tcp_proxy import TcpProxy, start_tcp_proxy
 
 
 class TestDatabase:
@@ -98,6 +101,15 @@ class TestProxy:
             psycopg.connect(dsn)
         postgres_proxy.refuse(False)
         psycopg.connect(dsn).close()
+
+    @pytest.mark.parametrize("clients", [1, 2, 3])
+    def test_who_connects_as_it_ends_is_closed_by_it(self, database: Database, clients: int) -> None:
+        """Whatever is left open is named by the garbage collector, as a warning that fails the test."""
+        for _ in range(30):
+            with ExitStack() as connected, start_tcp_proxy(database.app.host, database.app.port) as proxy:
+                for _ in range(clients):
+                    connected.enter_context(socket.create_connection((HOST, proxy.port)))
+            gc.collect()
 
 
 class TestPgBouncer:
