@@ -17,8 +17,8 @@ class CensusPolicy:
     """What is done when something still holds a request's context after its teardown.
 
     ``action`` "record" puts it on record, "warn" gives a ResourceWarning too, "cancel" cancels the tasks and timers,
-    "raise" raises ContextLeakError when the request is over, "off" does not look. None is "warn" in development and
-    "record" elsewhere. ``allow`` names functions that may outlive their request, by module and qualified name:
+    "raise" raises ContextLeakError when the request is over, "off" does not look. None is "record" in production and
+    "warn" elsewhere. ``allow`` names functions that may outlive their request, by module and qualified name:
     ``shop.mail.send``. With ``search`` False, what no task, timer and thread explains is not looked for in the heap:
     that stops the process for some milliseconds for each million objects.
 
