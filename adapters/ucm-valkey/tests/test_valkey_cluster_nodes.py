@@ -22,6 +22,7 @@ from support.valkey_cluster import (
     start_replica,
     url_of,
     user,
+    wait_until_known,
 )
 from support.waiting import wait_until
 from ucm_middleware.cluster.store import BUCKETS, Alive, Gone, Granted, Keep, Recovering, Refused, Renewal, Session
@@ -232,6 +233,7 @@ async def test_a_replica_that_takes_over_is_found_and_recovers(
         published = await session.publish(anna, b"after", KEEP)
         assert await heard.next_but_deaf() == ("event", anna, published.place.sequence, b"after")
         # As it was, for the tests that follow.
+        await asyncio.to_thread(wait_until_known, replica)
         primary.admin.execute_command("CLUSTER FAILOVER")
         await asyncio.to_thread(
             wait_until, lambda: primary.admin.info("replication")["role"] == "master", "the primary is one again"
