@@ -488,6 +488,24 @@ class TestRefusing:
         assert [message.partition("(")[2].partition(")")[0] for message in said] == ["down", "loading", "read-only"]
 
 
+class TestClockOfTheStore:
+    """It was set, and not slewed."""
+
+    def test_set_forward_by_more_than_a_lease_others_are_granted_what_is_held_until_the_next_renewal(
+        self, cluster: Cluster
+    ) -> None:
+        worker, other = cluster.worker(), cluster.worker()
+        held = [cluster.acquire(worker), cluster.acquire(worker)]
+        cluster.server.clock = lambda: cluster.clock() + 10_800
+        assert cluster.acquire(other).is_held
+        assert all(lease.is_held for lease in held)
+
+        cluster.wait(LEASE / 3, worker)
+
+        assert worker.lost == held
+        assert worker.state == "up"
+
+
 class TestStarting:
     """The first look."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from signal import SIGKILL
 
 import pytest
 
@@ -242,3 +243,49 @@ async def test_a_replica_that_takes_over_is_found_and_recovers(
             wait_until, lambda: replica.admin.info("replication")["role"] == "slave", "the replica follows again"
         )
     forget_gone(servers)
+
+
+async def test_a_node_without_memory_is_told_and_the_others_grant(
+    session: Session, servers: list[ValkeyServer]
+) -> None:
+    there, elsewhere = (
+        next(user(1, bucket=bucket) for bucket in range(BUCKETS) if owner_of(servers, bucket) is server)
+        for server in servers[:2]
+    )
+    assert not await session.is_full()
+    servers[0].admin.config_set("maxmemory", 1)
+    try:
+        assert await session.is_full()
+        with pytest.raises(StoreError, match="maxmemory"):
+            await session.acquire(order(slot(there, 1)))
+        assert await session.acquire(order(slot(elsewhere, 1))) == GRANTED
+    finally:
+        servers[0].admin.config_set("maxmemory", 0)
+
+
+@pytest.mark.parametrize(("needs_all", "goes_on"), [("yes", False), ("no", True)])
+async def test_while_a_node_is_gone_the_others_serve_only_if_the_cluster_need_not_cover_all_keys(
+    needs_all: str, goes_on: bool, library: LibraryName
+) -> None:
+    with start_cluster("--cluster-require-full-coverage", needs_all) as servers:
+        session = session_at(url(library, servers))
+        await serving(session)
+        anna = next(user(1, bucket=bucket) for bucket in range(BUCKETS) if owner_of(servers, bucket) is servers[0])
+        assert await session.acquire(order(slot(anna, 1))) == GRANTED
+        servers[2].program.stop(SIGKILL)
+        for server in servers[:2]:
+            await asyncio.to_thread(
+                wait_until, lambda about=server: int(cluster_info(about)["cluster_slots_fail"]) > 0, "it is missed"
+            )
+        asked = [session.renew([Renewal(anna.bucket, "w1-1", LEASE)]), session.acquire(order(slot(anna, 2)))]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        if goes_on:
+            assert answers == [[Alive()], GRANTED]
+        else:
+            assert [type(answer) for answer in answers] == [StoreError, StoreError]
+        await session.aclose()
+
+
+def cluster_info(server: ValkeyServer) -> dict[str, str]:
+    info: dict[str, str] = server.admin.execute_command("CLUSTER INFO")
+    return info
