@@ -274,9 +274,7 @@ async def test_while_a_node_is_gone_the_others_serve_only_if_the_cluster_need_no
         assert await session.acquire(order(slot(anna, 1))) == GRANTED
         servers[2].program.stop(SIGKILL)
         for server in servers[:2]:
-            await asyncio.to_thread(
-                wait_until, lambda about=server: int(cluster_info(about)["cluster_slots_fail"]) > 0, "it is missed"
-            )
+            await asyncio.to_thread(wait_until_missed, server)
         asked = [session.renew([Renewal(anna.bucket, "w1-1", LEASE)]), session.acquire(order(slot(anna, 2)))]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         if goes_on:
@@ -286,6 +284,6 @@ async def test_while_a_node_is_gone_the_others_serve_only_if_the_cluster_need_no
         await session.aclose()
 
 
-def cluster_info(server: ValkeyServer) -> dict[str, str]:
-    info: dict[str, str] = server.admin.execute_command("CLUSTER INFO")
-    return info
+def wait_until_missed(server: ValkeyServer) -> None:
+    """Until a node knows that another one is gone."""
+    wait_until(lambda: int(server.admin.execute_command("CLUSTER INFO")["cluster_slots_fail"]) > 0, "it is missed")
