@@ -206,10 +206,13 @@ class ClusterUnavailableError(UserContextError):
 
     ``reason`` is "down", "timeout", "login", "memory", "loading", "read-only", "refused" or "recovering";
     ``retry_after`` in how many seconds to come again. With ``is_unknown``, what was asked for may have been done.
+    ``detail`` is for whoever operates the store: what it lacks, where that is known, or "".
     """
 
-    def __init__(self, reason: str, *, retry_after: float = 1.0, is_unknown: bool = False) -> None:
-        super().__init__(f"the cluster's store cannot be used ({reason}); try again in {retry_after:.0f} seconds")
+    def __init__(self, reason: str, *, retry_after: float = 1.0, is_unknown: bool = False, detail: str = "") -> None:
+        message = f"the cluster's store cannot be used ({reason}); try again in {retry_after:.0f} seconds"
+        super().__init__(f"{message}: {detail}" if detail else message)
+        self.detail = detail
         self.reason = reason
         self.retry_after = retry_after
         self.is_unknown = is_unknown

@@ -552,7 +552,8 @@ class UserContextManager(Hosting):
         problem = None if self._durable_ledger is None else self._durable_ledger.problem
         figures = self._figures()
         state = None if figures is None else figures.state
-        is_healthy = not self._draining and problem is None and state not in ("down", "recovering")
+        is_open = state not in ("down", "recovering", "full") or (self.cluster is not None and self.cluster.is_local)
+        is_healthy = not self._draining and problem is None and is_open
         return Health(is_healthy, self._draining, problem, state, None if figures is None else figures.silent)
 
     def privileged(

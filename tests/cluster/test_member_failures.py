@@ -375,6 +375,137 @@ class TestLocal:
         assert cluster.server.live() == {}
 
 
+class TestRefusing:
+    """The store renews what is held, and takes no order."""
+
+    def test_a_store_without_memory_is_said_to_be_full_once_and_keeps_what_it_has(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        worker = cluster.worker()
+        lease = cluster.acquire(worker)
+        cluster.server.refuses_orders = "memory"
+        for _ in range(3):
+            with pytest.raises(ClusterUnavailableError):
+                cluster.acquire(worker)
+            cluster.turn(worker)
+        assert worker.state == "full"
+        assert [record.levelname for record in caplog.records if "memory" in record.message] == ["CRITICAL"]
+
+        cluster.wait(3 * LEASE, worker)
+        assert worker.state == "full"
+        assert lease.is_held
+        worker.member.release(lease)
+        cluster.turn(worker)
+        assert live_of(cluster, worker) == []
+
+        cluster.server.refuses_orders = None
+        cluster.wait(LEASE / 3, worker)
+        assert worker.state == "up"
+
+    def test_with_long_leases_too_it_is_soon_seen_that_it_has_memory_again(self, cluster: Cluster) -> None:
+        worker = cluster.worker(lease=600.0)
+        cluster.server.refuses_orders = "memory"
+        with pytest.raises(ClusterUnavailableError):
+            cluster.acquire(worker)
+        cluster.turn(worker)
+        cluster.server.refuses_orders = None
+        assert worker.member.upkeep._delay() <= 5
+        cluster.wait(5, worker)
+        assert worker.state == "up"
+
+    def test_who_is_refused_meanwhile_makes_no_more_renewals(self, cluster: Cluster) -> None:
+        worker = cluster.worker()
+        cluster.acquire(worker)
+        cluster.server.refuses_orders = "memory"
+        for _ in range(2):
+            with pytest.raises(ClusterUnavailableError):
+                cluster.acquire(worker)
+            cluster.turn(worker)
+        cluster.server.commands.clear()
+        for _ in range(20):
+            with pytest.raises(ClusterUnavailableError):
+                cluster.acquire(worker)
+            cluster.turn(worker)
+        assert set(cluster.server.commands) == {"acquire"}
+
+    def test_who_carries_on_alone_asks_for_places_when_there_is_memory_again(self, cluster: Cluster) -> None:
+        worker = cluster.worker("local")
+        cluster.server.refuses_orders = "memory"
+        lease = cluster.acquire(worker)
+        cluster.turn(worker)
+        assert worker.state == "full"
+        cluster.server.commands.clear()
+
+        cluster.wait(3 * LEASE, worker)
+        assert lease.is_held
+        assert "acquire" not in cluster.server.commands
+        cluster.server.refuses_orders = None
+        cluster.wait(2 * LEASE, worker)
+
+        assert worker.state == "up"
+        assert live_of(cluster, worker) == [lease.slot()]
+
+    def test_a_right_that_was_taken_away_has_the_store_looked_at_anew_and_not_for_each(self, cluster: Cluster) -> None:
+        worker = cluster.worker()
+        lease = cluster.acquire(worker)
+        cluster.wait(LEASE, worker)
+        cluster.server.refuses_orders = "refused"
+        cluster.server.commands.clear()
+        for _ in range(20):
+            with pytest.raises(ClusterUnavailableError):
+                cluster.acquire(worker)
+            cluster.turn(worker)
+        assert cluster.server.commands.count("inspect") == 1
+        cluster.wait(5, worker)
+        assert cluster.server.commands.count("inspect") == 2  # those after the first together
+        assert lease.is_held
+
+    def test_what_can_never_work_is_said_once_and_what_is_held_goes_on_as_long_as_it_is_renewed(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        worker = cluster.worker()
+        lease = cluster.acquire(worker)
+        cluster.server.data.seals = "another's"
+        worker.member.upkeep._enroll_at = 0.0
+
+        cluster.wait(3 * LEASE, worker)
+
+        assert worker.state == "down"
+        assert lease.is_held
+        said = [record.message for record in caplog.records if record.levelname == "CRITICAL"]
+        assert len(said) == 1
+        assert "belong to an application with another secret" in said[0]
+
+    def test_another_trouble_of_a_store_that_is_down_is_said_too_and_each_once(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        worker = cluster.worker()
+        cluster.server.is_down = True
+        for reason in ("down", "loading", "read-only", "loading", "read-only"):
+            cluster.server.reason = reason
+            cluster.wait(LEASE, worker)
+        said = [record.message for record in caplog.records if record.levelname == "CRITICAL"]
+        assert [message.partition("(")[2].partition(")")[0] for message in said] == ["down", "loading", "read-only"]
+
+
+class TestClockOfTheStore:
+    """It was set, and not slewed."""
+
+    def test_set_forward_by_more_than_a_lease_others_are_granted_what_is_held_until_the_next_renewal(
+        self, cluster: Cluster
+    ) -> None:
+        worker, other = cluster.worker(), cluster.worker()
+        held = [cluster.acquire(worker), cluster.acquire(worker)]
+        cluster.server.clock = lambda: cluster.clock() + 10_800
+        assert cluster.acquire(other).is_held
+        assert all(lease.is_held for lease in held)
+
+        cluster.wait(LEASE / 3, worker)
+
+        assert worker.lost == held
+        assert worker.state == "up"
+
+
 class TestStarting:
     """The first look."""
 

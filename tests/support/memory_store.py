@@ -83,9 +83,10 @@ class Data:
 class MemoryServer:
     """The store's server. Its switches:
 
-    ``is_down``: nobody is answered. ``lose_answers``: so many commands are done, and never answered. ``lose_orders``:
-    so many are neither done nor answered; with ``are_late``, ``deliver_late`` does them after all. ``hold()`` keeps
-    commands waiting before they are done, ``let_go()`` ends that.
+    ``is_down``: nobody is answered. ``refuses_orders``: why it takes none, while it renews what is held.
+    ``lose_answers``: so many commands are done, and never answered. ``lose_orders``: so many are neither done nor
+    answered; with ``are_late``, ``deliver_late`` does them after all. ``hold()`` keeps commands waiting before they are
+    done, ``let_go()`` ends that.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -93,6 +94,7 @@ class MemoryServer:
         self.is_down = False
         self.lost_buckets: set[int] = set()  # they stand on a server of the cluster that is down
         self.reason = "down"
+        self.refuses_orders: str | None = None
         self.lose_answers = 0
         self.lose_orders = 0
         self.lose_only: str | None = None  # the command whose orders and answers get lost, where not all do
@@ -239,6 +241,8 @@ class MemoryServer:
     def acquire(self, order: Order) -> Granted | Refused | Gone | Late | Recovering:
         slot, data = order.slot, self.data
         key = slot.user
+        if self.refuses_orders is not None:
+            raise ClusterUnavailableError(self.refuses_orders)
         if key.bucket in self.lost_buckets:
             raise ClusterUnavailableError(self.reason)
         if seconds := self._see(key.bucket, order.lease):
@@ -388,6 +392,9 @@ class MemorySession(Session):
 
     async def enroll(self, lease: float) -> float:
         return await self._ask("enroll", partial(self.store.server.enroll, lease))
+
+    async def is_full(self) -> bool:
+        return await self._ask("is_full", lambda: self.store.server.refuses_orders == "memory")
 
     async def acquire(self, order: Order) -> Granted | Refused | Gone | Late | Recovering:
         return await self._ask("acquire", partial(self.store.server.acquire, order))

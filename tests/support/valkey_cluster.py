@@ -104,7 +104,13 @@ def start_replica(of: ValkeyServer, *options: str) -> Generator[ValkeyServer]:
         join([of, replica])
         replica.admin.execute_command("CLUSTER REPLICATE", node_id(of))
         wait_until(lambda: _info(replica, "replication")["master_link_status"] == "up", "the replica follows")
+        wait_until_known(of)
         yield replica
+
+
+def wait_until_known(primary: ValkeyServer) -> None:
+    """Until a primary knows of its replica, Redis does not hear that this wants to take over."""
+    wait_until(lambda: primary.admin.execute_command("CLUSTER REPLICAS", node_id(primary)), "its replica is known")
 
 
 def join(servers: Sequence[ValkeyServer]) -> None:

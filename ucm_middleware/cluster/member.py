@@ -85,7 +85,10 @@ class Member:
         """Why the store cannot be asked, in a word."""
         self.fault: ConfigurationError | None = None
         """What is wrong with the store for good."""
-        self.is_reachable = False
+        self.problem = ""
+        """The reason with what is to be done about it, for the log."""
+        self._told: set[str] = set()
+        self.is_reachable = self.is_full = False
         self.recovers_at = [0.0] * BUCKETS  # when each bucket has recovered, on this worker's clock
         self.answered_at: float | None = None
         self.lost = self.refused = self.renewals = 0
@@ -345,7 +348,7 @@ class Member:
     def doubt(self, error: ClusterUnavailableError) -> None:
         """Somebody could not ask the store: see for oneself."""
         logger.debug("the cluster's store was asked in vain: %s", error)
-        self.upkeep.look_soon()
+        self.upkeep.doubt(error)
         self.thread_wakes()
 
     def thread_wakes(self) -> None:
@@ -355,9 +358,12 @@ class Member:
 
     def become(self, state: MemberState) -> None:
         """It stands so with the store from now on."""
-        if state != self.state:
+        is_news = state != self.state
+        if is_news or self.problem not in self._told:  # also another trouble of a store that is down is said, once
+            self._told = {self.problem} if is_news else {*self._told, self.problem}
             self.state = state
-            tell(state, self.reason, len(self.book), self.policy.lease)
+            tell(state, self.problem, len(self.book), self.policy.lease, is_local=self.is_local)
+        if is_news:
             self.on_state(state, self.reason)
         if not self.looked.done():
             self.looked.set_result(None)

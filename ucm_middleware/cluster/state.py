@@ -6,9 +6,10 @@ from typing import Literal
 
 logger = logging.getLogger(__name__)
 
-MemberState = Literal["starting", "up", "recovering", "down", "local"]
+MemberState = Literal["starting", "up", "recovering", "full", "down", "local"]
 """``starting``: it was not asked yet. ``recovering``: the store is new, or has failed over, and grants nothing for a
-while. ``down`` and ``local``: it cannot be asked, or, under the policy "local", grants nothing yet.
+while. ``full``: it has no memory left, and grants nothing. ``down`` and ``local``: it cannot be asked, or, under the
+policy "local", grants nothing yet.
 """
 
 
@@ -26,8 +27,8 @@ class Figures:
     silent: float | None
 
 
-def tell(state: MemberState, reason: str | None, held: int, lease: float) -> None:
-    """Say in the log that it stands so from now on, for who is woken by it."""
+def tell(state: MemberState, reason: str | None, held: int, lease: float, *, is_local: bool) -> None:
+    """Say in the log that it stands so from now on, for who is woken by it. ``reason`` is a word, and what to do."""
     if state == "down":
         logger.critical(
             "the cluster's store cannot be asked (%s): new contexts of users are refused with 503 until it can; the %d "
@@ -41,6 +42,13 @@ def tell(state: MemberState, reason: str | None, held: int, lease: float) -> Non
             "the cluster's store cannot be asked (%s): this worker carries on by itself, with its own limits; %d "
             "contexts of users are live here",
             reason,
+            held,
+        )
+    elif state == "full":
+        logger.critical(
+            "the cluster's store has no memory left, raise what it may use: until then new contexts of users %s; the "
+            "%d that are live here go on",
+            "live by this worker's own limits" if is_local else "are refused with 503",
             held,
         )
     elif state == "recovering":

@@ -198,6 +198,10 @@ class Session(Protocol):
         """See each bucket, and keep the seal for a day more; the seconds until no bucket recovers, 0 for all well."""
         ...
 
+    async def is_full(self) -> bool:
+        """Whether a server has no memory left: then it takes no orders, while it renews what is held."""
+        ...
+
     async def acquire(self, order: Order) -> Granted | Refused | Gone | Late | Recovering:
         """Check and take a slot, atomically."""
         ...

@@ -44,9 +44,9 @@ class Upkeep:
 
     def __init__(self, member: "Member") -> None:
         self._member = member
-        self._renew_at = self._probe_at = self._place_at = self._enroll_at = 0.0
+        self._renew_at = self._probe_at = self._place_at = self._enroll_at = self._looked_at = 0.0
         self._failures = 0
-        self._must_look = False
+        self._must_look = self._may_be_full = False
         self._hears = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._telling: set[tuple[UserKey, str]] = set()
@@ -85,6 +85,7 @@ class Upkeep:
                     await self._probe_or_renew()
             elif self._must_look or now >= self._renew_at:
                 await self._renew()
+                await self._look_for_memory()
             if member.is_reachable:
                 await self._give_back()
                 self._place_some()
@@ -105,8 +106,8 @@ class Upkeep:
             return max(0.0, min([self._probe_at, *ends]) - now)
         if self._must_look:
             return 0.0
-        wakes = [self._renew_at, *(at for at in member.recovers_at if at > now)]
-        if member.book.unplaced and self._placing is None:
+        wakes = [self._renew_at, self._enroll_at, *(at for at in member.recovers_at if at > now)]
+        if member.book.unplaced and self._placing is None and not member.is_full:
             wakes.append(max(self._place_at, self._all_recovered(now)))
         return max(0.0, min(wakes) - now)
 
@@ -115,6 +116,18 @@ class Upkeep:
     def look_soon(self) -> None:
         """See at the next turn whether the store can be asked, and what has become of what is held."""
         self._must_look = True
+
+    def doubt(self, error: ClusterUnavailableError) -> None:
+        """Somebody asked in vain. What can be renewed all the same does not show it where the store is full, or the
+        login has lost a right.
+        """
+        if error.reason == "memory":
+            if self._member.is_full:
+                return  # it is known
+            self._may_be_full = True
+        elif error.reason == "refused":
+            self._enroll_at = min(self._enroll_at, max(self._member.clock(), self._looked_at + LONGEST_PROBE))
+        self.look_soon()
 
     def lose_soon(self, tenancy: Tenancy) -> None:
         """The store has said that it is gone: nothing is held there from now on."""
@@ -171,14 +184,12 @@ class Upkeep:
                 await session.listen(_Ears(self, member))
                 self._hears = True
         except ConfigurationError as error:
-            if member.fault is None:
-                logger.critical("the cluster's store cannot serve: %s", error)
             member.fault = error
-            self._failed(ClusterUnavailableError("refused"))
-            return
+            raise ClusterUnavailableError("refused", detail=str(error).removeprefix("cluster: ")) from None
+        member.is_full = await session.is_full()
         now = member.clock()
         member.fault, member.answered_at = None, now
-        self._enroll_at = sent + ENROLL
+        self._looked_at, self._enroll_at = sent, sent + ENROLL
         member.recovers_at = [now + seconds if seconds > 0 else 0.0] * len(member.recovers_at)
         if seal != member.users.seal:
             self._go_by(seal)
@@ -202,6 +213,7 @@ class Upkeep:
         pause = min(FIRST_PROBE * 2 ** min(self._failures, 16), LONGEST_PROBE, member.policy.lease / 3)
         self._probe_at = member.clock() + pause * random.uniform(0.5, 1.0)
         member.is_reachable, member.reason = False, error.reason
+        member.problem = f"{error.reason}: {error.detail}" if error.detail else error.reason
         if member.is_local:
             self._carry_on()
 
@@ -214,13 +226,24 @@ class Upkeep:
             state = "local" if member.is_local else "down"
         elif self._all_recovered(now) > now:
             state = "local" if member.is_local else "recovering"
-            member.reason = "recovering"
+            member.reason = member.problem = "recovering"
+        elif member.is_full:
+            state, member.reason, member.problem = "full", "memory", "memory"
         else:
-            state, member.reason = "up", None
+            state, member.reason, member.problem = "up", None, ""
         member.become(state)
 
     def _all_recovered(self, now: float) -> float:
         return max(now, *self._member.recovers_at)
+
+    async def _look_for_memory(self) -> None:
+        """See whether a store that refused somebody for want of memory still has none."""
+        member = self._member
+        if member.is_full or self._may_be_full:
+            self._may_be_full = False
+            member.is_full = await member.session.is_full()
+        if member.is_full:
+            self._renew_at = min(self._renew_at, member.clock() + LONGEST_PROBE)
 
     # Renewing.
 
@@ -399,7 +422,9 @@ class Upkeep:
         member = self._member
         book = member.book
         now = member.clock()
-        if self._placing is not None or not book.unplaced or now < self._place_at or self._all_recovered(now) > now:
+        if self._placing is not None or not book.unplaced or member.is_full:
+            return
+        if now < self._place_at or self._all_recovered(now) > now:
             return
         pause = member.policy.lease * SLICE / len(book.unplaced)
         self._place_at = now + min(pause, member.policy.lease / 3) * random.uniform(0.5, 1.0)

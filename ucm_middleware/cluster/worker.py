@@ -47,7 +47,7 @@ class Worker(Protocol):
 
     @property
     def state(self) -> str:
-        """ "starting", "up", "recovering", "down" or "local"."""
+        """ "starting", "up", "recovering", "full", "down" or "local"."""
         ...
 
     @property

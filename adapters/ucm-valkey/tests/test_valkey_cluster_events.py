@@ -333,3 +333,21 @@ async def test_a_mistake_of_the_hearer_does_not_end_the_hearing(session: Session
     async with asyncio.timeout(PATIENCE):
         await reported.wait()
     await release(session)
+
+
+async def test_a_flood_of_what_nobody_understands_is_a_line_in_the_log_and_hides_no_event(
+    session: Session, listening: Session, valkey_server: ValkeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = Heard()
+    await listening.listen(heard)
+    await listening.subscribe(ANNA)
+    for _ in range(200):
+        valkey_server.admin.execute_command("SPUBLISH", f"{PREFIX}{{{ANNA.bucket}}}:c", b"\xff")
+        valkey_server.admin.execute_command(
+            "SPUBLISH", f"{PREFIX}{{{ANNA.bucket}}}:e:{ANNA.digest}", b"epoch one payload"
+        )
+    await session.publish(ANNA, b"event", KEEP)
+    assert await heard.next() == ("event", ANNA, 1, b"event")
+    assert [record.message for record in caplog.records if "understood" in record.message] == [
+        "1 messages on channels of this application were not understood"
+    ]

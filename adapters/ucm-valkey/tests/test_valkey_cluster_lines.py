@@ -240,7 +240,9 @@ async def test_a_full_server_grants_nothing_and_still_renews_releases_and_revoke
     anna = user(1)
     for number in (1, 2):
         await session.acquire(order(slot(anna, number)))
+    assert not await session.is_full()
     full.admin.config_set("maxmemory", 1)
+    assert await session.is_full()
     for attempt in (session.acquire(order(slot(anna, 3))), session.publish(anna, b"event", Keep(10, 1000, 60))):
         with pytest.raises(ClusterUnavailableError) as caught:
             await attempt

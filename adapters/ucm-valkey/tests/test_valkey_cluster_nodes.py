@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from signal import SIGKILL
 
 import pytest
 
@@ -22,6 +23,7 @@ from support.valkey_cluster import (
     start_replica,
     url_of,
     user,
+    wait_until_known,
 )
 from support.waiting import wait_until
 from ucm_middleware.cluster.store import BUCKETS, Alive, Gone, Granted, Keep, Recovering, Refused, Renewal, Session
@@ -232,6 +234,7 @@ async def test_a_replica_that_takes_over_is_found_and_recovers(
         published = await session.publish(anna, b"after", KEEP)
         assert await heard.next_but_deaf() == ("event", anna, published.place.sequence, b"after")
         # As it was, for the tests that follow.
+        await asyncio.to_thread(wait_until_known, replica)
         primary.admin.execute_command("CLUSTER FAILOVER")
         await asyncio.to_thread(
             wait_until, lambda: primary.admin.info("replication")["role"] == "master", "the primary is one again"
@@ -240,3 +243,47 @@ async def test_a_replica_that_takes_over_is_found_and_recovers(
             wait_until, lambda: replica.admin.info("replication")["role"] == "slave", "the replica follows again"
         )
     forget_gone(servers)
+
+
+async def test_a_node_without_memory_is_told_and_the_others_grant(
+    session: Session, servers: list[ValkeyServer]
+) -> None:
+    there, elsewhere = (
+        next(user(1, bucket=bucket) for bucket in range(BUCKETS) if owner_of(servers, bucket) is server)
+        for server in servers[:2]
+    )
+    assert not await session.is_full()
+    servers[0].admin.config_set("maxmemory", 1)
+    try:
+        assert await session.is_full()
+        with pytest.raises(StoreError, match="maxmemory"):
+            await session.acquire(order(slot(there, 1)))
+        assert await session.acquire(order(slot(elsewhere, 1))) == GRANTED
+    finally:
+        servers[0].admin.config_set("maxmemory", 0)
+
+
+@pytest.mark.parametrize(("needs_all", "goes_on"), [("yes", False), ("no", True)])
+async def test_while_a_node_is_gone_the_others_serve_only_if_the_cluster_need_not_cover_all_keys(
+    needs_all: str, goes_on: bool, library: LibraryName
+) -> None:
+    with start_cluster("--cluster-require-full-coverage", needs_all) as servers:
+        session = session_at(url(library, servers))
+        await serving(session)
+        anna = next(user(1, bucket=bucket) for bucket in range(BUCKETS) if owner_of(servers, bucket) is servers[0])
+        assert await session.acquire(order(slot(anna, 1))) == GRANTED
+        servers[2].program.stop(SIGKILL)
+        for server in servers[:2]:
+            await asyncio.to_thread(wait_until_missed, server)
+        asked = [session.renew([Renewal(anna.bucket, "w1-1", LEASE)]), session.acquire(order(slot(anna, 2)))]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        if goes_on:
+            assert answers == [[Alive()], GRANTED]
+        else:
+            assert [type(answer) for answer in answers] == [StoreError, StoreError]
+        await session.aclose()
+
+
+def wait_until_missed(server: ValkeyServer) -> None:
+    """Until a node knows that another one is gone."""
+    wait_until(lambda: int(server.admin.execute_command("CLUSTER INFO")["cluster_slots_fail"]) > 0, "it is missed")

@@ -226,3 +226,22 @@ async def test_who_is_restored_is_told_of_what_was_noticed_before(
     end_recovery(valkey_server, 1)
 
     assert await session.renew([Renewal(1, "w1-2", LEASE)]) == [Alive(((ANNA.digest, noticed.position),))]
+
+
+async def test_a_server_that_is_back_without_what_another_was_told_meanwhile_is_not_seen(
+    session: Session, proxy: TcpProxy
+) -> None:
+    """Two servers that take turns behind one address, neither having the other's data: what the README warns of."""
+    assert await session.acquire(order(slot(ANNA, 1))) == GRANTED
+    first = proxy_target(proxy)
+    with start_valkey() as other:
+        change_to(proxy, other)
+        assert await until_answered(session, LEASE) > LEASE - 1
+        assert isinstance(await session.acquire(order(slot(ANNA, 2))), Recovering)
+        revoked = await session.notify(ANNA, b"revoked", forget_events=True)
+        assert [at for at, _ in await session.notices(ANNA, "")] == [revoked.position]
+        proxy.lead_to(first)
+        proxy.cut()
+        assert await until_answered(session, LEASE) == 0
+        assert await session.renew([Renewal(1, "w1-1", LEASE)]) == [Alive()]
+        assert await session.notices(ANNA, "") == []

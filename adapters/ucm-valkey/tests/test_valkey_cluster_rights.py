@@ -92,6 +92,20 @@ async def test_with_one_right_less_it_is_named_before_anything_is_served(
         await session.aclose()
 
 
+async def test_a_right_that_is_taken_away_later_is_no_server_that_is_down(
+    valkey_server: ValkeyServer, library: LibraryName
+) -> None:
+    let_in(valkey_server, "shop", rights("shop"))
+    session = session_of(library, valkey_server.port, "shop")
+    await serving(session)
+    let_in(valkey_server, "shop", [*rights("shop"), "-hset"])
+    with pytest.raises(ClusterUnavailableError, match="README of ucm-valkey") as caught:
+        await session.acquire(order(slot(user(1), 1)))
+    # Its script had begun: what came before may have been done.
+    assert (caught.value.reason, caught.value.is_unknown) == ("refused", True)
+    await session.aclose()
+
+
 async def test_without_its_keys_or_channels_that_is_said(valkey_server: ValkeyServer, library: LibraryName) -> None:
     for taken, word in (("resetkeys", "~ucm:shop:*"), ("resetchannels", "&ucm:shop:*")):
         let_in(valkey_server, "shop", [*rights("shop"), taken])

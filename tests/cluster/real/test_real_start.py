@@ -150,7 +150,7 @@ def test_a_store_that_is_not_there_yet(when: str, status: int, healthy: bool) ->
                 assert ("retry-after" in answer.headers) is (status == 503)
                 state = worker.ask("state")
                 assert (state["is_healthy"], state["state"]) == (healthy, "local" if healthy else "down")
-                assert "the cluster's store cannot be asked (down)" in server.output
+                assert "the cluster's store cannot be asked (down: nothing listens at" in server.output
                 assert ADMIN not in server.output
             finally:
                 worker.close()

@@ -56,6 +56,8 @@ def test_a_store_without_memory_grants_nothing_and_keeps_what_it_has(
         assert answer.status_code == status
         assert ("retry-after" in answer.headers) is (status == 503)
         assert not is_granted(other)
+        other.wait_for_state("full")
+        assert other.ask("state")["is_healthy"] is (when == "local")
         renewed = one.ask("state")["renewals"]
         wait_until(lambda: one.ask("state")["renewals"] > renewed + 1, "what is held is renewed all the same")
         assert one.ask("state")["live"] == LIMIT
@@ -64,5 +66,6 @@ def test_a_store_without_memory_grants_nothing_and_keeps_what_it_has(
         wait_until_free(store.server)
         store.server.admin.config_set("maxmemory", "0")
         wait_until(lambda: is_granted(other), "it grants again")
+        other.wait_for_state("up")
     wait_until_free(store.server)
     assert not witness.history().live

@@ -1,6 +1,7 @@
 """Connections of valkey-py and redis-py, and what their errors mean."""
 
 import asyncio
+import re
 import socket
 import ssl
 from collections.abc import Callable, Sequence
@@ -26,6 +27,12 @@ _CODES: Final = {
     "ClusterDownError": "CLUSTERDOWN",
     "ClusterCrossSlotError": "CROSSSLOT",
 }
+
+_KEPT_FROM: Final = re.compile(r"(?:access|publish to) (?:a|the|(?:at least )?one of the) (key|channel)")
+"""How a server says that a login may not have a key or a channel; Redis 7.0 does it in its own words."""
+
+_IN_SCRIPT: Final = "The user executing the script can't "
+"""How Redis 7.0 says it of what a script does, where later ones begin with ACL."""
 
 _NO_ANSWERS: Final = (ValueError, RecursionError)
 """What the libraries' parsers raise for what follows no protocol at all."""
@@ -143,12 +150,14 @@ class Client:
         if code is None:
             first = text.partition(" ")[0]
             code = first if first.isascii() and first.isupper() and first.isalnum() else "ERR"
+            if text.startswith(_IN_SCRIPT):
+                code = "ACL"
         if code in _REDIRECTIONS:
             return _redirection(code, text.removeprefix(code).split())
         if code == "WRONGPASS" and "required" in text:
             code = "NOAUTH"
-        about = next((word for word in ("key", "channel", "command") if f"access a {word}" in text), "")
-        return Fault(code, about)
+        about = _KEPT_FROM.search(text)
+        return Fault(code, about[1] if about else "")
 
     def late(self, host: str, port: int, *, is_connected: bool) -> Failure:
         """A server that takes too long."""

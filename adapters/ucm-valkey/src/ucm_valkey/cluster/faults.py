@@ -15,11 +15,14 @@ _REASONS: Final[dict[str, str]] = {
     "TRYAGAIN": "loading",
     "NOREPLICAS": "read-only",
     "MISCONF": "read-only",
+    "ACL": "refused",
 }
 """A word of the core's for each code of a server's; for others it is "down"."""
 
+_RIGHTS: Final = "the login may not do this; the README of ucm-valkey has the rights that it needs"
 _REMEDIES: Final = {
-    "NOPERM": "the login may not do this; the README of ucm-valkey has the rights that it needs",
+    "NOPERM": _RIGHTS,
+    "ACL": _RIGHTS,  # so a script is refused that has begun
     "NOAUTH": "the server wants a password, and the url has none",
     "WRONGPASS": "the server takes neither the url's user nor its password",
     "OOM": "the server has no memory left: raise its maxmemory",
@@ -32,14 +35,10 @@ _REMEDIES: Final = {
 
 
 class StoreError(ClusterUnavailableError):
-    """ClusterUnavailableError with ``detail`` for whoever operates the server. ``is_lasting`` is whether trying again
-    cannot help, as long as nobody changes a setting.
-    """
+    """``is_lasting`` is whether trying again cannot help, as long as nobody changes a setting."""
 
     def __init__(self, reason: str, detail: str, *, is_unknown: bool = False, is_lasting: bool = False) -> None:
-        super().__init__(reason, is_unknown=is_unknown)
-        self.args = (f"{self.args[0]}: {detail}",)
-        self.detail = detail
+        super().__init__(reason, is_unknown=is_unknown, detail=detail)
         self.is_lasting = is_lasting
 
     def at_start(self) -> ClusterUnavailableError | ConfigurationError:
@@ -49,7 +48,7 @@ class StoreError(ClusterUnavailableError):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An error that a server answered one command with. ``about`` is "command", "key", "channel" or ""; ``slot`` and
+    """An error that a server answered one command with. ``about`` is "key", "channel" or ""; ``slot`` and
     ``node`` are those of a redirection.
     """
 

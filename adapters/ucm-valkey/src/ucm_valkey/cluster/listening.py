@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, ParamSpec
 
 from ucm_middleware.cluster.store import Hearer, Place, UserKey
+from ucm_middleware.cluster.tally import Tally
 from ucm_valkey.cluster.asking import Asking
 from ucm_valkey.cluster.clients import Client, Node
 from ucm_valkey.cluster.ears import HEARTBEAT, Ear, open_ear
@@ -46,6 +47,10 @@ class _Channel:
         self.waiting.clear()
 
 
+def _tell_strange(number: int) -> None:
+    logger.warning("%d messages on channels of this application were not understood", number)
+
+
 class Listener:
     """Hears for one session."""
 
@@ -60,6 +65,7 @@ class Listener:
         self._unheard: set[_Channel] = set()
         self._unwanted: list[tuple[Ear, bytes]] = []
         self._was_deaf = False
+        self._strange = Tally(_tell_strange)
         self._wanted = asyncio.Event()
         self._attending: asyncio.Task[None] | None = None
         asking.topology.on_change = self._rearrange
@@ -160,7 +166,7 @@ class Listener:
                 epoch, sequence, payload = message.split(b" ", 2)
                 self._call(hearer.event, found.about, Place(epoch.decode(), int(sequence)), payload)
         except ValueError:
-            logger.warning("something was said on a channel of this application that was not understood")
+            self._strange.count()
 
     def _want(self, name: str, tag: str, about: UserKey | int) -> _Channel:
         channel = self._channels.get(name.encode())

@@ -280,6 +280,9 @@ for _, key in ipairs(KEYS) do most = math.max(most, recovering(key, ARGV[1], ton
 return most
 """
 
+_ROOM: Final = "return 1"
+"""Refused by a server that is out of memory, as an acquire is."""
+
 _SEAL: Final = """
 -- ARGV[1] is how long it stands; then the application's seals, newest first.
 local found = redis.call('GET', KEYS[1])
@@ -303,8 +306,8 @@ local function try(...)
   local answer = redis.pcall(...)
   if type(answer) == 'table' and answer.err then
     local text = answer.err
-    local about = string.find(text, 'access a key', 1, true) and 'key'
-      or string.find(text, 'access a channel', 1, true) and 'channel' or 'command'
+    local about = (string.find(text, 'access a key') or string.find(text, 'of the keys')) and 'key'
+      or (string.find(text, 'access a channel') or string.find(text, 'to the channel')) and 'channel' or 'command'
     refused[#refused + 1] = string.lower((...)) .. ' ' .. about
   end
 end
@@ -357,5 +360,6 @@ HISTORY: Final = _script("history", _HISTORY, "no-writes")
 NOTIFY: Final = _script("notify", _LIVE + _NOTIFY, "allow-oom")
 LEASES: Final = _script("leases", _LIVE + _LEASES, "no-writes")
 ENROLL: Final = _script("enroll", _ENGINE + _ENROLL, "allow-oom")
+ROOM: Final = _script("room", _ROOM)
 SEAL: Final = _script("seal", _SEAL, "allow-oom")
 PROBE: Final = _script("probe", _PROBE, "allow-oom")

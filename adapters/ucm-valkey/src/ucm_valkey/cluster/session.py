@@ -95,6 +95,12 @@ class ValkeySession:
         await self._seal()
         return max(answers.number(each) for each in seen) / 1000
 
+    async def is_full(self) -> bool:
+        """Whether a server has no memory left."""
+        buckets = {line: bucket for bucket in range(BUCKETS) if (line := self._topology.line(self._keys.tag(bucket)))}
+        found = await asyncio.gather(*map(self._is_full, buckets.values()))
+        return any(found)
+
     async def acquire(self, order: Order) -> Granted | Refused | Gone | Late | Recovering:
         """Check and take a slot, atomically."""
         slot, keys = order.slot, self._keys
@@ -269,6 +275,15 @@ class ValkeySession:
         """Give up the connections."""
         await self._listener.aclose()
         await self._topology.aclose()
+
+    async def _is_full(self, bucket: int) -> bool:
+        try:
+            await self._asking.run(scripts.ROOM, self._keys.tag(bucket), (self._keys.engine(bucket),))
+        except StoreError as error:
+            if error.reason != "memory":
+                raise
+            return True
+        return False
 
     async def _seal(self) -> int:
         key = self._keys.seal
