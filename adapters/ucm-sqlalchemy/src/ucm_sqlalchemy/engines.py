@@ -9,7 +9,7 @@ from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
 from ucm_middleware import ConfigurationError, TransactionLog, UserExecutionContext
-from ucm_sqlalchemy.drivers import Driver
+from ucm_sqlalchemy.drivers.driver import Driver
 from ucm_sqlalchemy.ownership import LEASE, Lease, owner_of, require_access
 
 BEGUN: Final = "ucm_sqlalchemy.begun"

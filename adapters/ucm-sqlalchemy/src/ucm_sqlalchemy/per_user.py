@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext
 from ucm_sqlalchemy.database import Database
-from ucm_sqlalchemy.drivers import Settings, Unbound
+from ucm_sqlalchemy.drivers.driver import Settings
+from ucm_sqlalchemy.drivers.unbound import Unbound
 from ucm_sqlalchemy.engines import EngineBinding
 from ucm_sqlalchemy.ownership import require_same_user
 from ucm_sqlalchemy.sessions import AnyEngine
