@@ -207,14 +207,39 @@ def test_a_block_that_caught_an_error_is_not_committed(
     assert bodies(pool, "alice") == []
 
 
+ENDINGS = ("commit", "rollback", "commit and chain", "rollback and chain", "commit; begin", "rollback; begin")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_a_block_whose_transaction_sql_has_ended_says_so(
-    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger, ending: Any
 ) -> None:
     refused = pytest.raises(psycopg.ProgrammingError, match="a statement has ended the transaction")
     with running_as(manager, "alice"), refused, pool.transaction() as connection:
-        connection.execute("commit")
+        connection.execute(ending)
     assert phases(ledger) == [("begin", None), ("unknown", 1)]
     assert bodies(pool, "alice") == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_error_after_sql_has_ended_the_transaction_puts_no_rollback_on_record(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger, ending: Any
+) -> None:
+    with running_as(manager, "alice"), pytest.raises(LookupError), pool.transaction() as connection:
+        connection.execute(ending)
+        raise LookupError
+    assert phases(ledger) == [("begin", None), ("unknown", 1)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_context_that_closes_after_sql_has_ended_the_transaction_puts_no_rollback_on_record(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger, ending: Any
+) -> None:
+    closed = pytest.raises(ContextClosedError)
+    with running_as(manager, "alice") as context, closed, pool.transaction() as connection:
+        connection.execute(ending)
+        context.close()
+    assert phases(ledger) == [("begin", None), ("unknown", 1)]
 
 
 def test_a_block_past_the_deadline_is_not_committed(pool: PsycopgThreadPool[Any], ledger: RecordingLedger) -> None:

@@ -1,7 +1,7 @@
 """EngineBinding: each transaction on an engine is its user's, whoever begins it, from before its first statement."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
 
 from sqlalchemy import Connection, Engine, ExceptionContext, event
@@ -12,6 +12,9 @@ from ucm_middleware import ConfigurationError, TransactionLog, UserExecutionCont
 from ucm_sqlalchemy.drivers.driver import Driver
 from ucm_sqlalchemy.ownership import LEASE, Lease, owner_of, require_access
 
+if TYPE_CHECKING:
+    from ucm_postgres.mark import Mark
+
 BEGUN: Final = "ucm_sqlalchemy.begun"
 """Where a connection's ``info`` has the transaction that is under way on it."""
 
@@ -19,9 +22,9 @@ IN_USE: Final = "ucm_sqlalchemy.in_use"
 """Is in the ``info`` of connections that the pool has given out, unlike those that SQLAlchemy gets to know first."""
 
 _ENDED: Final = (
-    "a statement, or the driver, has ended the transaction behind SQLAlchemy's back, so that what comes after it would "
-    "run for no user, and what became of its work is not known; leave its end to commit() and rollback(), and use "
-    "begin_nested() for savepoints"
+    "a statement, or the driver, has ended the transaction behind SQLAlchemy's back, or reset all settings, so that "
+    "what comes after it would run for no user, and what became of its work is not known; leave its end to commit() "
+    "and rollback(), and use begin_nested() for savepoints"
 )
 
 
@@ -33,6 +36,7 @@ class Begun:
     log: TransactionLog
     driver: Driver
     dbapi_connection: Any
+    mark: "Mark | None" = None  # what shows that it is over
     is_bound: bool = False
     is_committing: bool = False
     has_failed: bool = False  # a statement, after which a server may answer COMMIT with a rollback, and say nothing
@@ -40,10 +44,15 @@ class Begun:
     lease: Lease | None = None
     is_lost: bool = False  # something other than SQLAlchemy has ended it
 
-    def find_lost(self) -> bool:
+    def find_lost(self, *, can_ask: bool = False) -> bool:
         """Whether something other than SQLAlchemy has ended it. The end is on record as unknown then."""
         if self.is_bound and not self.is_committing and not self.is_lost:
-            self.is_lost = self.driver.has_ended(self.dbapi_connection)
+            has_ended = self.driver.has_ended(self.dbapi_connection, self.mark)
+            if has_ended is None:
+                if can_ask:
+                    self.has_failed = self.driver.has_failed(self.dbapi_connection)
+                has_ended = not self.has_failed
+            self.is_lost = has_ended
             if self.is_lost:
                 self._lose(InvalidRequestError(_ENDED))
         return self.is_lost
@@ -105,7 +114,7 @@ class EngineBinding:
             begun = info[BEGUN] = Begun(owner, log, self._driver, dbapi_connection, lease=options.get(LEASE))
             if begun.lease is not None:
                 begun.lease.take(connection)
-            self._driver.begin(connection, settings)
+            begun.mark = self._driver.begin(connection, settings)
             begun.is_bound = True
             owner.bind_session(connection)
         except BaseException as error:
@@ -155,7 +164,9 @@ class EngineBinding:
                 self._detached[id(begun.dbapi_connection)] = begun
 
     def _rollback(self, connection: Connection) -> None:
-        if _begun_on(connection) is not None:
+        begun = _begun_on(connection)
+        if begun is not None:
+            begun.find_lost(can_ask=not begun.has_failed)
             self._end(connection.info)
 
     def _rollback_savepoint(self, connection: Connection, name: str, context: None) -> None:
@@ -200,5 +211,5 @@ def _begun_on(connection: Connection) -> Begun | None:
 
 
 def _require_under_way(begun: Begun) -> None:
-    if begun.find_lost():
+    if begun.find_lost(can_ask=True):
         raise InvalidRequestError(_ENDED)

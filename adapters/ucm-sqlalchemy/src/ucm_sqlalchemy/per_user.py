@@ -157,7 +157,7 @@ class _UsersFile(Unbound):
     def begin(self, connection: Connection, settings: Settings) -> None:
         connection.exec_driver_sql("BEGIN")
 
-    def has_ended(self, dbapi_connection: Any) -> bool:
+    def has_ended(self, dbapi_connection: Any, mark: object) -> bool | None:
         driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)  # of aiosqlite, or Python's own
         return not driver.in_transaction
 

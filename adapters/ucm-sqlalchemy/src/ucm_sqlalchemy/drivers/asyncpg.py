@@ -11,6 +11,7 @@ from ucm_sqlalchemy.drivers.postgres import Postgres
 
 if TYPE_CHECKING:
     from ucm_postgres.client_state import Restore
+    from ucm_postgres.mark import Mark, Reported
 
 _WATCH: Final = "ucm_sqlalchemy.watch"
 """Where the ``info`` of a connection has what hears of its statements."""
@@ -29,16 +30,34 @@ class _Watch:
 class Asyncpg(Postgres):
     """asyncpg: its prepared statements survive the reset."""
 
-    def begin(self, connection: Connection, settings: Settings) -> None:
-        super().begin(connection, settings)
+    def bind(self, connection: Connection, settings: Settings) -> None:
+        super().bind(connection, settings)
         watch: _Watch = connection.info.setdefault(_WATCH, _Watch())
         watch.saw_error = False
         driver = cast("Any", connection.connection.dbapi_connection).driver_connection
         driver.add_query_logger(watch.hear)  # of which asyncpg keeps one
 
-    def has_ended(self, dbapi_connection: Any) -> bool:
+    def reports(self, dbapi_connection: Any) -> "Reported":
+        from ucm_postgres.mark import asyncpg_reported
+
+        return asyncpg_reported(dbapi_connection.driver_connection)
+
+    def has_ended(self, dbapi_connection: Any, mark: "Mark | None") -> bool | None:
         driver = dbapi_connection.driver_connection
-        return not driver.is_closed() and not driver.is_in_transaction()
+        if driver.is_closed():
+            return False
+        if not driver.is_in_transaction():
+            return True
+        return None if mark is not None and mark.is_gone() else False
+
+    def has_failed(self, dbapi_connection: Any) -> bool:
+        from asyncpg import InFailedSQLTransactionError  # type: ignore[import-untyped]
+
+        try:
+            await_(dbapi_connection.driver_connection.execute("SELECT 1"))
+        except InFailedSQLTransactionError:
+            return True
+        return False
 
     def may_have_failed(self, connection: Connection) -> bool:
         # asyncpg keeps from everybody whether a transaction has failed, and lets loggers know in the loop's next turn.

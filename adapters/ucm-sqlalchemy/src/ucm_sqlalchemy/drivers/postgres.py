@@ -11,6 +11,7 @@ from ucm_sqlalchemy.drivers.driver import Info, Reset, Settings
 if TYPE_CHECKING:
     from ucm_postgres import Binding
     from ucm_postgres.client_state import Restore
+    from ucm_postgres.mark import Mark, Reported
 
 _RESTORE: Final = "ucm_sqlalchemy.restore"
 """Where the ``info`` of a connection that is lent has what gives it back what it held."""
@@ -21,9 +22,11 @@ class Postgres:
 
     def __init__(self, binding: "Binding", reset: Reset) -> None:
         from ucm_postgres.blocks import outcome_is_unknown
+        from ucm_postgres.mark import Mark
         from ucm_postgres.reset import RESET, RESET_QUERY
 
         self._is_unknown = outcome_is_unknown
+        self._mark: Final = Mark
         self._binding = binding
         self._resets_at_return = reset == "return"
         self._reset: Final[tuple[str, ...]] = RESET
@@ -40,14 +43,28 @@ class Postgres:
     def outcome_is_unknown(self, error: BaseException) -> bool:
         return self._is_unknown(error)
 
-    def has_ended(self, dbapi_connection: Any) -> bool:
+    def has_ended(self, dbapi_connection: Any, mark: "Mark | None") -> bool | None:
+        raise NotImplementedError
+
+    def has_failed(self, dbapi_connection: Any) -> bool:
         raise NotImplementedError
 
     def may_have_failed(self, connection: Connection) -> bool:
         raise NotImplementedError
 
-    def begin(self, connection: Connection, settings: Settings) -> None:
+    def begin(self, connection: Connection, settings: Settings) -> "Mark | None":
         require_transaction(connection)
+        mark = self._mark(self.reports(connection.connection.dbapi_connection))
+        self.bind(connection, (*settings, *mark.settings))
+        mark.begun()
+        return mark
+
+    def reports(self, dbapi_connection: Any) -> "Reported":
+        """What the server reports of the mark."""
+        raise NotImplementedError
+
+    def bind(self, connection: Connection, settings: Settings) -> None:
+        """Begin the transaction and tell the database."""
         self.tell(connection, settings)
 
     def tell(self, connection: Connection, settings: Settings) -> None:

@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from sqlalchemy import Connection
 
 from ucm_sqlalchemy.drivers.driver import Reset, Settings
-from ucm_sqlalchemy.drivers.postgres import Postgres, require_transaction
+from ucm_sqlalchemy.drivers.postgres import Postgres
 
 if TYPE_CHECKING:
     from psycopg.pq import TransactionStatus
 
     from ucm_postgres import Binding
     from ucm_postgres.client_state import Restore
+    from ucm_postgres.mark import Mark, Reported
     from ucm_postgres.together import Waiting
 
 _MODES: Final = ("autocommit", "isolation_level", "read_only", "deferrable")
@@ -27,8 +28,7 @@ class Psycopg(Postgres):
         super().__init__(binding, reset)
         self._statuses = TransactionStatus
 
-    def begin(self, connection: Connection, settings: Settings) -> None:
-        require_transaction(connection)
+    def bind(self, connection: Connection, settings: Settings) -> None:
         dbapi_connection = cast("Any", connection.connection.dbapi_connection)
         try:
             self._begin_at_once(dbapi_connection, settings)
@@ -44,11 +44,22 @@ class Psycopg(Postgres):
         # pipelines.
         self.tell(connection, settings)
 
-    def has_ended(self, dbapi_connection: Any) -> bool:
-        return bool(self._status(dbapi_connection) == self._statuses.IDLE)
+    def reports(self, dbapi_connection: Any) -> "Reported":
+        from ucm_postgres.mark import psycopg_reported
+
+        return psycopg_reported(self._driver_of(dbapi_connection))
+
+    def has_ended(self, dbapi_connection: Any, mark: "Mark | None") -> bool | None:
+        status = self._status(dbapi_connection)
+        if status == self._statuses.INTRANS:
+            return mark is not None and mark.is_gone()
+        return bool(status == self._statuses.IDLE)
+
+    def has_failed(self, dbapi_connection: Any) -> bool:
+        return bool(self._status(dbapi_connection) == self._statuses.INERROR)
 
     def may_have_failed(self, connection: Connection) -> bool:
-        return bool(self._status(connection.connection.dbapi_connection) == self._statuses.INERROR)
+        return self.has_failed(connection.connection.dbapi_connection)
 
     def remember(self, dbapi_connection: Any) -> "Restore":
         from ucm_postgres.client_state import remember_psycopg

@@ -22,7 +22,10 @@ class Unbound:
     def outcome_is_unknown(self, error: BaseException) -> bool:
         return False
 
-    def has_ended(self, dbapi_connection: Any) -> bool:
+    def has_ended(self, dbapi_connection: Any, mark: object) -> bool | None:
+        return False
+
+    def has_failed(self, dbapi_connection: Any) -> bool:
         return False
 
     def may_have_failed(self, connection: Connection) -> bool:
