@@ -235,6 +235,59 @@ async def test_the_transactions_of_a_detached_connection_end_on_record(
         assert await by_text(engine) == ["a1"]
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
+async def test_what_a_context_leaves_on_a_detached_connection_is_rolled_back_when_it_closes(
+    engine: AsyncEngine, manager: UserContextManager, database: Database, *, is_kept: bool
+) -> None:
+    """Nobody gives it back, or closes it."""
+    kept: list[AsyncConnection] = []
+    async with running(manager, "alice"):
+        connection = await engine.connect()
+        kept.append(connection)
+        await connection.execute(INSERT)
+        await detach(connection)
+        if not is_kept:
+            kept.clear()
+        del connection
+    assert phases(manager) == ["begin", "rollback"]
+    # Another's would wait for a lock of a transaction that is still under way.
+    database.execute("set lock_timeout = '5s'; truncate notes", as_=database.superuser)
+    for connection in kept:
+        async with running(manager, "alice"):
+            with pytest.raises(DBAPIError):
+                await connection.execute(INSERT)
+        await connection.close()
+
+
+async def test_a_commit_on_a_detached_connection_that_nobody_closes_is_on_record_when_the_context_closes(
+    engine: AsyncEngine, manager: UserContextManager
+) -> None:
+    async with running(manager, "alice"):
+        connection = await engine.connect()
+        await connection.execute(INSERT)
+        raw = await detach(connection)
+        await connection.commit()
+        await connection.execute(INSERT)
+        await connection.commit()
+    assert phases(manager) == ["begin", "commit", "begin", "commit"]
+    await connection.close()
+    await raw.close()
+    async with running(manager, "alice"):
+        assert await by_text(engine) == ["a1", "a1"]
+
+
+async def test_a_commit_before_the_connection_is_detached_is_on_record(
+    engine: AsyncEngine, manager: UserContextManager
+) -> None:
+    async with running(manager, "alice"):
+        async with engine.connect() as connection:
+            await connection.execute(INSERT)
+            await connection.commit()
+            raw = await detach(connection)
+        assert phases(manager) == ["begin", "commit"]
+        await raw.close()
+
+
 # Without asyncio.
 
 
@@ -257,6 +310,11 @@ async def test_sync_engines_do_the_same(database: Database, driver: str) -> None
                     connection.execute(INSERT)
                     connection.detach()
                     connection.commit()
+                left = engine.connect()
+                left.execute(INSERT)
+                left.detach()
+            left.invalidate()
 
         await asyncio.to_thread(work)
-        assert phases(manager) == ["begin", "rollback", "begin", "unknown", "begin", "commit"]
+        assert phases(manager) == ["begin", "rollback", "begin", "unknown", "begin", "commit", "begin", "rollback"]
+        database.execute("set lock_timeout = '5s'; truncate notes", as_=database.superuser)

@@ -69,6 +69,9 @@ class Asyncpg(Postgres):
 
         return remember_asyncpg(dbapi_connection.driver_connection)
 
+    def cut(self, dbapi_connection: Any) -> None:
+        dbapi_connection.driver_connection.terminate()
+
     def reset_inside(self, connection: Connection) -> None:
         first, *rest = self._reset
         connection.exec_driver_sql(first)  # with which SQLAlchemy begins the transaction

@@ -57,6 +57,10 @@ class Driver(Protocol):
         """Remember what the driver's connection holds, in the pool's event ``checkout``."""
         ...
 
+    def cut(self, dbapi_connection: Any) -> None:
+        """Cut a connection off from the server, whatever is under way on it: without waiting, in whichever thread."""
+        ...
+
     def reset(self, dbapi_connection: Any, info: Info) -> None:
         """Bring a connection back to a clean state, in the pool's event ``reset``."""
         ...

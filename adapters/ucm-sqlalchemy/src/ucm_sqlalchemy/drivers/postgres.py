@@ -93,6 +93,9 @@ class Postgres:
         """Remember what the driver's connection holds on this side of the line."""
         raise NotImplementedError
 
+    def cut(self, dbapi_connection: Any) -> None:
+        raise NotImplementedError
+
     def reset(self, dbapi_connection: Any, info: Info) -> None:
         dbapi_connection.rollback()
         if self._resets_at_return:

@@ -77,6 +77,20 @@ class Psycopg(Postgres):
 
         return restore_all
 
+    def cut(self, dbapi_connection: Any) -> None:
+        from ucm_postgres.psycopg_connection import shut_down
+
+        driver = self._driver_of(dbapi_connection)
+        shut_down(driver.pgconn)  # whoever is in the middle of something finds the line dead
+        self._finish(driver)
+
+    def _finish(self, driver: Any) -> None:
+        if driver.lock.acquire(blocking=False):
+            try:
+                driver.pgconn.finish()
+            finally:
+                driver.lock.release()
+
     def _driver_of(self, dbapi_connection: Any) -> Any:
         return dbapi_connection
 
@@ -111,6 +125,10 @@ class AsyncPsycopg(Psycopg):
 
     def _driver_of(self, dbapi_connection: Any) -> Any:
         return dbapi_connection.driver_connection
+
+    def _finish(self, driver: Any) -> None:
+        if not driver.lock.locked():
+            driver.pgconn.finish()
 
     def _begin_at_once(self, connection: Any, settings: Settings) -> None:
         async def begin(driver: Any) -> None:

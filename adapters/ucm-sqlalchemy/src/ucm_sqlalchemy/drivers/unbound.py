@@ -37,5 +37,8 @@ class Unbound:
     def lend(self, dbapi_connection: Any, info: Info) -> None:
         """Leave it as it is: the connection to a user's file is not lent again."""
 
+    def cut(self, dbapi_connection: Any) -> None:
+        """Leave it to whoever has it: there is no server."""
+
     def reset(self, dbapi_connection: Any, info: Info) -> None:
         """Leave it to the pool, which rolls back."""
