@@ -29,7 +29,8 @@ from ucm_middleware import (
 )
 from ucm_middleware.current import ambient
 from ucm_middleware.testing import FakeClock, RecordingLedger
-from ucm_postgres import Binding
+from ucm_postgres import Binding, psycopg_threads
+from ucm_postgres.psycopg_connection import shut_down
 from ucm_postgres.psycopg_threads import PsycopgThreadPool, reset
 
 Raw = ConnectionPool[psycopg.Connection[Any]]
@@ -291,6 +292,40 @@ class TestTheContextCloses:
         assert [phase for phase, _ in phases(ledger)] == ["begin", "rollback"]
         assert bodies(pool, "alice") == []
         wait_until(lambda: not is_sleeping(emptied), "the server has stopped it too")
+
+    async def test_its_line_is_cut_in_nobody_elses_hands(
+        self,
+        emptied: Database,
+        pool: PsycopgThreadPool[Any],
+        manager: UserContextManager,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The statement is cancelled first, so that its block may have ended by then."""
+        ended, cut = threading.Event(), threading.Event()
+
+        def late(pgconn: Any) -> None:
+            is_stopping = threading.current_thread().name == "ucm_postgres stops a statement"
+            if is_stopping:
+                assert ended.wait(10)
+            shut_down(pgconn)
+            if is_stopping:
+                cut.set()
+
+        monkeypatch.setattr(psycopg_threads, "shut_down", late)
+
+        def work() -> None:
+            with pool.transaction() as connection:
+                connection.execute("select pg_sleep(30)")
+
+        with ThreadPoolExecutor(1) as threads:
+            working = threads.submit(as_user(context := manager.create_isolated_context("alice")).run, work)
+            wait_until(lambda: is_sleeping(emptied), "the thread asks")
+            await manager.cleanup_context(("alice", context.request_id))
+            with pytest.raises(psycopg.OperationalError):
+                working.result(10)
+            ended.set()
+            assert cut.wait(10)
+        assert bodies(pool, "alice") == []
 
     async def test_as_it_does_something_else(
         self, pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger

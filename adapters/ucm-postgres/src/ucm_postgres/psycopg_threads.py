@@ -181,6 +181,7 @@ class PsycopgThreadPool(Generic[C]):
         if connection is None:
             return
         # Else its thread is in the middle of something: it finds the line dead, and its block closes the connection.
+        lent.is_stopped = True
         if not connection.lock.acquire(blocking=False):
             threading.Thread(target=_stop, args=(connection,), name="ucm_postgres stops a statement").start()
         else:
@@ -200,6 +201,9 @@ class PsycopgThreadPool(Generic[C]):
             revoke(lent.handle)
 
     def _give_back(self, lent: "_Lent[C]") -> None:
+        if lent.is_stopped:  # its line may be cut later than its block ends: nobody else is to have it then
+            self._discard(lent.connection)
+            return
         try:
             lent.restore()
         except (Error, ClientStateError):
@@ -249,6 +253,7 @@ class _Lent(Generic[C]):
         self.mark: Mark | None = None
         self.nesting = Nesting()
         self.is_begun = False
+        self.is_stopped = False
         self._is_over = False
         self._is_taken = False
         self._lock = threading.Lock()
