@@ -11,6 +11,7 @@ import pytest
 
 from postgres_drivers import BODIES, DRIVERS, INSERT, Pool, of, open_pool
 from support.contexts import running_as
+from support.pgbouncer import start_pgbouncer
 from support.postgres import Database
 from support.tcp_proxy import TcpProxy
 from ucm_middleware import ContextClosedError, UserContextManager, managed_user_context
@@ -22,6 +23,8 @@ FAILED = (psycopg.errors.InFailedSqlTransaction, asyncpg.InFailedSQLTransactionE
 DEAD = (psycopg.OperationalError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError, ConnectionError)
 ENDED = (psycopg.ProgrammingError, asyncpg.InterfaceError)
 SQL_ERRORS = (psycopg.Error, asyncpg.PostgresError)
+
+ENDINGS = ("commit", "rollback", "commit and chain", "rollback and chain", "commit; begin", "rollback; begin")
 
 
 @pytest.fixture(params=DRIVERS)
@@ -99,7 +102,7 @@ class TestABlockThatCaughtAnError:
         assert await bodies(pool) == []
 
 
-@pytest.mark.parametrize("ending", ["commit", "rollback"])
+@pytest.mark.parametrize("ending", ENDINGS)
 async def test_a_block_whose_transaction_sql_has_ended_says_so(
     pool: Pool, manager: UserContextManager, ledger: RecordingLedger, ending: str
 ) -> None:
@@ -109,7 +112,121 @@ async def test_a_block_whose_transaction_sql_has_ended_says_so(
             await connection.execute(ending)
             assert await pool.run(connection, BODIES) == []  # for nobody
     assert phases(ledger) == ["begin", "unknown"]
-    assert await bodies(pool) == (["milk"] if ending == "commit" else [])
+    assert await bodies(pool) == (["milk"] if ending.startswith("commit") else [])
+
+
+async def test_a_block_whose_failed_transaction_sql_has_ended_says_so(
+    pool: Pool, manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    with running_as(manager, "alice"), pytest.raises(ENDED, match="a statement has ended the transaction"):
+        async with pool.plugin.transaction() as connection:
+            with contextlib.suppress(*SQL_ERRORS):
+                await pool.run(connection, "select 1 / 0")
+            await connection.execute("rollback and chain")
+    assert phases(ledger) == ["begin", "unknown"]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_an_error_after_sql_has_ended_the_transaction_puts_no_rollback_on_record(
+    pool: Pool, manager: UserContextManager, ledger: RecordingLedger, ending: str
+) -> None:
+    with running_as(manager, "alice"), pytest.raises(LookupError):
+        async with pool.plugin.transaction() as connection:
+            await pool.run(connection, INSERT, "milk")
+            await connection.execute(ending)
+            raise LookupError
+    assert phases(ledger) == ["begin", "unknown"]
+    assert await bodies(pool) == (["milk"] if ending.startswith("commit") else [])
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_a_context_that_closes_after_sql_has_ended_the_transaction_puts_no_rollback_on_record(
+    pool: Pool, manager: UserContextManager, ledger: RecordingLedger, ending: str
+) -> None:
+    context = manager.create_isolated_context("alice")
+
+    async def work() -> None:
+        ambient.set(context)
+        async with pool.plugin.transaction() as connection:
+            await pool.run(connection, INSERT, "milk")
+            await connection.execute(ending)
+            await context.aclose()
+
+    with pytest.raises(ContextClosedError):
+        await asyncio.create_task(work())
+    assert phases(ledger) == ["begin", "unknown"]
+    assert await bodies(pool) == (["milk"] if ending.startswith("commit") else [])
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_failed_block_is_a_rollback_on_record(
+    pool: Pool, manager: UserContextManager, ledger: RecordingLedger, ended: bool
+) -> None:
+    """Though the server says nothing else of it than of a transaction that has ended."""
+    with running_as(manager, "alice"), pytest.raises(SQL_ERRORS):
+        async with pool.plugin.transaction() as connection:
+            if ended or pool.driver == "psycopg":
+                await pool.run(connection, "select 1 / 0")
+            else:
+                await (await connection.prepare("select 1 / $1::int")).fetch(0)  # of which it hears nothing
+    assert phases(ledger) == ["begin", "rollback"]
+
+
+async def test_what_fails_in_a_statement_that_asyncpg_has_prepared_is_not_committed(emptied: Database) -> None:
+    ledger = RecordingLedger()
+    async with open_pool("asyncpg", emptied.app) as pool:
+        with running_as(pool.manager(ledger=ledger), "alice"), pytest.raises(FAILED, match="a block of its own"):
+            async with pool.plugin.transaction() as connection:
+                await pool.run(connection, INSERT, "milk")
+                prepared = await connection.prepare("select 1 / $1::int")
+                with contextlib.suppress(*SQL_ERRORS):
+                    await prepared.fetch(0)
+        assert phases(ledger) == ["begin", "rollback"]
+        assert await bodies(pool) == []
+
+
+async def test_a_savepoint_that_was_rolled_back_ends_no_transaction(
+    pool: Pool, manager: UserContextManager, ledger: RecordingLedger
+) -> None:
+    with running_as(manager, "alice"):
+        async with pool.plugin.transaction() as connection:
+            await pool.run(connection, INSERT, "milk")
+            await connection.execute("savepoint here")
+            with contextlib.suppress(*SQL_ERRORS):
+                await pool.run(connection, "select 1 / 0")
+            await connection.execute("rollback to here")
+    assert phases(ledger) == ["begin", "commit"]
+    assert await bodies(pool) == ["milk"]
+
+
+@pytest.mark.parametrize("before", ["on", "off"])
+async def test_how_transactions_begin_by_default_is_as_it_was(emptied: Database, before: str) -> None:
+    """Where the server says that it has changed, a transaction has ended: for that it is turned over meanwhile."""
+    emptied.execute(f"alter role {{app}} set default_transaction_read_only = {before}", as_=emptied.superuser)
+    try:
+        for driver in DRIVERS:
+            async with open_pool(driver, emptied.app) as pool:
+                with running_as(pool.manager(), "alice"):
+                    async with pool.plugin.transaction() as connection:
+                        assert await pool.run(connection, "show transaction_read_only") == [(before,)]
+                    with pytest.raises(ENDED):
+                        async with pool.plugin.transaction() as connection:
+                            await connection.execute("rollback and chain")
+                            assert await pool.run(connection, "show transaction_read_only") == [(before,)]
+                async with pool.borrow() as connection:
+                    assert await pool.run(connection, "show default_transaction_read_only") == [(before,)]
+    finally:
+        emptied.execute("alter role {app} reset default_transaction_read_only", as_=emptied.superuser)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_behind_pgbouncer_it_says_so_too(emptied: Database, driver: str) -> None:
+    with start_pgbouncer(emptied) as pgbouncer:
+        async with open_pool(driver, pgbouncer.login(emptied.app), reset="begin", prepares=False) as pool:
+            with running_as(pool.manager(), "alice"), pytest.raises(ENDED, match="has ended the transaction"):
+                async with pool.plugin.transaction() as connection:
+                    await connection.execute("commit and chain")
+            assert await bodies(pool) == []
 
 
 async def test_a_commit_whose_answer_is_lost_is_on_record_as_unknown(

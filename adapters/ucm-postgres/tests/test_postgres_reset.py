@@ -243,3 +243,19 @@ class TestAPoolThatResetsNothing:
                     async with pool.plugin.transaction() as connection:
                         pids |= set(await pool.run(connection, "select pg_backend_pid()"))
             assert len(pids) == 3
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_reset_at_the_beginning_comes_after_how_the_transaction_begins(database: Database, driver: str) -> None:
+    """Which the next one that commits puts right."""
+    read_only: list[Any] = []
+    async with open_pool(driver, database.app, reset="begin") as pool:
+        manager = pool.manager()
+        with running_as(manager, "alice"):
+            async with pool.plugin.transaction() as connection:
+                await connection.execute("set session characteristics as transaction read only")
+        with running_as(manager, "bob"):
+            for _ in range(2):
+                async with pool.plugin.transaction() as connection:
+                    read_only += await pool.run(connection, "show transaction_read_only")
+    assert read_only == [("on",), ("off",)]

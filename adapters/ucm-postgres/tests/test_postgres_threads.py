@@ -29,7 +29,8 @@ from ucm_middleware import (
 )
 from ucm_middleware.current import ambient
 from ucm_middleware.testing import FakeClock, RecordingLedger
-from ucm_postgres import Binding
+from ucm_postgres import Binding, psycopg_threads
+from ucm_postgres.psycopg_connection import shut_down
 from ucm_postgres.psycopg_threads import PsycopgThreadPool, reset
 
 Raw = ConnectionPool[psycopg.Connection[Any]]
@@ -207,14 +208,39 @@ def test_a_block_that_caught_an_error_is_not_committed(
     assert bodies(pool, "alice") == []
 
 
+ENDINGS = ("commit", "rollback", "commit and chain", "rollback and chain", "commit; begin", "rollback; begin")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_a_block_whose_transaction_sql_has_ended_says_so(
-    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger, ending: Any
 ) -> None:
     refused = pytest.raises(psycopg.ProgrammingError, match="a statement has ended the transaction")
     with running_as(manager, "alice"), refused, pool.transaction() as connection:
-        connection.execute("commit")
+        connection.execute(ending)
     assert phases(ledger) == [("begin", None), ("unknown", 1)]
     assert bodies(pool, "alice") == []
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_error_after_sql_has_ended_the_transaction_puts_no_rollback_on_record(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger, ending: Any
+) -> None:
+    with running_as(manager, "alice"), pytest.raises(LookupError), pool.transaction() as connection:
+        connection.execute(ending)
+        raise LookupError
+    assert phases(ledger) == [("begin", None), ("unknown", 1)]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_context_that_closes_after_sql_has_ended_the_transaction_puts_no_rollback_on_record(
+    pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger, ending: Any
+) -> None:
+    closed = pytest.raises(ContextClosedError)
+    with running_as(manager, "alice") as context, closed, pool.transaction() as connection:
+        connection.execute(ending)
+        context.close()
+    assert phases(ledger) == [("begin", None), ("unknown", 1)]
 
 
 def test_a_block_past_the_deadline_is_not_committed(pool: PsycopgThreadPool[Any], ledger: RecordingLedger) -> None:
@@ -266,6 +292,40 @@ class TestTheContextCloses:
         assert [phase for phase, _ in phases(ledger)] == ["begin", "rollback"]
         assert bodies(pool, "alice") == []
         wait_until(lambda: not is_sleeping(emptied), "the server has stopped it too")
+
+    async def test_its_line_is_cut_in_nobody_elses_hands(
+        self,
+        emptied: Database,
+        pool: PsycopgThreadPool[Any],
+        manager: UserContextManager,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The statement is cancelled first, so that its block may have ended by then."""
+        ended, cut = threading.Event(), threading.Event()
+
+        def late(pgconn: Any) -> None:
+            is_stopping = threading.current_thread().name == "ucm_postgres stops a statement"
+            if is_stopping:
+                assert ended.wait(10)
+            shut_down(pgconn)
+            if is_stopping:
+                cut.set()
+
+        monkeypatch.setattr(psycopg_threads, "shut_down", late)
+
+        def work() -> None:
+            with pool.transaction() as connection:
+                connection.execute("select pg_sleep(30)")
+
+        with ThreadPoolExecutor(1) as threads:
+            working = threads.submit(as_user(context := manager.create_isolated_context("alice")).run, work)
+            wait_until(lambda: is_sleeping(emptied), "the thread asks")
+            await manager.cleanup_context(("alice", context.request_id))
+            with pytest.raises(psycopg.OperationalError):
+                working.result(10)
+            ended.set()
+            assert cut.wait(10)
+        assert bodies(pool, "alice") == []
 
     async def test_as_it_does_something_else(
         self, pool: PsycopgThreadPool[Any], manager: UserContextManager, ledger: RecordingLedger

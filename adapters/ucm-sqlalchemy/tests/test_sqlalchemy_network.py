@@ -8,7 +8,7 @@ from typing import Any, cast
 import psycopg
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import NullPool
 
@@ -310,3 +310,17 @@ async def test_behind_pgbouncer_the_binding_lasts_no_longer_than_the_transaction
                 assert await by_text(engine) == ["a1"]
         async with async_engine(login, driver, **pgbouncer_options(driver)) as other:
             assert await by_text(other) == []
+
+
+async def test_behind_pgbouncer_what_a_statement_has_ended_is_noticed(database: Database, driver: str) -> None:
+    with start_pgbouncer(database) as pgbouncer:
+        async with async_engine(pgbouncer.login(database.app), driver, **pgbouncer_options(driver)) as engine:
+            bound = SQLAlchemy(engine, reset="begin")
+            manager = UserContextManager(plugins=[bound])
+            async with running(manager, "alice"):
+                with pytest.raises(InvalidRequestError, match="ended"):
+                    async with bound.unit_of_work() as session:
+                        await session.execute(text("commit and chain"))
+                        await session.execute(text("insert into notes (body) values ('a1')"))
+                assert await by_text(engine) == []
+            assert [each["phase"] for each in events(manager, "alice", "transaction")][:2] == ["begin", "unknown"]

@@ -13,6 +13,7 @@ from ucm_postgres.binding import Binding
 from ucm_postgres.blocks import ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.client_state import Restore, remember_asyncpg
+from ucm_postgres.mark import Reported, asyncpg_reported
 from ucm_postgres.reset import RESET_QUERY
 from ucm_postgres.shared import asyncpg_types
 from ucm_postgres.transaction import GRACE, UserTransaction, UserTransactions
@@ -117,16 +118,32 @@ class _AsyncpgTransaction(UserTransaction[Any]):
             connection.remove_query_logger(self._count)
         except asyncpg.InterfaceError:  # the pool has heard of it already
             return cast("Exception", asyncpg.InterfaceError(LOST_MESSAGE))
-        if not connection.is_in_transaction():
-            self.log.lost(ended := asyncpg.InterfaceError(ENDED_MESSAGE))
-            return cast("Exception", ended)
-        if not self._saw_error:
-            return None
+        if self._saw_error or self._is_gone():
+            await self._find_out(connection)
+        if self._has_ended(connection):
+            return cast("Exception", asyncpg.InterfaceError(ENDED_MESSAGE))
+        return cast("Exception", asyncpg.InFailedSQLTransactionError(FAILED_MESSAGE)) if self._saw_error else None
+
+    def _reports(self, connection: Any) -> Reported:
+        return asyncpg_reported(connection)
+
+    def _has_ended(self, connection: Any) -> bool:
+        if connection.is_closed():
+            return False
+        return not connection.is_in_transaction() or (self._is_gone() and not self._saw_error)
+
+    def _is_gone(self) -> bool:
+        """Whether the transaction has ended or failed: what failed in a prepared statement is not heard of."""
+        return self._mark is not None and self._mark.is_gone()
+
+    async def _find_out(self, connection: Any) -> None:
+        """Ask whether it has failed: asyncpg keeps that from everybody, and what COMMIT answers."""
         try:
-            await connection.execute("SELECT 1")  # asyncpg keeps from everybody what COMMIT answers
+            await connection.execute("SELECT 1")
         except asyncpg.InFailedSQLTransactionError:
-            return cast("Exception", asyncpg.InFailedSQLTransactionError(FAILED_MESSAGE))
-        return None
+            self._saw_error = True
+        else:
+            self._saw_error = False
 
     async def _commit(self, connection: Any) -> None:
         assert self._block is not None
@@ -134,6 +151,9 @@ class _AsyncpgTransaction(UserTransaction[Any]):
 
     async def _roll_back(self, connection: Any, error: BaseException) -> None:
         connection.remove_query_logger(self._count)
+        if self._is_gone() and not self._saw_error:
+            await self._find_out(connection)
+        self._look(connection, error)
         assert self._block is not None
         await self._block.rollback()
 

@@ -18,8 +18,8 @@ FAILED_MESSAGE: Final = (
 LOST_MESSAGE: Final = "the connection was lost before COMMIT, and the transaction is rolled back with it"
 
 ENDED_MESSAGE: Final = (
-    "a statement has ended the transaction inside of its block, and what came after it ran for no user; leave that to "
-    "the end of the block, and let blocks inside of it be the savepoints"
+    "a statement has ended the transaction inside of its block, or reset all settings, and what came after it ran for "
+    "no user; leave that to the end of the block, and let blocks inside of it be the savepoints"
 )
 
 BUSY_MESSAGE: Final = (

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 from psycopg import AsyncConnection, AsyncTransaction
 from psycopg import IsolationLevel as PsycopgLevel
 from psycopg.pq import TransactionStatus
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, tuple_row
 from psycopg_pool import AsyncConnectionPool
 
 from ucm_middleware import IsolationLevel, StatementResult, UserExecutionContext, hookimpl
@@ -15,7 +15,8 @@ from ucm_postgres.binding import Binding
 from ucm_postgres.checks import ResetMode, checked_reset
 from ucm_postgres.client_state import Restore, drop_notifications, remember_psycopg
 from ucm_postgres.counting import StatementCounter
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, is_busy, refusal_of, shut_down
+from ucm_postgres.mark import Reported, psycopg_reported
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, has_ended, is_busy, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.shared import psycopg_pool_types
 from ucm_postgres.transaction import GRACE, UserTransaction, UserTransactions
@@ -104,7 +105,8 @@ class _PsycopgTransaction(UserTransaction[C]):
             await self._block.__aenter__()
             for statement in self._reset_first:
                 await connection.execute(statement.encode(), prepare=False)
-            await connection.execute(*bind_query(settings))
+            # The application's row factory may take no two columns of one name.
+            await connection.cursor(row_factory=tuple_row).execute(*bind_query(settings))
         self._counter.begin(connection, self.log)
         self._restore = remember_psycopg(connection)
 
@@ -117,10 +119,13 @@ class _PsycopgTransaction(UserTransaction[C]):
     async def _refusal(self, connection: C) -> Exception | None:
         await _settled(connection)  # what is under way may fail
         self._is_stuck = is_busy(connection)
-        refusal = refusal_of(connection)
-        if connection.pgconn.transaction_status == TransactionStatus.IDLE:
-            self.log.lost(refusal)
-        return refusal
+        return refusal_of(connection, self._mark)
+
+    def _reports(self, connection: C) -> Reported:
+        return psycopg_reported(connection)
+
+    def _has_ended(self, connection: C) -> bool:
+        return has_ended(connection, self._mark)
 
     async def _commit(self, connection: C) -> None:
         self._counter.end(connection)
@@ -132,6 +137,7 @@ class _PsycopgTransaction(UserTransaction[C]):
         assert self._block is not None
         if not self._is_stuck:  # else it has had its time
             await _settled(connection)
+        self._look(connection, error)
         if is_busy(connection):
             raise RuntimeError("the transaction could not be rolled back: something is still under way")
         await self._block.__aexit__(type(error), error, error.__traceback__)  # its own failures are only logged

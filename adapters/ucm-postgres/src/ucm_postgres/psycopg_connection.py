@@ -13,6 +13,7 @@ from psycopg.pq.abc import PGconn
 
 from ucm_middleware import IsolationLevel
 from ucm_postgres.blocks import BUSY_MESSAGE, ENDED_MESSAGE, FAILED_MESSAGE, LOST_MESSAGE
+from ucm_postgres.mark import Mark
 
 LEVELS: Final[dict[IsolationLevel, PsycopgLevel]] = {
     "READ COMMITTED": PsycopgLevel.READ_COMMITTED,
@@ -27,19 +28,30 @@ def bind_query(settings: Sequence[tuple[str, str]]) -> tuple[bytes, list[str]]:
     return f"SELECT {calls}".encode(), [part for setting in settings for part in setting]
 
 
-def refusal_of(connection: AsyncConnection[Any] | Connection[Any]) -> Error | None:
+def refusal_of(connection: AsyncConnection[Any] | Connection[Any], mark: Mark | None) -> Error | None:
     """Why a COMMIT would not commit, which psycopg does not tell; None when it would."""
     if is_busy(connection):
         return ProgrammingError(BUSY_MESSAGE)
+    if has_ended(connection, mark):
+        return ProgrammingError(ENDED_MESSAGE)
     match connection.pgconn.transaction_status:
         case TransactionStatus.INERROR:
             return InFailedSqlTransaction(FAILED_MESSAGE)
         case TransactionStatus.UNKNOWN:
             return OperationalError(LOST_MESSAGE)
-        case TransactionStatus.IDLE:
-            return ProgrammingError(ENDED_MESSAGE)
         case _:
             return None
+
+
+def has_ended(connection: AsyncConnection[Any] | Connection[Any], mark: Mark | None) -> bool:
+    """Whether the transaction with this mark is under way no more, and another may be. One that failed is."""
+    match connection.pgconn.transaction_status:
+        case TransactionStatus.IDLE:
+            return True
+        case TransactionStatus.INTRANS:
+            return mark is not None and mark.is_gone()
+        case _:
+            return False
 
 
 def is_busy(connection: AsyncConnection[Any] | Connection[Any]) -> bool:

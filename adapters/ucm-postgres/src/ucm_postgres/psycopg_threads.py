@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from psycopg import Connection, Error, Transaction
 from psycopg import IsolationLevel as PsycopgLevel
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool
 
 from ucm_middleware import (
@@ -26,7 +27,8 @@ from ucm_postgres.checks import ResetMode, check_isolation_level, check_savepoin
 from ucm_postgres.client_state import ClientStateError, Restore, drop_notifications, remember_psycopg
 from ucm_postgres.counting import StatementCounter
 from ucm_postgres.leftovers import Leftovers
-from ucm_postgres.psycopg_connection import LEVELS, bind_query, is_busy, refusal_of, shut_down
+from ucm_postgres.mark import Mark, psycopg_reported
+from ucm_postgres.psycopg_connection import LEVELS, bind_query, has_ended, is_busy, refusal_of, shut_down
 from ucm_postgres.reset import RESET, RESET_QUERY
 from ucm_postgres.shared import psycopg_pool_types
 from ucm_postgres.transaction import GRACE
@@ -121,12 +123,15 @@ class PsycopgThreadPool(Generic[C]):
         if lent.isolation_level is not None:
             connection.isolation_level = LEVELS[lent.isolation_level]
         connection.autocommit = True  # else a BEGIN of its own goes before the first statement
+        lent.mark = mark = Mark(psycopg_reported(connection))
         lent.block = Transaction(connection)
         with connection.pipeline():  # all of it is one round trip
             lent.block.__enter__()
             for statement in self._reset_first:
                 connection.execute(statement.encode(), prepare=False)
-            connection.execute(*bind_query(settings))
+            # The application's row factory may take no two columns of one name.
+            connection.cursor(row_factory=tuple_row).execute(*bind_query((*settings, *mark.settings)))
+        mark.begun()
         lent.handle = context.own(connection, name="transaction")
         self._counter.begin(connection, lent.log)
         lent.client_state = remember_psycopg(connection)
@@ -137,10 +142,8 @@ class PsycopgThreadPool(Generic[C]):
             raise lent.over_error()
         self._let_go(lent)
         _settle(lent.connection)  # what is under way may fail
-        refusal = refusal_of(lent.connection)
+        refusal = refusal_of(lent.connection, lent.mark)
         if refusal is not None:
-            if lent.connection.pgconn.transaction_status == TransactionStatus.IDLE:
-                lent.log.lost(refusal)
             self._undo(lent, refusal)
             raise refusal
         try:
@@ -163,7 +166,7 @@ class PsycopgThreadPool(Generic[C]):
             self._undo(lent, error)
 
     def _undo(self, lent: "_Lent[C]", error: BaseException) -> None:
-        lent.log.rollback(error)
+        lent.undone(error)
         connection = lent.connection
         if (lent.block is None or lent.is_begun) and not is_busy(connection):
             if lent.block is not None:
@@ -178,17 +181,18 @@ class PsycopgThreadPool(Generic[C]):
         if connection is None:
             return
         # Else its thread is in the middle of something: it finds the line dead, and its block closes the connection.
+        lent.is_stopped = True
         if not connection.lock.acquire(blocking=False):
             threading.Thread(target=_stop, args=(connection,), name="ucm_postgres stops a statement").start()
         else:
             try:
                 if not lent.claim():
                     return
+                lent.undone(lent.over_error())
                 connection.pgconn.finish()
             finally:
                 connection.lock.release()
             self._let_go(lent)
-            lent.log.rollback(lent.over_error())
             self._pool.putconn(connection)
 
     def _let_go(self, lent: "_Lent[C]") -> None:
@@ -197,6 +201,9 @@ class PsycopgThreadPool(Generic[C]):
             revoke(lent.handle)
 
     def _give_back(self, lent: "_Lent[C]") -> None:
+        if lent.is_stopped:  # its line may be cut later than its block ends: nobody else is to have it then
+            self._discard(lent.connection)
+            return
         try:
             lent.restore()
         except (Error, ClientStateError):
@@ -243,8 +250,10 @@ class _Lent(Generic[C]):
         self.log = TransactionLog(context, name, isolation_level=isolation_level, **binding.about)
         self.block: Transaction | None = None
         self.client_state: Restore | None = None
+        self.mark: Mark | None = None
         self.nesting = Nesting()
         self.is_begun = False
+        self.is_stopped = False
         self._is_over = False
         self._is_taken = False
         self._lock = threading.Lock()
@@ -267,6 +276,13 @@ class _Lent(Generic[C]):
         if self.client_state is not None:
             self.client_state()
         self.connection.autocommit, self.connection.isolation_level = self._before
+
+    def undone(self, error: BaseException) -> None:
+        """Put its end on record. What SQL has ended is not rolled back here: perhaps it was committed."""
+        if self.is_begun and has_ended(self.connection, self.mark):
+            self.log.lost(error)
+        else:
+            self.log.rollback(error)
 
     def claim(self) -> bool:
         """True for whoever is to end it; False when there is nothing to end."""

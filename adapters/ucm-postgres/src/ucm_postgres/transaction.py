@@ -22,6 +22,7 @@ from ucm_postgres.binding import Binding
 from ucm_postgres.blocks import Nesting, inside, is_same, outcome_is_unknown, revoke
 from ucm_postgres.checks import check_isolation_level, check_savepoint_level, role_error
 from ucm_postgres.leftovers import Leftovers
+from ucm_postgres.mark import Mark, Reported
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class UserTransaction(ABC, Generic[C]):
         self._binding = binding
         self._connection: C | None = None
         self._handle: C | None = None
+        self._mark: Mark | None = None
         self._starting = asyncio.Lock()
         self._ending: asyncio.Task[None] | None = None
         self._is_over = False
@@ -102,6 +104,7 @@ class UserTransaction(ABC, Generic[C]):
             return
         self._is_abandoned = self._ending is None
         if self._ending is None:
+            self._look(connection, None)
             self._cut(connection)
             self._ending = asyncio.ensure_future(self._throw_away(connection, None))
         else:
@@ -120,8 +123,15 @@ class UserTransaction(ABC, Generic[C]):
     async def _run(self, connection: C, statement: object, parameters: object) -> StatementResult: ...
 
     @abstractmethod
+    def _reports(self, connection: C) -> Reported: ...
+
+    @abstractmethod
     async def _refusal(self, connection: C) -> Exception | None:
         """Why a COMMIT would not commit, though no error left the block; None when it would."""
+
+    @abstractmethod
+    def _has_ended(self, connection: C) -> bool:
+        """Whether SQL has ended the transaction, as far as is known without asking."""
 
     @abstractmethod
     async def _commit(self, connection: C) -> None: ...
@@ -169,7 +179,9 @@ class UserTransaction(ABC, Generic[C]):
             await self._see_through(connection, asyncio.ensure_future(self._give_back(connection)))
             raise
         try:
-            await self._begin(connection, settings)
+            self._mark = mark = Mark(self._reports(connection))
+            await self._begin(connection, (*settings, *mark.settings))
+            mark.begun()
             self._require_usable()  # it may have closed meanwhile
         except BaseException as error:
             self.log.rollback(error)
@@ -183,6 +195,11 @@ class UserTransaction(ABC, Generic[C]):
         self._binding.require_user(self.context)
         if self._is_over:
             raise self._over_error()
+
+    def _look(self, connection: C, error: BaseException | None) -> None:
+        """What SQL has ended is not rolled back here: perhaps it was committed."""
+        if self._has_ended(connection):
+            self.log.lost(error)
 
     def _over_error(self) -> HandleRevokedError:
         return HandleRevokedError(self.context.request_id, self.context.lifetime.where(), "transaction")

@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext
 from ucm_sqlalchemy.database import Database
-from ucm_sqlalchemy.drivers import Settings, Unbound
+from ucm_sqlalchemy.drivers.driver import Settings
+from ucm_sqlalchemy.drivers.unbound import Unbound
 from ucm_sqlalchemy.engines import EngineBinding
 from ucm_sqlalchemy.ownership import require_same_user
 from ucm_sqlalchemy.sessions import AnyEngine
@@ -156,7 +157,7 @@ class _UsersFile(Unbound):
     def begin(self, connection: Connection, settings: Settings) -> None:
         connection.exec_driver_sql("BEGIN")
 
-    def has_ended(self, dbapi_connection: Any) -> bool:
+    def has_ended(self, dbapi_connection: Any, mark: object) -> bool | None:
         driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)  # of aiosqlite, or Python's own
         return not driver.in_transaction
 

@@ -12,7 +12,8 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from ucm_middleware import ConfigurationError, IsolationLevel, UserExecutionContext, hookimpl
 from ucm_sqlalchemy.criteria import UserOwned, scope_session
 from ucm_sqlalchemy.database import Database
-from ucm_sqlalchemy.drivers import Reset, driver_for
+from ucm_sqlalchemy.drivers.choice import driver_for
+from ucm_sqlalchemy.drivers.driver import Reset
 from ucm_sqlalchemy.engines import EngineBinding
 from ucm_sqlalchemy.sessions import AnyEngine
 from ucm_sqlalchemy.shared import driver_types, owned_types

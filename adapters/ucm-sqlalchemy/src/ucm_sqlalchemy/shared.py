@@ -17,7 +17,8 @@ from sqlalchemy.sql.cache_key import HasCacheKey
 from sqlalchemy.sql.visitors import Visitable
 from sqlalchemy.util import immutabledict
 
-from ucm_sqlalchemy.drivers import Postgres, Unbound
+from ucm_sqlalchemy.drivers.postgres import Postgres
+from ucm_sqlalchemy.drivers.unbound import Unbound
 
 SHARED: Final[tuple[type, ...]] = (
     *(Engine, AsyncEngine, Pool, Dialect, AsyncAdapt_dbapi_module, sessionmaker, async_sessionmaker),
