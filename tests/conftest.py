@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from support.contexts import MakeManager
 
 pytest_plugins = "pytester"
-# What needs Chromium and playwright, a framework of agents, or a store and its adapter is asked for by its path, as
-# tox's environments do.
-collect_ignore = ["browser", "certify/gallery", "cluster/real", "frameworks", "test_chat_example.py"]
+# What needs Chromium and playwright, a framework, or a store and its adapter is asked for by its path, as tox's
+# environments do.
+collect_ignore = ["browser", "certify/gallery", "cluster/real", "frameworks", "test_chat_example.py", "web_frameworks"]
 
 settings.register_profile("ucm", deadline=None, derandomize="CI" in os.environ)
 settings.register_profile("soak", settings.get_profile("ucm"), derandomize=False)  # see tests/test_state_machine.py

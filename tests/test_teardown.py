@@ -368,6 +368,120 @@ class TestAfterItsThreads:
         await others
 
 
+class WorkInATask:
+    """A request whose handler waits for a task of its own, which ends when the gate is opened."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.gate = asyncio.Event()
+        self.began: asyncio.Queue[UserExecutionContext] = asyncio.Queue()
+        self.manager = UserContextManager()
+
+    async def serve(self, *, holds_something: bool = True) -> list[Message]:
+        async def work() -> None:
+            try:
+                self.began.put_nowait(current_context())
+                await self.gate.wait()
+            finally:
+                self.log.append("the task ends")
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if holds_something:
+                current_context().callback(self.log.append, "released")
+            await asyncio.wait([asyncio.create_task(work())])
+
+        middleware = UserContextMiddleware(app, manager=self.manager, identify=lambda connection: "alice")
+        return await exchange(middleware, http_scope())
+
+
+class TestAfterItsTasks:
+    """To cancel who waits for a task with ``asyncio.wait`` does not end the task, as some frameworks have their own."""
+
+    @pytest.fixture
+    async def task(self, log: Log) -> AsyncIterator[WorkInATask]:
+        work = WorkInATask(log)
+        yield work
+        work.gate.set()
+        await some_turns()
+
+    @pytest.fixture
+    def _is_a_frameworks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ucm_middleware.strays.SERVED_IN_TASKS", frozenset({"tests"}))
+
+    @pytest.mark.parametrize("reason", ["expired", "revoked", "shutdown", "disconnected", "cancelled"])
+    async def test_nothing_is_released_before_they_have_ended(self, log: Log, task: WorkInATask, reason: str) -> None:
+        request = asyncio.create_task(task.serve())
+        context = await task.began.get()
+        if reason == "cancelled":
+            request.cancel()
+        else:
+            context.close(cast("CloseReason", reason))
+        await some_turns()
+        assert log == []
+        task.gate.set()
+        await asyncio.wait([request])
+        assert log == ["the task ends", "released"]
+        assert request.cancelled() == (reason == "cancelled")
+
+    @pytest.mark.usefixtures("_is_a_frameworks")
+    @pytest.mark.parametrize("holds_something", [True, False])
+    async def test_those_of_the_framework_are_cancelled(
+        self, log: Log, task: WorkInATask, holds_something: bool
+    ) -> None:
+        request = asyncio.create_task(task.serve(holds_something=holds_something))
+        (await task.began.get()).close("expired")
+        assert status_of(await request) == 504
+        assert log == ["the task ends", *(["released"] if holds_something else [])]
+
+    async def test_where_nothing_is_released_they_are_not_waited_for(self, log: Log, task: WorkInATask) -> None:
+        request = asyncio.create_task(task.serve(holds_something=False))
+        (await task.began.get()).close("expired")
+        assert status_of(await request) == 504
+        assert log == []
+
+    async def test_one_that_does_not_end_is_not_waited_for_for_ever(
+        self, log: Log, task: WorkInATask, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ucm_middleware.teardown.HANDLER_GRACE", 0.05)
+        request = asyncio.create_task(task.serve())
+        (await task.began.get()).close("expired")
+        assert status_of(await request) == 504
+        assert log == ["released"]
+        assert "the task WorkInATask.serve.<locals>.work of <UserExecutionContext 'alice'" in caplog.text
+
+    @pytest.mark.usefixtures("_is_a_frameworks")
+    async def test_those_of_many_requests_are_looked_for_together(
+        self, log: Log, task: WorkInATask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        requests = [asyncio.create_task(task.serve()) for _ in range(10)]
+        contexts = [await task.began.get() for _ in requests]
+        looks: list[str] = []
+
+        def no_threads() -> list[Context]:
+            looks.append("once")
+            return []
+
+        monkeypatch.setattr("ucm_middleware.strays.entered_elsewhere", no_threads)
+        for context in contexts:
+            context.close("shutdown")
+        assert {status_of(await request) for request in requests} == {503}
+        assert looks == ["once"]
+        assert sorted(log) == ["released"] * 10 + ["the task ends"] * 10
+
+    async def test_who_is_cancelled_does_not_wait_for_itself(self, log: Log, caplog: pytest.LogCaptureFixture) -> None:
+        async def work() -> None:
+            async with managed_user_context(create_isolated_execution_context("alice")) as context:
+                context.callback(log.append, "released")
+                await asyncio.get_running_loop().create_future()
+
+        working = asyncio.create_task(work())
+        await some_turns()
+        working.cancel()
+        await asyncio.wait([working])
+        assert log == ["released"]
+        assert "did not end" not in caplog.text
+
+
 @pytest.mark.usefixtures("_nobody_waits")
 class TestByTheHandlerItself:
     """Whoever closes the context that it runs in does not wait for itself, in whichever task or thread it does."""

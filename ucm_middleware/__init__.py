@@ -63,6 +63,7 @@ from ucm_middleware.manager import UserContextManager
 from ucm_middleware.middleware import UserContextMiddleware
 from ucm_middleware.principal import Principal
 from ucm_middleware.reachability import IsolationPolicy, IsolationReport
+from ucm_middleware.refusal import Refusal, refusal_for
 from ucm_middleware.starlette import authenticated_context, user_context
 from ucm_middleware.transactions import IsolationLevel, StatementResult, Transaction, TransactionLog
 
@@ -111,6 +112,7 @@ __all__ = [
     "OriginError",
     "PluginError",
     "Principal",
+    "Refusal",
     "Shared",
     "StatementResult",
     "Straggler",
@@ -135,6 +137,7 @@ __all__ = [
     "current_run",
     "hookimpl",
     "managed_user_context",
+    "refusal_for",
     "revoke_handle",
     "session_user",
     "user_context",

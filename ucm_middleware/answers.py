@@ -100,7 +100,7 @@ class RecordedAnswer:
             if refusal is None or self._start is None:
                 raise
             self._start = None
-            self._is_refused = await send_refusal(refusal, self._scope, self._send, None)
+            self._is_refused = await send_refusal(refusal, self._scope, self._send, None) is not None
             return False
         return True
 

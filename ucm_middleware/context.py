@@ -35,6 +35,7 @@ from ucm_middleware.ownership import Ownership
 from ucm_middleware.principal import Principal
 from ucm_middleware.reachability import Boundary, Root, find_shared
 from ucm_middleware.resources import DEFAULT_RELEASE_TIMEOUT, Resource, closing_resource, name_of
+from ucm_middleware.strays import Strays
 
 if TYPE_CHECKING:
     from ucm_middleware.agents.run import AgentRun
@@ -802,6 +803,10 @@ class UserExecutionContext(ResourceHolder, Boundary):
 
     def _releasing(self) -> Release:
         return Release(self)
+
+    @property
+    def _strays(self) -> Strays:
+        return Strays() if self._host is None else self._host.strays
 
     def _wipe(self) -> Mapping[str, object] | None:
         host = self._host

@@ -6,7 +6,7 @@ from types import CoroutineType, coroutine
 from typing import Any, Final, TypeVar, cast
 
 from ucm_middleware.errors import ConfigurationError
-from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
+from ucm_middleware.types import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
 
 _T = TypeVar("_T")
 _UNSET: Final = object()
@@ -30,8 +30,8 @@ class ContextFirewall:
     Raises ConfigurationError for what is no list of ContextVars.
     """
 
-    def __init__(self, app: ASGIApp, *, keep: Sequence[ContextVar[Any]] = ()) -> None:
-        self.app = app
+    def __init__(self, app: AnyASGIApp, *, keep: Sequence[ContextVar[Any]] = ()) -> None:
+        self.app: ASGIApp = app
         self.keep = checked_keep(keep)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,6 +7,7 @@ from ucm_middleware.environment import IsolatedEnvironment
 from ucm_middleware.ids import UnifiedIDManager
 from ucm_middleware.keys import OwnerKeys
 from ucm_middleware.lifetime import Journal
+from ucm_middleware.strays import Strays
 
 if TYPE_CHECKING:
     from ucm_middleware.agents.runs import AgentRuns
@@ -35,6 +36,7 @@ class ContextHost(Protocol):
     keys: OwnerKeys
     hooks: "Hooks"
     owned_types: tuple[type, ...]
+    strays: Strays
     telemetry: "Telemetry"
 
     @property

@@ -57,6 +57,7 @@ from ucm_middleware.registry import Displaced, Key, Limits, Registry
 from ucm_middleware.revocation import Revocation
 from ucm_middleware.secret import SecretRing
 from ucm_middleware.settings import checked_life
+from ucm_middleware.strays import Strays
 from ucm_middleware.sweeper import Sweeper
 from ucm_middleware.teardown import close_apart
 from ucm_middleware.telemetry import Telemetry
@@ -146,6 +147,7 @@ class Hosting:
     def _start_idle(self) -> None:
         self._draining = False
         self._closing: set[UserExecutionContext] = set()
+        self.strays = Strays()
         self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event, UserExecutionContext | None]] = []
 
     @property

@@ -143,7 +143,7 @@ class Closing:
         "overdue",
         "releasing",
         "stop",
-        "threads_run",
+        "strays_run",
         "waiters",
     )
 
@@ -155,7 +155,7 @@ class Closing:
         self.overdue: asyncio.TimerHandle | threading.Timer | None = None
         self.releasing: Releasing | None = None
         self.stop: BaseException | None = None
-        self.threads_run = False  # the handler is cut off, and what it did in threads has not ended
+        self.strays_run = False  # the handler was cut off, and what it left running has not ended
         self.waiters: tuple[asyncio.Future[None], ...] = ()
 
 
@@ -258,19 +258,19 @@ class Lifetime(Timed):
         return task is not None and (running_loop() is None or asyncio.current_task() is not task)
 
     @property
-    def threads_run(self) -> bool:
-        """Whether the teardown waits for threads of a handler that was cut off."""
-        return self.closing is not None and self.closing.threads_run
+    def strays_run(self) -> bool:
+        """Whether the teardown waits for what a handler that was cut off has left running."""
+        return self.closing is not None and self.closing.strays_run
 
     @contextlib.contextmanager
-    def waiting_for_threads(self) -> Generator[None]:
-        """The teardown waits for threads of the handler, for as long as the block takes."""
+    def waiting_for_strays(self) -> Generator[None]:
+        """The teardown waits for what the handler has left running, for as long as the block takes."""
         closing = self._closing()
-        closing.threads_run = True
+        closing.strays_run = True
         try:
             yield
         finally:
-            closing.threads_run = False
+            closing.strays_run = False
 
     @property
     def has_resources(self) -> bool:

@@ -34,7 +34,7 @@ from ucm_middleware.manager import UserContextManager
 from ucm_middleware.messages import Messages
 from ucm_middleware.refusal import Refusal, refusal_for, refusal_for_reason, send_refusal
 from ucm_middleware.settings import checked_drain_timeout, require_kind
-from ucm_middleware.types import ASGIApp, Message, Receive, Scope, Send
+from ucm_middleware.types import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
 from ucm_middleware.websocket.asgi import AsgiConnection
 from ucm_middleware.websocket.limits import MAX_MESSAGE_SIZE, MESSAGE_RATE, MessageLimits
 from ucm_middleware.websocket.origins import Origins
@@ -92,7 +92,7 @@ class UserContextMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: AnyASGIApp,
         *,
         manager: UserContextManager | None = None,
         identify: Identify | None = None,
@@ -107,7 +107,7 @@ class UserContextMiddleware:
         context_per_message: bool = False,
     ) -> None:
         require_kind("manager", manager, UserContextManager, "UserContextManager()")
-        self.app = app
+        self.app: ASGIApp = app
         self.manager = UserContextManager() if manager is None else manager
         self.identify = identify
         self._admission = Admission(self.manager, identify, require_identity, ttl)
@@ -294,15 +294,16 @@ class UserContextMiddleware:
             # Who is signed out is told at once, also where the ledger cannot be written.
             if self._strict_ledger is not None and (interrupted or not cancelled) and lifetime.reason != "revoked":
                 refusal = await _unrecorded(self._strict_ledger) or refusal
+            told = None
             if refusal is not None:
+                told = await send_refusal(refusal, scope, send, sent.last_sent)
                 logger.info(
-                    "answered with %d: %s",
-                    refusal.status,
+                    "%s: %s",
+                    told or "broken off",
                     lifetime.reason if interrupted else error,  # no name for it: its traceback holds this frame
                     exc_info=logger.isEnabledFor(logging.DEBUG),
                 )
-            answered = refusal is not None and await send_refusal(refusal, scope, send, sent.last_sent)
-            if not (is_known and answered) and not (cancelled and interrupted):
+            if not (is_known and told) and not (cancelled and interrupted):
                 raise
             if interrupted and not cancelled:
                 logger.warning("a handler that was cut off (%s) ended in an error", lifetime.reason, exc_info=error)
@@ -364,7 +365,7 @@ class UserContextMiddleware:
         return Messages(context, hooks.around_message, receive).receive
 
     async def _close(self, context: UserExecutionContext, reason: CloseReason, error: BaseException | None) -> None:
-        if context.needs_waiting:
+        if reason == "cancelled" or context.needs_waiting:
             await context.aclose(reason, error)
         else:
             context.close(reason, error)

@@ -114,37 +114,29 @@ def refusal_for_starlette(error: HTTPException | WebSocketException) -> Refusal:
     return Refusal(error.status_code, POLICY_VIOLATION, error.detail, headers)
 
 
-async def send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: str | None) -> bool:
+async def send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: str | None) -> str | None:
     """Answer, if the state of the exchange still allows it. ``last_sent`` is the type of the message sent last.
 
-    Returns whether an answer was sent.
+    Returns in words what was answered, None for nothing.
     """
     try:
         return await _send_refusal(refusal, scope, send, last_sent)
     except (OSError, RuntimeError) as error:  # what servers raise when the client has gone, each in its own way
         logger.debug("a refusal with %d could not be sent: %s", refusal.status, error)
-        return False
+        return None
 
 
-async def _send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: str | None) -> bool:
+async def _send_refusal(refusal: Refusal, scope: Scope, send: Send, last_sent: str | None) -> str | None:
     if scope["type"] == "http":
-        if last_sent is not None:
-            return False
-        await _respond(refusal, "http.response", send)
-    elif last_sent is None:
-        if "websocket.http.response" in scope.get("extensions", {}):
-            await _respond(refusal, "websocket.http.response", send)
-        else:
-            await _close(refusal, send)
-    elif last_sent in ("websocket.accept", "websocket.send"):
-        await _close(refusal, send)
-    else:
-        return False
-    return True
+        return None if last_sent is not None else await _respond(refusal, "http.response", send)
+    if last_sent is None and "websocket.http.response" in scope.get("extensions", {}):
+        return await _respond(refusal, "websocket.http.response", send)
+    return await _close(refusal, send) if last_sent in (None, "websocket.accept", "websocket.send") else None
 
 
-async def _close(refusal: Refusal, send: Send) -> None:
+async def _close(refusal: Refusal, send: Send) -> str:
     await send({"type": "websocket.close", "code": refusal.close_code, "reason": close_reason(refusal)})
+    return f"closed with {refusal.close_code}"
 
 
 def close_reason(refusal: Refusal) -> str:
@@ -162,7 +154,8 @@ def http_answer(refusal: Refusal) -> tuple[list[tuple[bytes, bytes]], bytes]:
     return headers, body
 
 
-async def _respond(refusal: Refusal, kind: str, send: Send) -> None:
+async def _respond(refusal: Refusal, kind: str, send: Send) -> str:
     headers, body = http_answer(refusal)
     await send({"type": f"{kind}.start", "status": refusal.status, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})
+    return f"answered with {refusal.status}"

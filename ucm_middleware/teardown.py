@@ -25,7 +25,7 @@ from ucm_middleware.lifetime import (
     Releasing,
 )
 from ucm_middleware.resources import ReleaseFailure
-from ucm_middleware.threads import entered_elsewhere, is_entered
+from ucm_middleware.strays import Strays
 from ucm_middleware.waiting import Cancelled, in_background, loop_is_live, running_loop, settle
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_CHILDREN: Final = 100
 """How many live children one context may have."""
 
-THREAD_PAUSE: Final = 0.02
-"""Seconds between two looks at whether a thread has ended, which nothing tells."""
+STRAY_PAUSE: Final = 0.02
+"""Seconds between two looks at whether a stray has ended: of a thread nothing tells."""
 
 ENDED_WELL: Final = frozenset({"finished", "closed", "cleared"})
 """The reasons after which resources see no error: what they hold may be kept."""
@@ -129,7 +129,7 @@ class Closable:
         elif lifetime.loop is None or lifetime.loop is asyncio.get_running_loop():
             # Where someone else has begun it, the teardown was left for when the handler has ended.
             cut_off = reason == "cancelled" or (lifetime.reason in INTERRUPTING and not begun)
-            await self._tear_down(error, after_threads=cut_off)
+            await self._tear_down(error, after_strays=cut_off)
         else:
             self._tear_down_at_home(error)
             await lifetime.wait_closed()
@@ -163,6 +163,11 @@ class Closable:
     @abstractmethod
     def _say_closed(self, metadata: Mapping[str, object] | None) -> None:
         """The teardown is through: say so."""
+
+    @property
+    @abstractmethod
+    def _strays(self) -> Strays:
+        """Who looks for what a handler that was cut off has left running."""
 
     # The tree.
 
@@ -225,7 +230,7 @@ class Closable:
         threads.
         """
         lifetime = self._lifetime
-        if lifetime.threads_run:
+        if lifetime.strays_run:
             return True
         return lifetime.handler_runs_elsewhere and (lifetime.reason in INTERRUPTING or not self._is_ambient())
 
@@ -339,13 +344,13 @@ class Closable:
             nodes += node._children or ()
         return None
 
-    async def _tear_down(self, error: BaseException | None, *, after_threads: bool = False) -> None:
+    async def _tear_down(self, error: BaseException | None, *, after_strays: bool = False) -> None:
         error = self._seen_error(error)
         lifetime = self._lifetime
         cancelled = Cancelled()
         try:
-            if after_threads and (lifetime.has_resources or self._children or self._parent):  # whose resources it uses
-                await self._threads_ended(cancelled)
+            if after_strays:
+                await self._strays_ended(cancelled)
             for child in reversed(tuple(self._children or ())):
                 try:
                     await child.aclose(lifetime.reason or "closed", error)
@@ -357,22 +362,25 @@ class Closable:
             self._finish()
         cancelled.raise_it()
 
-    async def _threads_ended(self, cancelled: Cancelled) -> None:
-        """Wait for what the handler that was cut off did in threads, which may use its connection to the end.
-
-        To cancel a task that waits for a thread ends the waiting, and not the thread.
+    async def _strays_ended(self, cancelled: Cancelled) -> None:
+        """End what the handler that was cut off has left running, as far as it can be ended, and wait for that; for the
+        rest too where something is to be released, which it may use to the end.
         """
-        running = [one for one in entered_elsewhere() if self._is_around(one.get(ambient))]
-        if not running:
-            return
         loop = asyncio.get_running_loop()
-        latest = loop.time() + HANDLER_GRACE
-        with self._lifetime.waiting_for_threads(), anyio.CancelScope(shield=True):
-            while running and loop.time() < latest:
-                await settle(loop.create_future(), THREAD_PAUSE, cancelled)
-                running = [one for one in running if is_entered(one)]
-        if running:
-            logger.warning("a thread of %s did not end when its context closed: its resources are released", self)
+        with self._lifetime.waiting_for_strays(), anyio.CancelScope(shield=True):
+            strays = await self._strays.of(self, cancelled)
+            running = [stray for stray in strays if stray.end() or self._holds_something]
+            latest = loop.time() + HANDLER_GRACE
+            while (running := [stray for stray in running if stray.runs]) and loop.time() < latest:
+                await settle(loop.create_future(), STRAY_PAUSE, cancelled)
+            if running:
+                text = "%s of %s did not end when its context closed: its resources are released"
+                logger.warning(text, running[0], self)
+
+    @property
+    def _holds_something(self) -> bool:
+        """Whether what it runs may use what is to be released, be it the parent's."""
+        return self._lifetime.has_resources or bool(self._children) or self._parent is not None
 
     def _finish(self) -> None:
         """Wipe the data, let go of everything that could keep this context alive, and say so."""

@@ -8,3 +8,6 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+AnyASGIApp = Callable[..., Awaitable[None]]
+"""An application of whichever framework: each has types of its own for the three arguments."""

@@ -19,6 +19,7 @@ from ucm_middleware.census.holder import Holder, place, running
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.isolation import type_name
+from ucm_middleware.strays import variables_of
 from ucm_middleware.threads import entered_below, frames_of_others, module_of
 from ucm_middleware.waiting import running_loop
 
@@ -72,15 +73,10 @@ def whose(variables: Context | None) -> UserExecutionContext | None:
     return None if inside is None else inside.context
 
 
-def _context_of(value: object) -> Context | None:
-    """The Context among what a task or a handle refers to: before Python 3.12 a task does not tell."""
-    return next((one for one in gc.get_referents(value) if type(one) is Context), None)
-
-
 def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionContext, Holder]]:
     here = asyncio.current_task(loop)
     for task in asyncio.all_tasks(loop):
-        if task is here or (context := whose(_context_of(task))) is None:
+        if task is here or (context := whose(variables_of(task))) is None:
             continue
         name, where = running(_coroutine_of(task))
         if name.startswith(_OURS) or name == _BROKEN_OFF:
@@ -90,7 +86,7 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionConte
 
 def _timers(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionContext, Holder]]:
     for handle in _handles(loop):
-        if handle.cancelled() or (context := whose(_context_of(handle))) is None:
+        if handle.cancelled() or (context := whose(variables_of(handle))) is None:
             continue
         name, where = _callback(handle)
         if name.partition(".")[0].lstrip("_") not in _OF_OTHERS:
@@ -113,12 +109,12 @@ def _callback(handle: object) -> tuple[str, str]:
         function = next((one for one in gc.get_referents(handle) if callable(one)), None)
     while type(function) is functools.partial:
         function = function.func
-    if type(function) is MethodType:
+    if type(function) is MethodType and type(function.__func__) is FunctionType:
         function = function.__func__
     if type(function) is FunctionType:
         code = function.__code__
         return f"{function.__module__}.{function.__qualname__}", f"{code.co_filename}:{code.co_firstlineno}"
-    if type(function) is BuiltinFunctionType:
+    if type(function) in (BuiltinFunctionType, MethodType):  # of a type that is written in C or Cython
         owner: object = function.__self__
         module = type(owner).__module__ if type(owner) is not ModuleType else function.__module__
         return f"{module}.{function.__qualname__}", ""
