@@ -362,17 +362,24 @@ class Closable:
 
         To cancel a task that waits for a thread ends the waiting, and not the thread.
         """
-        running = [one for one in entered_elsewhere() if self._is_around(one.get(ambient))]
-        if not running:
-            return
         loop = asyncio.get_running_loop()
         latest = loop.time() + HANDLER_GRACE
         with self._lifetime.waiting_for_threads(), anyio.CancelScope(shield=True):
-            while running and loop.time() < latest:
-                await settle(loop.create_future(), THREAD_PAUSE, cancelled)
-                running = [one for one in running if is_entered(one)]
-        if running:
-            logger.warning("a thread of %s did not end when its context closed: its resources are released", self)
+            while running := await self._threads(cancelled):  # again: one that has ended may have started another
+                while running and loop.time() < latest:
+                    await settle(loop.create_future(), THREAD_PAUSE, cancelled)
+                    running = [one for one in running if is_entered(one)]
+                if running:
+                    logger.warning(
+                        "a thread of %s did not end when its context closed: its resources are released", self
+                    )
+                    return
+
+    async def _threads(self, cancelled: Cancelled) -> list[Context]:
+        """In which Contexts threads run that belong to this context, or to one below it."""
+        look = entered_elsewhere()
+        await settle(look, HANDLER_GRACE, cancelled)
+        return [one for one in look.result() if self._is_around(one.get(ambient))]
 
     def _finish(self) -> None:
         """Wipe the data, let go of everything that could keep this context alive, and say so."""

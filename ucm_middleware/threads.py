@@ -1,7 +1,9 @@
 """In which ``contextvars.Context`` a thread runs: no interpreter tells, but what runs jobs in threads keeps it."""
 
+import asyncio
 import concurrent.futures.thread
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -11,6 +13,9 @@ from typing import Any, Final
 
 _RUN_THREADS: Final = frozenset({"threading", "concurrent.futures.thread", "anyio._backends._asyncio", "asgiref.sync"})
 """The modules in whose frames the Context is that a thread's job runs in."""
+
+_looks: Final[dict[asyncio.AbstractEventLoop, asyncio.Future[list[Context]]]] = {}
+"""Those that are about to be made."""
 
 _attributes_of: Final[Callable[[threading.Thread], dict[str, Any]]] = vars(threading.Thread)["__dict__"].__get__
 
@@ -22,25 +27,45 @@ def frames_of_others() -> dict[int, FrameType]:
     return frames
 
 
-def entered_elsewhere() -> list[Context]:
-    """Each Context that other threads run in now."""
-    return [variables for top in frames_of_others().values() for variables in entered_below(top)]
+def entered_elsewhere() -> asyncio.Future[list[Context]]:
+    """Each Context that other threads run in, on this event loop's next turn: one look for all who ask in this one, or
+    a thousand requests that are cut off at once would look at all threads a thousand times.
+    """
+    loop = asyncio.get_running_loop()
+    look = _looks.get(loop)
+    if look is None:
+        _looks[loop] = look = loop.create_future()
+        loop.call_soon(_look, loop, context=Context())
+    return look
+
+
+def _look(loop: asyncio.AbstractEventLoop) -> None:
+    look = _looks.pop(loop)
+    look.set_result([variables for top in frames_of_others().values() for variables in entered_below(top)])
 
 
 def entered_below(top: FrameType) -> list[Context]:
     """Each Context that the thread with this innermost frame runs in."""
     found: list[Context] = []
+    shown: list[dict[str, Any]] = []
+    is_traced = threading.gettrace() is not None or threading.getprofile() is not None
     frame: FrameType | None = top
     while frame is not None:
-        if module_of(frame) in _RUN_THREADS:
-            # Before Python 3.13 a frame keeps what it shows of its variables, and so the Context of the thread's last
-            # job: emptied, since nobody else asks these frames.
+        is_traced = is_traced or frame.f_trace is not None
+        # Only where variables are a function's own: those of a module that is being imported, or of a class, are not a
+        # copy.
+        if module_of(frame) in _RUN_THREADS and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             variables = frame.f_locals
             values = list(variables.values())
             if type(variables) is dict:
-                variables.clear()
+                shown.append(variables)
             found += [one for value in values if (one := _variables_in(value)) is not None and _is_used(value, one)]
         frame = frame.f_back
+    # Before Python 3.13 a frame keeps what it shows of its variables, and so the Context of the thread's last job:
+    # emptied, unless a debugger may be asking too, behind which Python writes them back into the frame.
+    if not is_traced:
+        for variables in shown:
+            variables.clear()
     return found
 
 

@@ -58,7 +58,7 @@ class Cancelled:
                 del error
 
 
-async def settle(task: asyncio.Future[None], timeout: float, cancelled: Cancelled) -> None:
+async def settle(task: asyncio.Future[Any], timeout: float, cancelled: Cancelled) -> None:
     """Wait for a task or a future, for so many seconds, through any number of cancellations of the one who waits."""
     loop = asyncio.get_running_loop()
     expired: asyncio.Future[None] = loop.create_future()
