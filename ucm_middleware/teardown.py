@@ -25,7 +25,7 @@ from ucm_middleware.lifetime import (
     Releasing,
 )
 from ucm_middleware.resources import ReleaseFailure
-from ucm_middleware.strays import Strays
+from ucm_middleware.strays import Stray, Strays
 from ucm_middleware.waiting import Cancelled, in_background, loop_is_live, running_loop, settle
 
 logger = logging.getLogger(__name__)
@@ -367,15 +367,20 @@ class Closable:
         rest too where something is to be released, which it may use to the end.
         """
         loop = asyncio.get_running_loop()
+        latest = loop.time() + HANDLER_GRACE
         with self._lifetime.waiting_for_strays(), anyio.CancelScope(shield=True):
-            strays = await self._strays.of(self, cancelled)
-            running = [stray for stray in strays if stray.end() or self._holds_something]
-            latest = loop.time() + HANDLER_GRACE
-            while (running := [stray for stray in running if stray.runs]) and loop.time() < latest:
-                await settle(loop.create_future(), STRAY_PAUSE, cancelled)
-            if running:
-                text = "%s of %s did not end when its context closed: its resources are released"
-                logger.warning(text, running[0], self)
+            while running := await self._strays_to_wait_for(cancelled):  # again: one that ended may have begun another
+                while running and loop.time() < latest:
+                    await settle(loop.create_future(), STRAY_PAUSE, cancelled)
+                    running = [stray for stray in running if stray.runs]
+                if running:
+                    text = "%s of %s did not end when its context closed: its resources are released"
+                    logger.warning(text, running[0], self)
+                    return
+
+    async def _strays_to_wait_for(self, cancelled: Cancelled) -> list[Stray]:
+        strays = await self._strays.of(self, cancelled)
+        return [stray for stray in strays if stray.end() or self._holds_something]
 
     @property
     def _holds_something(self) -> bool:

@@ -2,6 +2,7 @@
 
 import concurrent.futures.thread
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -30,17 +31,25 @@ def entered_elsewhere() -> list[Context]:
 def entered_below(top: FrameType) -> list[Context]:
     """Each Context that the thread with this innermost frame runs in."""
     found: list[Context] = []
+    shown: list[dict[str, Any]] = []
+    is_traced = threading.gettrace() is not None or threading.getprofile() is not None
     frame: FrameType | None = top
     while frame is not None:
-        if module_of(frame) in _RUN_THREADS:
-            # Before Python 3.13 a frame keeps what it shows of its variables, and so the Context of the thread's last
-            # job: emptied, since nobody else asks these frames.
+        is_traced = is_traced or frame.f_trace is not None
+        # Only where variables are a function's own: those of a module that is being imported, or of a class, are not a
+        # copy.
+        if module_of(frame) in _RUN_THREADS and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             variables = frame.f_locals
             values = list(variables.values())
             if type(variables) is dict:
-                variables.clear()
+                shown.append(variables)
             found += [one for value in values if (one := _variables_in(value)) is not None and _is_used(value, one)]
         frame = frame.f_back
+    # Before Python 3.13 a frame keeps what it shows of its variables, and so the Context of the thread's last job:
+    # emptied, unless a debugger may be asking too, behind which Python writes them back into the frame.
+    if not is_traced:
+        for variables in shown:
+            variables.clear()
     return found
 
 

@@ -1,7 +1,7 @@
 """A Django project of one file: a user's notes, in a table with row policies. Its paths do what they are called.
 
 What it runs with is in the environment: ``NOTEBOOK_DATABASES``, ``NOTEBOOK_SETTINGS`` (more settings) and
-``NOTEBOOK_OPTIONS`` (of the middleware), each JSON.
+``NOTEBOOK_OPTIONS`` (of the middleware), each JSON. With ``NOTEBOOK_IS_BELOW`` one of Starlette's stands above it.
 """
 
 import asyncio
@@ -16,6 +16,9 @@ from django.conf import settings
 from django.db import DatabaseError, connection, models, transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ucm_middleware import UserContextManager, UserContextMiddleware, current_context
 
@@ -203,6 +206,7 @@ async def waiting(request: HttpRequest) -> HttpResponse:
     try:
         return HttpResponse(await asyncio.get_running_loop().create_future())
     finally:
+        await asyncio.sleep(0.01)  # as for the answer to a rollback
         order.append("ended")
 
 
@@ -215,6 +219,7 @@ async def ticking(request: HttpRequest) -> StreamingHttpResponse:
                 yield "tick\n"
                 await asyncio.sleep(0.01)
         finally:
+            await asyncio.sleep(0.01)  # as for the answer to a rollback
             order.append("ended")
 
     current_context().callback(order.append, "released")
@@ -265,8 +270,15 @@ urlpatterns = [
     path("failing", failing),
 ]
 
+
+class _PassingOn(BaseHTTPMiddleware):
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+
+_django = get_asgi_application()
 app = UserContextMiddleware(
-    get_asgi_application(),
+    _PassingOn(_django) if "NOTEBOOK_IS_BELOW" in os.environ else _django,
     manager=manager,
     identify=lambda asked: asked.headers.get("user"),
     **json.loads(os.environ.get("NOTEBOOK_OPTIONS", "{}")),

@@ -27,10 +27,12 @@ FEW: dict[str, Any] = {
 @contextmanager
 def serving(database: Database, settings: dict[str, Any] | None = None, **more: Any) -> Generator[Server]:
     options = more.pop("middleware", {})
+    below = more.pop("below", False)
     env = {
         "NOTEBOOK_DATABASES": json.dumps({"default": database_settings(database.app, **more)}),
         "NOTEBOOK_SETTINGS": json.dumps(settings or {}),
         "NOTEBOOK_OPTIONS": json.dumps(options),
+        **({"NOTEBOOK_IS_BELOW": "yes"} if below else {}),
     }
     with start_server("django_notebook:app", app_dir=Path(__file__).parent, env=env) as server:
         yield server
@@ -128,10 +130,11 @@ def test_a_request_that_is_cut_off_leaves_nothing(database: Database, how: str) 
     assert rows(database, "select * from notes") == []
 
 
+@pytest.mark.parametrize("below", [False, True], ids=["Django alone", "below BaseHTTPMiddleware"])
 @pytest.mark.parametrize("view", ["waiting", "ticking"])
-def test_a_view_that_is_cut_off_ends_before_anything_is_released(database: Database, view: str) -> None:
+def test_a_view_that_is_cut_off_ends_before_anything_is_released(database: Database, view: str, below: bool) -> None:
     """Django runs it in a task of its own, and leaves that to itself."""
-    with serving(database, middleware={"ttl": 2.0}) as server:
+    with serving(database, middleware={"ttl": 2.0}, below=below) as server:
         with httpx.Client(base_url=server.url, timeout=60) as client:
             if view == "waiting":
                 assert client.get(view, headers={"user": "alice"}).status_code == 504

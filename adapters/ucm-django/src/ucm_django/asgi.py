@@ -16,6 +16,7 @@ from django.db import connections
 
 from ucm_django.running import Running, running_of
 from ucm_middleware.types import ASGIApp, Message, Receive, Send
+from ucm_middleware.waiting import uncancelled
 
 _EXCHANGE: Final = "ucm_django.exchange"
 """Where in the scope the exchange stands."""
@@ -49,9 +50,17 @@ class _Exchange:
         others = self._tasks - {asyncio.current_task()}
         for task in others:
             task.cancel()
-        if running is not None:
-            await asyncio.to_thread(running.cancel)
-        await asyncio.gather(*others, return_exceptions=True)
+        ending = asyncio.create_task(_ended(others, running))
+        try:
+            await uncancelled(ending)  # below BaseHTTPMiddleware a cancellation arrives again and again
+        finally:
+            ending.result()
+
+
+async def _ended(tasks: set[asyncio.Task[Any]], running: Running | None) -> None:
+    if running is not None:
+        await asyncio.to_thread(running.cancel)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Handler(ASGIHandler):
