@@ -212,6 +212,7 @@ def test_under_the_policy_local_who_comes_meanwhile_is_served_and_takes_a_place_
     manager = make_shared("local")
     with running(manager) as (app, address):
         assert ask(address).status_code == 200
+        wait_until(lambda: store.live() == {}, "its place is given back")
         store.wipe()
         app.turn()
         assert manager.health().cluster == "local"
