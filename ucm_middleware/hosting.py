@@ -147,7 +147,7 @@ class Hosting:
     def _start_idle(self) -> None:
         self._draining = False
         self._closing: set[UserExecutionContext] = set()
-        self.strays = Strays()
+        self.strays = Strays(self._clock)
         self._drained: list[tuple[asyncio.AbstractEventLoop, asyncio.Event, UserExecutionContext | None]] = []
 
     @property

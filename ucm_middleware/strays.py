@@ -7,22 +7,24 @@ import asyncio
 import gc
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextvars import Context
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from ucm_middleware.current import ambient
 from ucm_middleware.threads import entered_elsewhere, is_entered, module_of
-from ucm_middleware.waiting import Cancelled, settle
+from ucm_middleware.waiting import Cancelled, settle, wake
 
 SERVED_IN_TASKS: Final = frozenset({"django", "quart"})
 """Frameworks that run a handler in a task of their own, and leave that to itself when the request is cancelled."""
 
+QUICK: Final = 0.001
+"""Seconds that a look may take on each turn of the loop."""
+
 SHARE: Final = 20
-"""After a look, so many times its duration pass before the next: together they take a twentieth of the loop's time."""
+"""After one that takes longer, so many times its duration pass before the next: a twentieth of the loop's time."""
 
 _OURS: Final = "ucm_middleware"
 """Our own tasks end by themselves: the owner of a resource, the run of an agent, which has a context of its own."""
@@ -43,6 +45,10 @@ class StrayTask:
     @property
     def runs(self) -> bool:
         return not self.task.done()
+
+    def is_here(self) -> bool:
+        """Whether it is the one that asks."""
+        return self.task is asyncio.current_task()
 
     def end(self) -> bool:
         """Cancel it where it is the handler itself, and say whether it is: others may be shielded on purpose."""
@@ -65,23 +71,35 @@ class StrayThread:
     def runs(self) -> bool:
         return is_entered(self.variables)
 
+    def is_here(self) -> bool:
+        """It is another thread."""
+        return False
+
     def end(self) -> bool:
         """Nothing ends a thread."""
         return False
 
 
 Stray = StrayTask | StrayThread
-Found = dict[object, list[Stray]]
-"""By context."""
+
+
+class _Question(NamedTuple):
+    """What is found for a context goes in here, and who asked is woken: a future that had it as its result would be
+    held, and so all of it, by the frames of a cancellation that came meanwhile.
+    """
+
+    waiter: "asyncio.Future[None]"
+    found: list[Stray]
 
 
 class Strays:
     """Looks for those of the contexts of one manager: for those of all contexts that are cut off at a time together."""
 
-    __slots__ = ("_looks", "_next")
+    __slots__ = ("_asked", "_clock", "_next")
 
-    def __init__(self) -> None:
-        self._looks: dict[asyncio.AbstractEventLoop, asyncio.Future[Found]] = {}
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asked: dict[asyncio.AbstractEventLoop, dict[object, _Question]] = {}
         self._next = 0.0
 
     async def of(self, node: object, cancelled: Cancelled) -> list[Stray]:
@@ -89,30 +107,37 @@ class Strays:
         below it.
         """
         loop = asyncio.get_running_loop()
-        look = self._looks.get(loop)
-        if look is None:
-            look = self._looks[loop] = loop.create_future()
-            # In an empty Context: a timer keeps its own until it is due.
-            loop.call_later(max(0.0, self._next - time.monotonic()), self._look, loop, context=Context())
-        await settle(look, math.inf, cancelled)
-        here = asyncio.current_task()
-        return [stray for stray in look.result().get(node, ()) if not (type(stray) is StrayTask and stray.task is here)]
+        asked = self._asked.get(loop)
+        if asked is None:
+            asked = self._asked[loop] = {}
+            # In an empty Context: a handle keeps its own until it is due.
+            if (wait := self._next - self._clock()) > 0:
+                loop.call_later(wait, self._look, loop, context=Context())
+            else:
+                loop.call_soon(self._look, loop, context=Context())
+        question = asked[node] = _Question(loop.create_future(), [])
+        await settle(question.waiter, math.inf, cancelled)
+        # No name for the task here: frames of a cancellation, which it keeps in the end, may hold this one.
+        return [stray for stray in question.found if not stray.is_here()]
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        began = time.monotonic()
-        found: Found = defaultdict(list)
+        began = self._clock()
+        asked = self._asked.pop(loop)
         try:
             for task in asyncio.all_tasks(loop):
-                node = _inside(variables_of(task))
-                if node is not None and package_of(task) != _OURS:
-                    found[node].append(StrayTask(task))
+                question = asked.get(_inside(variables_of(task)))
+                if question is not None and package_of(task) != _OURS:
+                    question.found.append(StrayTask(task))
             for variables in entered_elsewhere():
                 for node in _with_all_above(_inside(variables)):
-                    found[node].append(StrayThread(variables))
+                    if node in asked:
+                        asked[node].found.append(StrayThread(variables))
         finally:
-            self._looks.pop(loop).set_result(found)
-            ended = time.monotonic()
-            self._next = ended + SHARE * (ended - began)
+            for question in asked.values():
+                wake(question.waiter)
+            ended = self._clock()
+            if ended - began > QUICK:
+                self._next = ended + SHARE * (ended - began)
 
 
 def package_of(task: "asyncio.Task[Any]") -> str:

@@ -47,9 +47,10 @@ def test_who_signs_out_in_a_thread_a_task_or_below_another_middleware_is_answere
 ) -> None:
     server = server_factory(server_kind, "promise_cut_off:app")
     with observing(server) as desk:
-        for path in ("/sign-out/thread", "/sign-out/task", "/base-middleware/sign-out"):
+        for number, path in enumerate(("/sign-out/thread", "/sign-out/task", "/base-middleware/sign-out"), 1):
             answer = desk.request("alice", path, "POST")
             assert (path, answer.status_code, answer.text) == (path, 200, "1")
+            wait_until(lambda: len(desk.events("alice", "closed")) == number, "it is closed")  # noqa: B023 - at once
             assert desk.events("alice", "closed")[-1]["reason"] == "revoked"
         assert close_code(desk, "alice", "/sign-out") == 1008
         assert close_code(desk, "alice", "/sign-out/task") == 1008
