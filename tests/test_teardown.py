@@ -433,10 +433,11 @@ class TestAfterItsThreads:
 
 
 class WorkInATask:
-    """A request whose handler waits for a task of its own, which ends when the gate is opened."""
+    """A request whose handler runs in a task of its own, as some frameworks do it, and is waited for there."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
+        self.is_deaf = False
         self.gate = asyncio.Event()
         self.began: asyncio.Queue[UserExecutionContext] = asyncio.Queue()
         self.manager = UserContextManager()
@@ -446,6 +447,10 @@ class WorkInATask:
             try:
                 self.began.put_nowait(current_context())
                 await self.gate.wait()
+            except asyncio.CancelledError:
+                if self.is_deaf:
+                    await self.gate.wait()
+                raise
             finally:
                 self.log.append("the task ends")
 
@@ -459,7 +464,7 @@ class WorkInATask:
 
 
 class TestAfterItsTasks:
-    """To cancel who waits for a task with ``asyncio.wait`` does not end the task, as some frameworks have their own."""
+    """To cancel who waits for a task with ``asyncio.wait`` does not end the task."""
 
     @pytest.fixture
     async def task(self, log: Log) -> AsyncIterator[WorkInATask]:
@@ -472,41 +477,35 @@ class TestAfterItsTasks:
     def _is_a_frameworks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("ucm_middleware.strays.SERVED_IN_TASKS", frozenset({"tests"}))
 
+    @pytest.mark.usefixtures("_is_a_frameworks")
+    @pytest.mark.parametrize("holds_something", [True, False])
     @pytest.mark.parametrize("reason", ["expired", "revoked", "shutdown", "disconnected", "cancelled"])
-    async def test_nothing_is_released_before_they_have_ended(self, log: Log, task: WorkInATask, reason: str) -> None:
-        request = asyncio.create_task(task.serve())
+    async def test_those_of_the_framework_are_cancelled_and_have_ended_first(
+        self, log: Log, task: WorkInATask, reason: str, holds_something: bool
+    ) -> None:
+        request = asyncio.create_task(task.serve(holds_something=holds_something))
         context = await task.began.get()
         if reason == "cancelled":
             request.cancel()
         else:
             context.close(cast("CloseReason", reason))
-        await some_turns()
-        assert log == []
-        task.gate.set()
         await asyncio.wait([request])
-        assert log == ["the task ends", "released"]
+        assert log == ["the task ends", *(["released"] if holds_something else [])]
         assert request.cancelled() == (reason == "cancelled")
 
+    async def test_others_may_be_meant_to_go_on(self, log: Log, task: WorkInATask) -> None:
+        """As what is shielded, and what ends with a task group that the context holds."""
+        request = asyncio.create_task(task.serve())
+        (await task.began.get()).close("expired")
+        assert status_of(await request) == 504
+        assert log == ["released"]
+
     @pytest.mark.usefixtures("_is_a_frameworks")
-    @pytest.mark.parametrize("holds_something", [True, False])
-    async def test_those_of_the_framework_are_cancelled(
-        self, log: Log, task: WorkInATask, holds_something: bool
-    ) -> None:
-        request = asyncio.create_task(task.serve(holds_something=holds_something))
-        (await task.began.get()).close("expired")
-        assert status_of(await request) == 504
-        assert log == ["the task ends", *(["released"] if holds_something else [])]
-
-    async def test_where_nothing_is_released_they_are_not_waited_for(self, log: Log, task: WorkInATask) -> None:
-        request = asyncio.create_task(task.serve(holds_something=False))
-        (await task.began.get()).close("expired")
-        assert status_of(await request) == 504
-        assert log == []
-
     async def test_one_that_does_not_end_is_not_waited_for_for_ever(
         self, log: Log, task: WorkInATask, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("ucm_middleware.teardown.HANDLER_GRACE", 0.05)
+        task.is_deaf = True
         request = asyncio.create_task(task.serve())
         (await task.began.get()).close("expired")
         assert status_of(await request) == 504
@@ -532,6 +531,7 @@ class TestAfterItsTasks:
         assert len(looks) <= len(requests) / 2
         assert sorted(log) == ["released"] * 10 + ["the task ends"] * 10
 
+    @pytest.mark.usefixtures("_is_a_frameworks")
     async def test_who_is_cancelled_does_not_wait_for_itself(self, log: Log, caplog: pytest.LogCaptureFixture) -> None:
         async def work() -> None:
             async with managed_user_context(create_isolated_execution_context("alice")) as context:

@@ -1,6 +1,7 @@
-"""What a handler that was cut off leaves running: the tasks and threads that it began, which go on without it.
+"""What a handler that was cut off leaves running: threads, and the tasks in which its framework runs it.
 
-To cancel a task ends none that it waits for with ``asyncio.wait``, or has forgotten, and no thread.
+To cancel a task ends no thread, and no task that it waits for with ``asyncio.wait``. Other tasks are none of this: they
+may be shielded on purpose, or end with what is released.
 """
 
 import asyncio
@@ -26,15 +27,12 @@ QUICK: Final = 0.001
 SHARE: Final = 20
 """After one that takes longer, so many times its duration pass before the next: a twentieth of the loop's time."""
 
-_OURS: Final = "ucm_middleware"
-"""Our own tasks end by themselves: the owner of a resource, the run of an agent, which has a context of its own."""
-
 _coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
 
 
 @dataclass(frozen=True, slots=True)
 class StrayTask:
-    """One that began in the context."""
+    """One in which a framework runs the handler."""
 
     task: "asyncio.Task[Any]"
 
@@ -47,13 +45,11 @@ class StrayTask:
         return not self.task.done()
 
     def is_here(self) -> bool:
-        """Whether it is the one that asks."""
+        """Whether it is the one that asks: a view of Django's may close a context of its own."""
         return self.task is asyncio.current_task()
 
     def end(self) -> bool:
-        """Cancel it where it is the handler itself, and say whether it is: others may be shielded on purpose."""
-        if package_of(self.task) not in SERVED_IN_TASKS:
-            return False
+        """Cancel it, and say that this ends it."""
         self.task.cancel()
         return True
 
@@ -103,9 +99,7 @@ class Strays:
         self._next = 0.0
 
     async def of(self, node: object, cancelled: Cancelled) -> list[Stray]:
-        """Those of a context: the tasks on this event loop that began in it, and the threads that run in it or in one
-        below it.
-        """
+        """Those of a context: the tasks on this event loop, and the threads also of what is below it."""
         loop = asyncio.get_running_loop()
         asked = self._asked.get(loop)
         if asked is None:
@@ -125,9 +119,8 @@ class Strays:
         asked = self._asked.pop(loop)
         try:
             for task in asyncio.all_tasks(loop):
-                question = asked.get(_inside(variables_of(task)))
-                if question is not None and package_of(task) != _OURS:
-                    question.found.append(StrayTask(task))
+                if package_of(task) in SERVED_IN_TASKS and (node := _inside(variables_of(task))) in asked:
+                    asked[node].found.append(StrayTask(task))
             for variables in entered_elsewhere():
                 for node in _with_all_above(_inside(variables)):
                     if node in asked:
