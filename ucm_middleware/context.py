@@ -90,7 +90,7 @@ class UserExecutionContext(ResourceHolder, Boundary):
         "registry_keys",
     )
 
-    _agent_run: "AgentRun"  # there while the context is that of a run
+    _agent_run: "AgentRun | None"  # there where the context is that of a run, and None when that is over
     _core: Core
     _thread_id: str | None
     _run_id: str | None
@@ -803,6 +803,10 @@ class UserExecutionContext(ResourceHolder, Boundary):
 
     def _releasing(self) -> Release:
         return Release(self)
+
+    @property
+    def _is_of_run(self) -> bool:
+        return hasattr(self, "_agent_run")
 
     @property
     def _strays(self) -> Strays:

@@ -166,6 +166,11 @@ class Closable:
 
     @property
     @abstractmethod
+    def _is_of_run(self) -> bool:
+        """Whether it was opened for the run of an agent."""
+
+    @property
+    @abstractmethod
     def _strays(self) -> Strays:
         """Who looks for what a handler that was cut off has left running."""
 
@@ -384,8 +389,11 @@ class Closable:
 
     @property
     def _holds_something(self) -> bool:
-        """Whether what it runs may use what is to be released, be it the parent's."""
-        return self._lifetime.has_resources or bool(self._children) or self._parent is not None
+        """Whether what it runs may use what is to be released, be it the parent's. What outlives the run of an agent is
+        listed, and loses its handles.
+        """
+        uses_parents = self._parent is not None and not self._is_of_run
+        return uses_parents or self._lifetime.has_resources or bool(self._children)
 
     def _finish(self) -> None:
         """Wipe the data, let go of everything that could keep this context alive, and say so."""

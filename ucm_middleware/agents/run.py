@@ -142,7 +142,7 @@ class AgentRun:
             call.cut_off(reason or "finished")
         self.has_ended = True
         if getattr(self.context, "_agent_run", None) is self:
-            del self.context._agent_run
+            self.context._agent_run = None
         if self._runs is not None:
             left = self._runs.stragglers.left_by(self)
             shown: dict[str, object] = {"stragglers": left} if left else {}
