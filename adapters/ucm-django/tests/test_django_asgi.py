@@ -34,7 +34,9 @@ def serving(database: Database, settings: dict[str, Any] | None = None, **more: 
         "NOTEBOOK_OPTIONS": json.dumps(options),
         **({"NOTEBOOK_IS_BELOW": "yes"} if below else {}),
     }
-    with start_server("django_notebook:app", app_dir=Path(__file__).parent, env=env) as server:
+    # Else a connection that was idle for five seconds may be closed just as it is used again.
+    patient = ("--timeout-keep-alive", "60")
+    with start_server("django_notebook:app", app_dir=Path(__file__).parent, env=env, options=patient) as server:
         yield server
 
 
