@@ -27,7 +27,7 @@ QUICK: Final = 0.001
 SHARE: Final = 20
 """After one that takes longer, so many times its duration pass before the next: a twentieth of the loop's time."""
 
-_coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
+coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class StrayTask:
     task: "asyncio.Task[Any]"
 
     def __str__(self) -> str:
-        coroutine = _coroutine_of(self.task)
+        coroutine = coroutine_of(self.task)
         return f"the task {getattr(coroutine, '__qualname__', type(coroutine).__name__)}"
 
     @property
@@ -135,7 +135,7 @@ class Strays:
 
 def package_of(task: "asyncio.Task[Any]") -> str:
     """The top package that a task's coroutine is written in; nothing where it does not tell."""
-    frame: FrameType | None = getattr(_coroutine_of(task), "cr_frame", None)
+    frame: FrameType | None = getattr(coroutine_of(task), "cr_frame", None)
     return "" if frame is None else module_of(frame).partition(".")[0]
 
 

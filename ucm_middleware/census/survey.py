@@ -10,7 +10,7 @@ import gc
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import Context
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
@@ -19,7 +19,7 @@ from ucm_middleware.census.holder import Holder, place, running
 from ucm_middleware.context import UserExecutionContext
 from ucm_middleware.current import ambient
 from ucm_middleware.isolation import type_name
-from ucm_middleware.strays import variables_of
+from ucm_middleware.strays import coroutine_of, variables_of
 from ucm_middleware.threads import entered_below, frames_of_others, module_of
 from ucm_middleware.waiting import running_loop
 
@@ -39,8 +39,6 @@ _BROKEN_OFF: Final = "async_generator_athrow"
 
 _AGENTS: Final = "ucm_middleware.agents."
 """What runs of agents leave behind is listed, and told, as their stragglers."""
-
-_coroutine_of: Final[Callable[[object], object]] = vars(asyncio.Task)["get_coro"]  # a subclass may have its own
 
 Holders = dict[UserExecutionContext, list[Holder]]
 
@@ -78,7 +76,7 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> Iterator[tuple[UserExecutionConte
     for task in asyncio.all_tasks(loop):
         if task is here or (context := whose(variables_of(task))) is None:
             continue
-        name, where = running(_coroutine_of(task))
+        name, where = running(coroutine_of(task))
         if name.startswith(_OURS) or name == _BROKEN_OFF:
             continue
         yield context, Holder("task", name, where, task.cancel)
